@@ -1,0 +1,50 @@
+# `make` alone lists the targets. Another interpreter: make .venv PYTHON=python3.12
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint clean
+
+PYTHON ?= python3
+VENV := .venv/bin/python
+INSTALLED := .venv/.installed  # written last: without it the environment is not done
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[.a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv: $(INSTALLED)  ## make or bring up to date the virtual environment (PYTHON=python3.12 to choose)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@rm -f $@
+	@if ! $(VENV) -m pip --version > /dev/null 2>&1; then \
+		version=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])') \
+			|| { echo "make: $(PYTHON) does not run; name another: make .venv PYTHON=python3.12" >&2; exit 1; }; \
+		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+			|| { echo "make: $(PYTHON) is Python $$version, adni-ldm needs 3.10 or newer; name another: make .venv PYTHON=python3.12" >&2; exit 1; }; \
+		$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null \
+			|| { echo "make: $(PYTHON) has no venv module; on Debian or Ubuntu: apt install python$$version-venv" >&2; exit 1; }; \
+		$(PYTHON) -m venv --clear .venv; \
+	fi
+	$(VENV) -m pip install -e '.[test]' -c constraints.txt
+	@touch $@
+
+demo: .venv runs/demo/data  ## phantom cohort, VAE, diffusion model, samples and a report, in runs/demo
+	$(VENV) train_vae.py --config configs/demo/vae.yaml
+	$(VENV) train_ldm.py --config configs/demo/ldm.yaml
+	$(VENV) sample.py --class all --num_images 64 --model runs/demo/ldm --output_dir runs/demo/samples
+	$(VENV) examples/demo_report.py
+
+runs/demo/data: | .venv
+	$(VENV) prepare_data.py phantom --output_dir $@ --subjects 200 --slices 10 --image_size 64 --seed 0
+
+test: .venv  ## run the tests
+	OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2
+
+lint: .venv  ## check style and format
+	$(VENV) -m ruff check .
+	$(VENV) -m ruff format --check .
+
+clean:  ## remove caches and build leftovers; .venv, data and runs stay
+	rm -rf build dist .pytest_cache .ruff_cache *.egg-info
+	find . -path ./.venv -prune -o -type d -name __pycache__ -print0 | xargs -0 rm -rf

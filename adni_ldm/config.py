@@ -1,0 +1,246 @@
+"""Settings of the recipes: one frozen dataclass each.
+
+Flags, YAML files and the `config.json` that a run leaves behind all come from these classes. A recipe
+reads `--config FILE.yaml` first and lays its flags over it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+from adni_ldm.errors import UserError
+
+Config = TypeVar("Config")
+
+
+def setting(default, help: str, choices: list | None = None, aliases: list | None = None):
+    """A dataclass field with its help; a list as default is copied for each instance."""
+    metadata = {"help": help, "aliases": aliases or []} | ({"choices": choices} if choices else {})
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What both training recipes ask."""
+
+    data_dir: str = setting(
+        "data/phantom",
+        "Folder of slices, {train,val,test}/{AD,NC}/SUBJECT_SLICE.png, or an AD_NC folder or its zip.",
+    )
+    output_dir: str = setting("runs/model", "Folder that the model, its log and its pictures are written to.")
+    image_size: int = setting(
+        256, "Side of the square slice, pixels. Slices are padded with black, then resized."
+    )
+    val_fraction: float = setting(
+        0.1,
+        "Share of the training subjects held out for validation where the data has no val folder, 0 to 1.",
+    )
+    max_steps: int = setting(10_000, "Optimizer updates to train for.")
+    batch_size: int = setting(16, "Slices a process takes at once.")
+    gradient_accumulation_steps: int = setting(1, "Batches whose gradients are averaged into one update.")
+    learning_rate: float = setting(1e-4, "Peak learning rate of AdamW.")
+    warmup_steps: int = setting(500, "Updates of linear warm-up, before the cosine decay to zero.")
+    weight_decay: float = setting(0.01, "AdamW's weight decay.")
+    max_grad_norm: float = setting(1.0, "Gradients are clipped to this L2 norm.")
+    seed: int = setting(
+        0, "Seed of weights, data order and noise. The same seed and settings repeat the run."
+    )
+    mixed_precision: str | None = setting(
+        None,
+        "Precision of the forward pass; weights stay float32. Default: what accelerate launch says, else "
+        "bf16 where the hardware has it, else no.",
+        ["no", "fp16", "bf16"],
+    )
+    channels_last: bool = setting(
+        True, "Keep images and weights in channels-last order, faster in half precision."
+    )
+    init_from: str | None = setting(
+        None, "Fine-tune: folder or Hub name of a model of the kind that this recipe writes."
+    )
+    resume_from_checkpoint: str | None = setting(
+        None,
+        "Go on from a checkpoint folder, or from the `latest` of --output_dir (none yet: a first start).",
+    )
+    checkpointing_steps: int = setting(1000, "Updates between checkpoints; 0 writes none.")
+    keep_checkpoints: int = setting(2, "How many checkpoints stay on disk.")
+    log_steps: int = setting(25, "Updates between the lines of metrics.csv.")
+    report_to: str = setting("tensorboard", "Tracker of accelerate: tensorboard, wandb, …, or none.")
+    num_workers: int | None = setting(
+        None,
+        "Processes that read slices ahead, per training process. Default: 2 beside a GPU; 0 on CPU, where "
+        "they would take the cores that compute.",
+    )
+
+    def __post_init__(self):
+        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_steps", "image_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)} must be at least 1")
+        if not 0 < self.val_fraction < 1:
+            raise UserError(f"--val_fraction {self.val_fraction} must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class TrainVAEConfig(TrainingConfig):
+    """Settings of train_vae.py."""
+
+    output_dir: str = setting("runs/vae", "Folder that the VAE, its log and its pictures are written to.")
+    widths: list[int] = setting(
+        [64, 128, 256, 256], "Channels per level, fine to coarse; each level but the first halves the side."
+    )
+    latent_channels: int = setting(4, "Channels of the latent.")
+    layers_per_block: int = setting(1, "Residual blocks per level.")
+    mid_attention: bool = setting(False, "Self-attention at the coarsest level.")
+    reconstruction_loss: str = setting("l1", "Distance between slice and reconstruction.", ["l1", "l2"])
+    kl_weight: float = setting(1e-4, "Weight of the KL term (mean over the latent's elements, nats).")
+    use_ema: bool = setting(False, "Save an exponential moving average of the weights.")
+    ema_decay: float = setting(0.999, "Decay of that average per update.")
+    eval_images: int = setting(256, "Held-out slices measured each epoch; the last measurement takes all.")
+
+
+@dataclass(frozen=True)
+class TrainLDMConfig(TrainingConfig):
+    """Settings of train_ldm.py."""
+
+    output_dir: str = setting(
+        "runs/ldm", "Folder that the pipeline, its log and its pictures are written to."
+    )
+    vae: str = setting("runs/vae", "Folder or Hub name of the VAE that train_vae.py wrote.")
+    unet_widths: list[int] = setting([128, 256, 384, 512], "Channels per level of the U-Net, fine to coarse.")
+    layers_per_block: int = setting(2, "Residual blocks per level of the U-Net.")
+    token_dim: int = setting(256, "Width of a class token.")
+    prediction_type: str = setting(
+        "v_prediction", "What the U-Net predicts: the noise, or the velocity.", ["epsilon", "v_prediction"]
+    )
+    num_train_timesteps: int = setting(1000, "Timesteps of the noise schedule.")
+    rescale_betas_zero_snr: bool = setting(
+        True, "Last timestep is pure noise (Lin et al. 2024, arXiv:2305.08891); asks for v_prediction."
+    )
+    snr_gamma: float = setting(
+        5.0, "γ of min-SNR weighting (Hang et al. 2023, arXiv:2303.09556); 0 weighs all alike."
+    )
+    label_dropout: float = setting(0.1, "Share of labels replaced by the null class, for guidance; 0 to 1.")
+    use_ema: bool = setting(True, "Sample from, and save, an exponential moving average of the weights.")
+    ema_decay: float = setting(0.9999, "Decay of that average per update, reached by (1 + n) / (10 + n).")
+    sample_steps: int = setting(
+        1000, "Updates between pictures of samples and held-out losses; 0 draws none."
+    )
+    num_inference_steps: int = setting(50, "DDIM steps of those pictures.")
+    guidance_scale: float = setting(2.5, "Guidance of those pictures; 1 is none.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            raise UserError(
+                "--prediction_type epsilon cannot be learned where the last timestep is pure noise: "
+                "add --rescale_betas_zero_snr false, or take v_prediction"
+            )
+        if not 0 <= self.label_dropout < 1:
+            raise UserError(f"--label_dropout {self.label_dropout} must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Settings of sample.py."""
+
+    class_labels: str = setting(
+        "all", "Class to draw: AD, NC, 0, 1, a comma list, or all.", aliases=["--class"]
+    )
+    model: str = setting("runs/ldm", "Folder or Hub name of the pipeline that train_ldm.py wrote.")
+    output_dir: str = setting("samples", "Folder that the slices are written to, one subfolder a class.")
+    num_images: int = setting(16, "Slices of each class.")
+    steps: int = setting(50, "Denoising steps.")
+    guidance_scale: float = setting(
+        2.5, "Strength of the class, 1 is no guidance; higher is more typical, less varied."
+    )
+    eta: float = setting(0.0, "Stochasticity of DDIM: 0 is deterministic, 1 is as random as DDPM.")
+    scheduler: str = setting(
+        "ddim", "Sampler.", ["ddim", "ddpm", "dpm++", "dpm++_sde", "euler", "heun", "unipc"]
+    )
+    seed: int = setting(0, "Slice k of seed s is the same whatever the batch size.")
+    batch_size: int = setting(16, "Slices drawn at once.")
+    mixed_precision: str | None = setting(
+        None,
+        "Precision of the U-Net; the VAE decodes in float32. Default: bf16 where the hardware has it.",
+        ["no", "fp16", "bf16"],
+    )
+    trajectory: bool = setting(
+        False, "Also draw trajectory.png: one brain of each class coming out of the noise."
+    )
+
+
+@dataclass(frozen=True)
+class PhantomConfig:
+    """Settings of prepare_data.py phantom."""
+
+    output_dir: str = setting("data/phantom", "Folder that the cohort is written to.")
+    subjects: int = setting(200, "Subjects, half of them AD.")
+    slices: int = setting(10, "Sagittal slices per subject.")
+    image_size: int = setting(64, "Side of the square slice, pixels.")
+    seed: int = setting(0, "The same seed makes the same cohort, whatever the number of workers.")
+    workers: int | None = setting(None, "Processes. Default: one a core.")
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Settings of prepare_data.py check."""
+
+    data_dir: str = setting("data/phantom", "Folder of slices, AD_NC folder, or its zip.")
+
+
+def parse_config(
+    config_class: type[Config],
+    description: str,
+    arguments: list[str] | None = None,
+    prog: str | None = None,
+) -> Config:
+    """Settings from `--config FILE.yaml` and the flags that stand over it.
+
+    Ends the program with argparse's usage message on a flag it does not know.
+
+    Raises:
+        UserError: the file is missing, is no mapping, or names a setting that does not exist.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = HfArgumentParser(config_class, prog=prog, description=description, allow_abbrev=False)
+    parser.add_argument(
+        "--config", metavar="FILE.yaml", help="Settings to start from; flags stand over them."
+    )
+    path = parser.parse_known_args(arguments)[0].config
+    if path:
+        parser.set_defaults(**_read_yaml(Path(path), config_class))
+    values = vars(parser.parse_args(arguments))
+    values.pop("config")
+    return config_class(**values)
+
+
+def _read_yaml(path: Path, config_class: type) -> dict:
+    if not path.is_file():
+        raise UserError(f"--config {path}: no such file")
+    values = yaml.safe_load(path.read_text()) or {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected lines of `setting: value`")
+    known = {entry.name: entry for entry in dataclasses.fields(config_class)}
+    if unknown := sorted(set(values) - set(known)):
+        raise UserError(f"{path}: {', '.join(unknown)} is no setting of this recipe; see --help")
+    # YAML reads 2e-3 as a word: numbers take the type of the setting's default
+    for name, value in values.items():
+        if isinstance(known[name].default, float):
+            values[name] = float(value)
+    return values
+
+
+def save_config(config, folder: str | Path) -> None:
+    """Write the resolved settings as `training_config.json` beside the model."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "training_config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")

@@ -1,0 +1,215 @@
+"""Slices as the recipes read them: a folder of images, then uint8 arrays on disk, then tensors in [-1, 1].
+
+    slices = load_slices("ADNI/AD_NC")             # splits with columns image (PIL), label, subject, slice
+    arrays = to_arrays(slices["train"], 256)       # image: uint8 (256, 256), made once, then memory-mapped
+    loader = DataLoader(SliceTensors(arrays), 16)  # image: float32 (16, 1, 256, 256) in [-1, 1]; label: (16,)
+
+How the folder is laid out, and what is refused, stands in splits.py.
+"""
+
+from __future__ import annotations
+
+import glob
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import (
+    Array2D,
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    DownloadConfig,
+    DownloadManager,
+    Features,
+    Image,
+    load_dataset,
+)
+from PIL import Image as PILImage
+from PIL import ImageOps, UnidentifiedImageError
+
+from adni_ldm.data.splits import SPLITS, DataError, SliceFile, choose_val_subjects, scan_folder
+
+CLASS_NAMES = ("AD", "NC")
+
+# Part of to_arrays' cache key. The datasets library hashes our function by its name and not by its code, so
+# this number goes up with every change in what prepare_image returns.
+_PREPARED = 1
+
+
+def load_slices(
+    data_dir: str | Path, *, val_fraction: float = 0.1, class_names: Sequence[str] = CLASS_NAMES
+) -> DatasetDict:
+    """Splits train, val and, where the folder has one, test, of {train,val,test}/{AD,NC}/SUBJECT_SLICE.png.
+
+    `data_dir` holds train/, or is a parent of the folder that does, or a zip of either. Columns: image
+    (datasets.Image, decoded to PIL when asked for), label (ClassLabel: index into `class_names`), subject
+    (string), slice (int64). Without a val/ folder, about `val_fraction` of the subjects of train are set
+    aside, the same ones every time. Nothing is written to the folder; a zip is unpacked into the Hugging Face
+    cache.
+
+    Raises DataError for a folder that cannot be trained on: see `check_folder` for all its problems.
+    """
+    scan = scan_folder(open_data_dir(data_dir), class_names)
+    scan.raise_problems()
+
+    # Few patterns rather than 30,000 paths; made of what the scan found, so that both see the same files.
+    patterns: dict[str, list[str]] = {}
+    for file in scan.files:
+        path = Path(file.path)
+        pattern = f"{glob.escape(path.parent.as_posix())}/*{path.suffix}"
+        if pattern not in patterns.setdefault(file.split, []):
+            patterns[file.split].append(pattern)
+    loaded = load_dataset("imagefolder", data_files=patterns, drop_labels=True, drop_metadata=True)
+    by_path = {file.path: file for file in scan.files}
+    splits = {split: _add_columns(dataset, by_path, class_names) for split, dataset in loaded.items()}
+
+    if "val" not in splits:
+        splits["train"], splits["val"] = _set_aside(splits["train"], val_fraction, scan.root)
+    return DatasetDict({split: splits[split] for split in SPLITS if split in splits})
+
+
+def open_data_dir(data_dir: str | Path) -> Path:
+    """The folder to read: `data_dir` itself, or where the Hugging Face cache has it unpacked if it is a zip.
+
+    Raises DataError for a file that is not a zip, or a damaged one.
+    """
+    path = Path(data_dir).expanduser()
+    if not path.is_file():
+        return path
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [m for m in archive.infolist() if not m.is_dir()]
+        folder = Path(DownloadManager().extract(str(path)))
+        # The cache goes by the path alone: unpack anew a zip that was replaced, or whose unpacking broke off.
+        if not all(_has_size(folder / m.filename, m.file_size) for m in members):
+            manager = DownloadManager(download_config=DownloadConfig(force_extract=True))
+            folder = Path(manager.extract(str(path)))
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
+        raise DataError(f"{path}: not a zip file, or a damaged one ({error}); download it again") from error
+    return folder
+
+
+def read_image(path: str | Path) -> PILImage.Image:
+    """The image of a file, decoded to its last row and upright. Raises DataError naming the file."""
+    try:
+        with PILImage.open(path) as image:
+            image.load()
+            if image.mode == "LAB":
+                raise ValueError("LAB colours, which PIL cannot turn to grey")
+            return ImageOps.exif_transpose(image)
+    except UnidentifiedImageError as error:
+        raise DataError(f"{path}: not an image despite its name; copy it again or remove it") from error
+    except Exception as error:  # a damaged file makes PIL raise OSError, SyntaxError, struct.error ...
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path}: cannot be decoded ({reason}); copy it again or remove it") from error
+
+
+def to_grey(image: PILImage.Image) -> PILImage.Image:
+    """Any PIL image as mode L, 0 to 255. Transparent parts are laid over black.
+
+    Modes of more than 8 bits (I;16, I, F) are scaled linearly by the image's own range, darkest to 0 and
+    brightest to 255: scanners use as little as 10 of the 16 bits, and a fixed scale would leave those black.
+    """
+    if image.mode == "L" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith(("I", "F")):
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        low, high = values.min(), values.max()
+        scaled = (values - low) * (255 / (high - low)) if high > low else np.zeros_like(values)
+        return PILImage.fromarray(np.rint(scaled).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return PILImage.alpha_composite(PILImage.new("RGBA", image.size, "black"), image).convert("L")
+    return image.convert("RGB").convert("L")  # CMYK and YCbCr have no direct way to L
+
+
+def prepare_image(image: PILImage.Image, image_size: int) -> np.ndarray:
+    """An image as uint8 (image_size, image_size), 0 to 255: grey, padded to a square, then resized.
+
+    The padding is black and moves no pixel off the grid: 256 wide x 240 high gets 8 rows above and below and,
+    for image_size=256, is not resampled at all. Otherwise the square is resized bicubically, antialiased.
+    """
+    grey = to_grey(image)
+    side = max(grey.size)
+    if grey.size != (side, side):
+        square = PILImage.new("L", (side, side), 0)
+        square.paste(grey, ((side - grey.width) // 2, (side - grey.height) // 2))
+        grey = square
+    if side != image_size:
+        grey = grey.resize((image_size, image_size), PILImage.Resampling.BICUBIC)
+    return np.asarray(grey)
+
+
+def to_arrays(dataset: Dataset, image_size: int, num_proc: int | None = None) -> Dataset:
+    """The dataset with `image` made uint8 (image_size, image_size) by `prepare_image`; other columns kept.
+
+    Done once and kept in the Hugging Face cache as a memory-mapped Arrow file, which all processes share;
+    files that changed are read anew. Read it through `SliceTensors`, or `.with_format("numpy")`. Raises
+    DataError naming the first file that cannot be decoded.
+    """
+    features = Features({**dataset.features, "image": Array2D((image_size, image_size), "uint8")})
+    return dataset.cast_column("image", Image(decode=False)).map(
+        _prepare_batch,
+        batched=True,
+        batch_size=100,
+        fn_kwargs={"image_size": image_size, "version": _PREPARED},
+        features=features,
+        num_proc=num_proc,
+        desc=f"Preparing images at {image_size} px",
+    )
+
+
+class SliceTensors(torch.utils.data.Dataset):
+    """What `to_arrays` returns, as tensors: image float32 (1, S, S) in [-1, 1], label int64 ().
+
+    A DataLoader makes image (B, 1, S, S) and label (B,) of it, reading each batch at once.
+    """
+
+    def __init__(self, arrays: Dataset):
+        # Unless told, the numpy format hands out int64.
+        self.arrays = arrays.select_columns(["image"]).with_format("numpy", dtype=np.uint8)
+        self.labels = torch.tensor(arrays["label"][:])  # int64 (N,)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+        pixels = torch.from_numpy(self.arrays[list(indices)]["image"])  # uint8 (B, S, S)
+        images = pixels.unsqueeze(1).float().div_(127.5).sub_(1)  # (B, 1, S, S), [-1, 1]
+        return [{"image": x, "label": y} for x, y in zip(images, self.labels[list(indices)], strict=True)]
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def _add_columns(dataset: Dataset, by_path: dict[str, SliceFile], class_names: Sequence[str]) -> Dataset:
+    files = [by_path[row["path"]] for row in dataset.cast_column("image", Image(decode=False))["image"]]
+    label = ClassLabel(names=list(class_names))
+    dataset = dataset.add_column("label", [file.label for file in files], feature=label)
+    dataset = dataset.add_column("subject", [file.subject for file in files])
+    return dataset.add_column("slice", [file.slice for file in files])
+
+
+def _set_aside(train: Dataset, val_fraction: float, root: Path) -> tuple[Dataset, Dataset]:
+    """Training slices and validation slices, no subject in both."""
+    labels, subjects = train["label"][:], train["subject"][:]
+    by_class: dict[int, set[str]] = {}
+    for label, subject in zip(labels, subjects, strict=True):
+        by_class.setdefault(label, set()).add(subject)
+    chosen = choose_val_subjects(by_class, val_fraction)
+    if not chosen:
+        raise DataError(f"{root / 'train'}: too few subjects to set any aside; add some, or a val/ folder")
+    kept = [i for i, subject in enumerate(subjects) if subject not in chosen]
+    return train.select(kept), train.select([i for i, subject in enumerate(subjects) if subject in chosen])
+
+
+def _prepare_batch(batch: dict[str, list], image_size: int, version: int) -> dict[str, list[np.ndarray]]:
+    return {"image": [prepare_image(read_image(image["path"]), image_size) for image in batch["image"]]}

@@ -1,0 +1,49 @@
+"""What can be wrong with the machine before our code is: torch beside torchvision, no GPU to share."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+# The pair of constraints.txt, which a test compares. torch 2.15 needs Python 3.11.
+TESTED_PAIR = ("2.15.0", "0.29.2") if sys.version_info >= (3, 11) else ("2.14.1", "0.29.1")
+
+
+def check_torch_pair() -> None:
+    """Import torchvision; where it was built for another torch than the one installed, say so in one line.
+
+    Recipes call this before they import diffusers. Otherwise the mismatch (a CPU-only torch beside the usual
+    torchvision wheel: "operator torchvision::nms does not exist") shows as `Could not import module
+    'BloomPreTrainedModel'` from deep inside transformers.
+
+    Raises:
+        SystemExit: with both versions, the cause, and the command that mends it.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
+        pip = f"pip install --force-reinstall torch=={TESTED_PAIR[0]} torchvision=={TESTED_PAIR[1]}"
+        cause = " ".join(str(error).split())  # one line
+        raise SystemExit(
+            f"error: torch {_installed('torch')} and torchvision {_installed('torchvision')} do not work "
+            f"together ({cause}); install a pair that does: {pip}"
+        ) from error
+
+
+def processes_without_gpu() -> bool:
+    """Whether a launcher started several processes here and no GPU is visible; for `Accelerator(cpu=...)`.
+
+    accelerate must be told. Left to itself, each process then takes itself for the only one: each trains
+    alone, gradients are not averaged, and all of them write to the same folder.
+    """
+    import torch
+
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
+
+
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "(not installed)"

@@ -1,0 +1,23 @@
+"""Errors that are the user's to mend: one line, no traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """Something about the data, the flags or the machine, said in one line with what to do about it."""
+
+
+def run_recipe(main: Callable[[], int | None]) -> None:
+    """Run a recipe's `main`; tell a `UserError` in one line, on one process, and exit with status 1."""
+    try:
+        status = main()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        status = 1
+    sys.exit(status)

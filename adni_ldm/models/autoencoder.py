@@ -1,0 +1,93 @@
+"""The autoencoder: grey slices to latents and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+
+from adni_ldm.errors import UserError
+
+
+def build_autoencoder(
+    image_size: int,  # side of the square slice
+    latent_channels: int = 4,
+    widths: Sequence[int] = (64, 128, 256, 256),  # channels per level; each level but one halves
+    layers_per_block: int = 1,
+    mid_attention: bool = False,  # self-attention at the coarsest level: (h·w)² memory, little gain
+) -> AutoencoderKL:
+    """Autoencoder of one-channel slices (B, 1, H, W) in [-1, 1], after Rombach et al. 2022
+    (arXiv:2112.10752), section 3.1; latents are (B, latent_channels, H / f, W / f), f = 2^(len(widths) - 1).
+
+    Latents are not yet of unit variance: `train_vae.py` measures `latents_mean` and `latents_std` when it
+    ends and writes them into the config. `scaling_factor` stays 1, so the two say everything.
+
+    Raises:
+        UserError: the image cannot be halved as often as there are levels.
+    """
+    if image_size % 2 ** (len(widths) - 1):
+        raise UserError(
+            f"image_size={image_size} cannot be halved {len(widths) - 1} times: "
+            f"choose a multiple of {2 ** (len(widths) - 1)}, or fewer widths"
+        )
+    return AutoencoderKL(
+        in_channels=1,
+        out_channels=1,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=tuple(widths),
+        layers_per_block=layers_per_block,
+        latent_channels=latent_channels,
+        norm_num_groups=math.gcd(32, *widths),
+        sample_size=image_size,
+        scaling_factor=1.0,
+        mid_block_add_attention=mid_attention,
+    )
+
+
+def latent_shape(vae: AutoencoderKL, image_size: int) -> tuple[int, int, int]:
+    """(C, h, w) of the latents of square slices with that side.
+
+    Raises:
+        UserError: the side is no multiple of the factor that the autoencoder shrinks by.
+    """
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if image_size % factor:
+        raise UserError(
+            f"--image_size {image_size} must be a multiple of {factor}, by which this VAE shrinks"
+        )
+    return vae.config.latent_channels, image_size // factor, image_size // factor
+
+
+class ReconstructingVAE(nn.Module):
+    """The autoencoder as its training sees it: slices in, reconstruction and posterior out.
+
+    `AutoencoderKL.forward` gives no posterior, and calling its parts directly would pass by the wrapper
+    that averages gradients across processes.
+
+    Args:
+        vae: the autoencoder that is trained.
+        decode_in_float32: decode outside autocast, as fp16 must: its range overflows in the decoder.
+    """
+
+    def __init__(self, vae: AutoencoderKL, decode_in_float32: bool = False):
+        super().__init__()
+        self.vae = vae
+        self.decode_in_float32 = decode_in_float32
+
+    def forward(
+        self, images: torch.Tensor, noise: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Slices (B, 1, H, W) in [-1, 1] and standard normal noise (B, C, h, w) to reconstructions
+        (B, 1, H, W), and the posterior's mean and log-variance (B, C, h, w)."""
+        posterior = self.vae.encode(images).latent_dist
+        latents = posterior.mean + posterior.std * noise
+        with torch.autocast(images.device.type, enabled=False) if self.decode_in_float32 else nullcontext():
+            if self.decode_in_float32:
+                latents = latents.float()
+            reconstruction = self.vae.decode(latents, return_dict=False)[0]
+        return reconstruction, posterior.mean, posterior.logvar

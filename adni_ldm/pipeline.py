@@ -1,0 +1,263 @@
+"""Sampling: the one place that denoises, and the one place that scales latents.
+
+This file travels with every saved pipeline as `pipeline.py`, so that
+`DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` works where adni_ldm is not installed.
+It therefore imports nothing but torch, diffusers and huggingface_hub.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import snapshot_download
+
+
+def _latent_statistics(vae: AutoencoderKL, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if vae.config.latents_mean is None or vae.config.latents_std is None:
+        raise ValueError(
+            "the VAE's config holds no latents_mean and latents_std: it was saved before train_vae.py ended; "
+            "run train_vae.py on it with --resume_from_checkpoint latest"
+        )
+    mean = torch.tensor(vae.config.latents_mean, device=like.device).view(1, -1, 1, 1)
+    std = torch.tensor(vae.config.latents_std, device=like.device).view(1, -1, 1, 1)
+    return mean, std
+
+
+def normalize_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """What the VAE encodes, (B, C, h, w), to what the U-Net sees: zero mean, unit variance per channel.
+
+    z' = (z − μ) / σ with μ, σ the config's `latents_mean` and `latents_std` over the training set
+    (Rombach et al. 2022, arXiv:2112.10752, appendix G, per channel). Computed and returned in float32.
+
+    Raises:
+        ValueError: the statistics have not been measured yet.
+    """
+    mean, std = _latent_statistics(vae, latents)
+    return (latents.float() - mean) / std
+
+
+def denormalize_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """The inverse of `normalize_latents`."""
+    mean, std = _latent_statistics(vae, latents)
+    return latents.float() * std + mean
+
+
+class ClassConditionalLDMPipeline(DiffusionPipeline):
+    """Draws slices (B, 1, H, W) of the class asked for with a latent diffusion model.
+
+    Args:
+        vae: autoencoder with `latents_mean` and `latents_std` in its config.
+        unet: denoiser of normalized latents; its cross-attention reads the class tokens.
+        class_embedding: labels (B,) to tokens (B, 2, D); its last label is the null class.
+        scheduler: any diffusers scheduler that knows the `prediction_type` the U-Net was trained with.
+    """
+
+    model_cpu_offload_seq = "class_embedding->unet->vae"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        unet: UNet2DConditionModel,
+        class_embedding: ModelMixin,
+        scheduler: SchedulerMixin,
+    ):
+        super().__init__()
+        self.register_modules(vae=vae, unet=unet, class_embedding=class_embedding, scheduler=scheduler)
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    # ---- Sampling ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: str | int | Iterable[str | int],
+        num_inference_steps: int = 50,
+        guidance_scale: float = 2.5,
+        eta: float = 0.0,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Iterable[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        """Draw `num_images_per_prompt` slices for each class label.
+
+        Args:
+            class_labels: class by name or number, one or several: "AD", 0, ["AD", "NC"].
+            num_inference_steps: denoising steps.
+            guidance_scale: w of classifier-free guidance, ε = ε(∅) + w (ε(c) − ε(∅))
+                (Ho & Salimans 2022, arXiv:2207.12598, equation 6 with w + 1 written w); 1 is no guidance.
+            eta: stochasticity of DDIM (Song et al. 2021, arXiv:2010.02502, equation 16), 0 to 1; other
+                schedulers ignore it.
+            generator: one for the whole batch, or a list with one an image, which makes an image
+                independent of the batch that it was drawn in.
+            latents: starting noise (B, C, h, w) of unit variance, drawn from `generator` when missing.
+            output_type: "pil" (grey, 8 bit), "np" (B, H, W, 1) or "pt" (B, 1, H, W) in [0, 1], or "latent"
+                (B, C, h, w), normalized.
+            callback_on_step_end: called as f(pipeline, step, timestep, {"latents": …}); may return a dict
+                that replaces the latents.
+
+        Returns:
+            `ImagePipelineOutput` with `.images`, or a tuple with them when `return_dict` is False.
+
+        Raises:
+            ValueError: an unknown class, a wrong `output_type`, or lists whose lengths do not match.
+        """
+        labels = self._labels(class_labels, num_images_per_prompt)  # (B,)
+        self._check_inputs(
+            len(labels), generator, output_type, num_inference_steps, callback_on_step_end_tensor_inputs
+        )
+        # a batch with one generator for all draws one stream; a list of them draws each image alone
+        latents = self._initial_latents(len(labels), generator, latents)
+        tokens = self._tokens(labels, guidance_scale)  # (B or 2B, 2, D)
+        step_kwargs = self._step_kwargs(eta, generator)
+
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        latents = latents * self.scheduler.init_noise_sigma
+        with self.progress_bar(total=num_inference_steps) as progress:
+            for step, timestep in enumerate(self.scheduler.timesteps):
+                # 1. Predict, with and without the class in one batch.
+                prediction = self._predict(latents, timestep, tokens, guidance_scale)
+                # 2. Step back: x_t -> x_t-1.
+                latents = self.scheduler.step(
+                    prediction, timestep, latents, **step_kwargs, return_dict=False
+                )[0]
+
+                if callback_on_step_end is not None:
+                    tensors = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
+                    latents = (callback_on_step_end(self, step, timestep, tensors) or {}).get(
+                        "latents", latents
+                    )
+                if step + 1 == len(self.scheduler.timesteps) or (step + 1) % self.scheduler.order == 0:
+                    progress.update()
+
+        images = latents if output_type == "latent" else self.decode_latents(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _labels(self, class_labels: str | int | Iterable, num_images_per_prompt: int) -> torch.Tensor:
+        labels = self.class_embedding.labels_of(class_labels)
+        if not labels or num_images_per_prompt < 1:
+            raise ValueError(
+                f"nothing to draw: class_labels={class_labels}, num_images_per_prompt={num_images_per_prompt}"
+            )
+        return torch.tensor(labels).repeat_interleave(num_images_per_prompt)
+
+    def _check_inputs(self, batch_size, generator, output_type, num_inference_steps, tensor_inputs) -> None:
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type={output_type!r} must be one of pil, np, pt, latent")
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"{len(generator)} generators for {batch_size} images: give one, or one an image"
+            )
+        if unknown := set(tensor_inputs) - set(self._callback_tensor_inputs):
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs {unknown} must be in {self._callback_tensor_inputs}"
+            )
+
+    def _initial_latents(self, batch_size: int, generator, latents: torch.Tensor | None) -> torch.Tensor:
+        size = self.unet.config.sample_size
+        shape = (batch_size, self.unet.config.in_channels, size, size)
+        if latents is None:
+            return randn_tensor(
+                shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype
+            )
+        if latents.shape != shape:
+            raise ValueError(f"latents of shape {tuple(latents.shape)} given where {shape} is needed")
+        return latents.to(self._execution_device, self.unet.dtype)
+
+    def _tokens(self, labels: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+        if guidance_scale != 1:
+            labels = torch.cat([torch.full_like(labels, self.class_embedding.null_label), labels])
+        return self.class_embedding(labels.to(self._execution_device))
+
+    def _predict(self, latents, timestep, tokens, guidance_scale: float) -> torch.Tensor:
+        guided = guidance_scale != 1
+        inputs = torch.cat([latents] * 2) if guided else latents
+        inputs = self.scheduler.scale_model_input(inputs, timestep).to(self.unet.dtype)
+        prediction = self.unet(inputs, timestep, encoder_hidden_states=tokens, return_dict=False)[0].float()
+        if guided:
+            unconditional, conditional = prediction.chunk(2)
+            prediction = unconditional + guidance_scale * (conditional - unconditional)
+        return prediction
+
+    def _step_kwargs(self, eta: float, generator) -> dict[str, Any]:
+        accepted = inspect.signature(self.scheduler.step).parameters
+        # At zero SNR and η = 1 DDIM takes the root of 1 − ᾱ − σ² = 0, which rounding makes negative: NaN.
+        offered = {"eta": min(eta, 1 - 1e-4), "generator": generator}
+        return {name: value for name, value in offered.items() if name in accepted}
+
+    @torch.no_grad()
+    def decode_latents(self, latents: torch.Tensor, output_type: str = "pt"):
+        """Normalized latents (B, C, h, w) to slices of that `output_type`, as in the call."""
+        # Half precision overflows in the decoder's activations, so it always runs in float32.
+        dtype = self.vae.dtype
+        if dtype != torch.float32:
+            self.vae.to(torch.float32)
+        with torch.autocast(latents.device.type, enabled=False):
+            images = self.vae.decode(denormalize_latents(self.vae, latents), return_dict=False)[0]
+        if dtype != torch.float32:
+            self.vae.to(dtype)
+        return self.image_processor.postprocess(images, output_type=output_type)
+
+    # ---- Saving and loading ------------------------------------------------------------------------------
+
+    def save_config(self, save_directory: str | Path, **kwargs) -> None:
+        """Write `model_index.json`, and beside it the code that `trust_remote_code=True` loads.
+
+        diffusers looks for a custom class in a file of the folder when the index names it as a pair
+        [file, class]: `pipeline.py` at the top and `class_embedding/class_embedding.py`.
+        """
+        super().save_config(save_directory, **kwargs)
+        folder = Path(save_directory)
+        index = json.loads((folder / self.config_name).read_text())
+        index["_class_name"] = ["pipeline", ClassConditionalLDMPipeline.__name__]
+        index["class_embedding"] = ["class_embedding", type(self.class_embedding).__name__]
+        (folder / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        for source, target in (
+            (inspect.getsourcefile(ClassConditionalLDMPipeline), folder / "pipeline.py"),
+            (
+                inspect.getsourcefile(type(self.class_embedding)),
+                folder / "class_embedding" / "class_embedding.py",
+            ),
+        ):
+            target.parent.mkdir(exist_ok=True)
+            if Path(source).resolve() != target.resolve():
+                shutil.copyfile(source, target)
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        """As diffusers', but an installed package loads its own classes and runs no code of the folder."""
+        loaded = super().load_config(*args, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        if cls.__module__ == "adni_ldm.pipeline" and isinstance(config.get("_class_name"), list):
+            # imported by name, since this file must load without the package
+            module = importlib.import_module("adni_ldm.models.class_embedding")
+            config["_class_name"] = cls.__name__
+            config["class_embedding"] = [module.__name__, "ClassEmbedding"]
+        return loaded
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs) -> str:
+        """Fetch a pipeline of the Hub, leaving its code files where they are."""
+        passed_on = ("cache_dir", "proxies", "local_files_only", "token", "revision", "force_download")
+        options = {name: kwargs[name] for name in passed_on if kwargs.get(name) is not None}
+        return snapshot_download(pretrained_model_name, allow_patterns=["*.json", "*.safetensors"], **options)

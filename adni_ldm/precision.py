@@ -1,0 +1,42 @@
+"""Which precision this machine computes in."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from adni_ldm.errors import UserError
+
+
+def choose_precision(requested: str | None) -> str:
+    """Precision of the forward pass: "no" (float32), "fp16" or "bf16".
+
+    What was requested, else what `accelerate launch` says, else bf16 where the hardware computes in it.
+
+    Raises:
+        UserError: fp16 without a GPU, where half-precision gradients can be neither computed nor scaled.
+    """
+    precision = requested or os.environ.get("ACCELERATE_MIXED_PRECISION") or ("bf16" if _has_bf16() else "no")
+    if precision == "fp16" and not _has_gpu():
+        raise UserError(
+            "fp16 needs a GPU and none is visible here; run with --mixed_precision bf16 (or no), "
+            "without `--config_file accelerate_config.yaml`"
+        )
+    return precision
+
+
+def _has_gpu() -> bool:
+    return torch.accelerator.is_available()
+
+
+def _has_bf16() -> bool:
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if _has_gpu():
+        return False
+    # torch has no public question for this; without the instructions bf16 is slower than float32
+    answers = [
+        getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    ]
+    return any(answer() for answer in answers if answer)

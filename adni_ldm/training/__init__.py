@@ -1,0 +1,1 @@
+"""What the training recipes share: losses, batches, latents, checkpoints and the run's log."""

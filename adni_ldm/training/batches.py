@@ -1,0 +1,93 @@
+"""Which slices a batch holds and what noise it gets: functions of (seed, batch number) alone.
+
+Nothing here has state, so a resumed run repeats the uninterrupted one, and N processes of batch size b
+see exactly what one process of batch size N·b sees, each its own rows of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(num_images: int, epoch: int, seed: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(num_images)
+
+
+class BatchIndices(Sampler[list[int]]):
+    """Indices of the slices in batches `start` to `stop`, this process's rows of them.
+
+    Epochs follow each other without a gap: each slice comes once an epoch, also where the number of
+    slices is no multiple of the batch, so no slice is lost and no process runs out before the others.
+
+    Args:
+        num_images: size of the training set.
+        batch_size: rows of one process.
+        seed: seed of the order.
+        start, stop: first batch, and one past the last.
+        process, num_processes: which rows of the global batch.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        seed: int,
+        start: int,
+        stop: int,
+        process: int = 0,
+        num_processes: int = 1,
+    ):
+        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.start, self.stop = start, stop
+        self.process, self.num_processes = process, num_processes
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in range(self.start, self.stop):
+            first = (batch * self.num_processes + self.process) * self.batch_size
+            places = range(first, first + self.batch_size)
+            yield [
+                int(
+                    _epoch_order(self.num_images, place // self.num_images, self.seed)[
+                        place % self.num_images
+                    ]
+                )
+                for place in places
+            ]
+
+
+class BatchNoise:
+    """Random tensors of one batch. Drawn for all processes at once, of which each keeps its rows.
+
+    Drawing the others' rows as well costs microseconds and makes a run independent of the number of
+    processes. Streams differ between kinds of device, as torch's generators do.
+    """
+
+    def __init__(
+        self, seed: int, batch: int, batch_size: int, process: int, num_processes: int, device: torch.device
+    ):
+        state = np.random.SeedSequence([seed, batch]).generate_state(1, np.uint64)[0]
+        self.generator = torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
+        self.total = batch_size * num_processes
+        self.rows = slice(process * batch_size, (process + 1) * batch_size)
+        self.device = device
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        """Standard normal (B, *shape)."""
+        return torch.randn(self.total, *shape, generator=self.generator, device=self.device)[self.rows]
+
+    def uniform(self) -> torch.Tensor:
+        """Uniform in [0, 1), (B,)."""
+        return torch.rand(self.total, generator=self.generator, device=self.device)[self.rows]
+
+    def integers(self, high: int) -> torch.Tensor:
+        """Integers in [0, high), (B,)."""
+        return torch.randint(high, (self.total,), generator=self.generator, device=self.device)[self.rows]

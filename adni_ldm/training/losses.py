@@ -1,0 +1,57 @@
+"""Losses, each a function of tensors, computed in float32."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
+
+
+def reconstruction_loss(reconstruction: torch.Tensor, images: torch.Tensor, kind: str) -> torch.Tensor:
+    """Mean absolute ("l1") or squared ("l2") difference of slices (B, 1, H, W) in [-1, 1]."""
+    distance = {"l1": F.l1_loss, "l2": F.mse_loss}[kind]
+    return distance(reconstruction.float(), images.float())
+
+
+def kl_divergence(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
+    """KL(N(μ, σ²) ‖ N(0, 1)) in nats, mean over the latent's elements (B, C, h, w).
+
+    ½ (μ² + σ² − 1 − log σ²), Kingma & Welling 2014 (arXiv:1312.6114), appendix B.
+    """
+    mean, logvar = mean.float(), logvar.float()
+    return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
+
+
+def diffusion_target(
+    clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, scheduler: DDPMScheduler
+) -> torch.Tensor:
+    """What the denoiser should say: the noise ε, or v = √ᾱ ε − √(1−ᾱ) x (Salimans & Ho 2022,
+    arXiv:2202.00512, appendix D). All tensors (B, C, h, w), timesteps (B,)."""
+    if scheduler.config.prediction_type == "epsilon":
+        return noise
+    if scheduler.config.prediction_type == "v_prediction":
+        return scheduler.get_velocity(clean, noise, timesteps)
+    raise ValueError(f"prediction_type {scheduler.config.prediction_type!r} must be epsilon or v_prediction")
+
+
+def diffusion_loss(
+    prediction: torch.Tensor,
+    clean: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    scheduler: DDPMScheduler,
+    snr_gamma: float = 0.0,
+) -> torch.Tensor:
+    """Squared error of the prediction (B, C, h, w), weighted by timestep when `snr_gamma` > 0.
+
+    min-SNR-γ (Hang et al. 2023, arXiv:2303.09556, equation 5): min(SNR, γ) / SNR for ε, and
+    min(SNR, γ) / (SNR + 1) for v, which is finite at zero terminal SNR as well.
+    """
+    target = diffusion_target(clean, noise, timesteps, scheduler)
+    error = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))  # (B,)
+    if snr_gamma > 0:
+        snr = compute_snr(scheduler, timesteps)  # (B,)
+        divisor = snr if scheduler.config.prediction_type == "epsilon" else snr + 1
+        error = error * snr.clamp(max=snr_gamma) / divisor
+    return error.mean()

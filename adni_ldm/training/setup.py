@@ -1,0 +1,69 @@
+"""Start of a training run: processes, precision, tracker, and the training data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
+
+from adni_ldm.data.slices import SliceTensors, load_slices, to_arrays
+from adni_ldm.environment import processes_without_gpu
+from adni_ldm.errors import UserError
+from adni_ldm.precision import choose_precision
+
+
+def start_accelerator(
+    output_dir: str | Path,
+    mixed_precision: str | None,
+    gradient_accumulation_steps: int,
+    report_to: str,
+    seed: int,
+) -> Accelerator:
+    """Accelerator with its tracker, and the seed set: weights start alike on every process.
+
+    Raises:
+        UserError: fp16 without a GPU, or a tracker that is not installed.
+    """
+    precision = choose_precision(mixed_precision)
+    # refused before anything is written
+    if Path(output_dir).is_file():
+        raise UserError(f"--output_dir {output_dir}: a file stands there; give a folder")
+    try:
+        accelerator = Accelerator(
+            cpu=processes_without_gpu(),
+            mixed_precision=precision,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            log_with=None if report_to == "none" else report_to,
+            project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir)),
+        )
+    except ValueError as error:
+        if "fp16" in str(error) or "log_with" in str(error) or report_to in str(error):
+            raise UserError(str(error)) from error
+        raise
+    set_seed(seed)
+    if accelerator.device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return accelerator
+
+
+def load_training_slices(
+    accelerator: Accelerator, data_dir: str | Path, image_size: int, val_fraction: float
+) -> tuple[SliceTensors, SliceTensors, tuple[str, ...]]:
+    """Training and held-out slices, and the names of the classes; decoded once, by the main process.
+
+    Raises:
+        DataError: data that cannot be trained on.
+    """
+    with accelerator.main_process_first():
+        splits = load_slices(data_dir, val_fraction=val_fraction)
+        train, val = (SliceTensors(to_arrays(splits[split], image_size)) for split in ("train", "val"))
+    return train, val, tuple(splits["train"].features["label"].names)
+
+
+def describe(accelerator: Accelerator) -> str:
+    """What the run computes on, in words."""
+    count = accelerator.num_processes
+    precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    return f"{count} process{'es' if count > 1 else ''} on {accelerator.device.type}, {precision}"

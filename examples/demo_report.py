@@ -1,0 +1,100 @@
+"""The last step of `make demo`: one picture and one page of figures from what the other steps left.
+
+    python examples/demo_report.py runs/demo
+
+Reads data/, vae/, ldm/ and samples/ below that folder; writes brains.png and summary.md beside them.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+
+from adni_ldm.data.slices import SliceTensors, load_slices, to_arrays
+from adni_ldm.errors import UserError, run_recipe
+from adni_ldm.evaluation.anatomy import ventricle_area
+from adni_ldm.figures import save_rows
+from adni_ldm.loading import load_autoencoder
+
+COLUMNS = 10  # slices in a row of the picture
+
+
+def main() -> None:
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo")
+    for part in ("data", "vae", "ldm", "samples"):
+        if not (folder / part).is_dir():
+            raise UserError(f"{folder / part}: not there; run the steps of `make demo` before this one")
+    vae = load_autoencoder(str(folder / "vae"))
+    splits = load_slices(folder / "data")
+    real = SliceTensors(to_arrays(splits["test"], vae.config.sample_size))
+    pixel_mm = pd.read_csv(folder / "data/test/metadata.csv").pixel_mm[0]
+    names = splits["test"].features["label"].names
+    samples = {name: read_samples(folder / "samples" / name) for name in names}
+
+    draw_picture(folder / "brains.png", vae, real, samples)
+    page = summarize(folder, splits, real, names, samples, pixel_mm)
+    (folder / "summary.md").write_text(page)
+    print(page)
+    print(f"pictures: {folder}/brains.png, {folder}/samples/grid.png, {folder}/samples/trajectory.png")
+    print(f"figures:  {folder}/summary.md, {folder}/vae/loss.png, {folder}/ldm/loss.png")
+
+
+def read_samples(folder: Path) -> torch.Tensor:
+    """Generated slices (n, 1, H, W) in [-1, 1]."""
+    images = [np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]
+    return torch.tensor(np.stack(images))[:, None] / 127.5 - 1
+
+
+@torch.no_grad()
+def draw_picture(path: Path, vae, real: SliceTensors, samples: dict[str, torch.Tensor]) -> None:
+    """Rows of held-out slices, of what the VAE keeps of them, and of samples of each class."""
+    indices = torch.linspace(0, len(real) - 1, COLUMNS).int().tolist()
+    images = torch.stack([real[index]["image"] for index in indices])
+    reconstructed = vae.decode(vae.encode(images).latent_dist.mean).sample
+    rows = {"real": images, "reconstructed": reconstructed}
+    rows |= {f"drawn: {name}": images[:COLUMNS] for name, images in samples.items()}
+    save_rows(path, {title: (row / 2 + 0.5).clamp(0, 1) for title, row in rows.items()})
+
+
+def summarize(folder: Path, splits, real: SliceTensors, names, samples, pixel_mm: float) -> str:
+    """The page, in Markdown. Areas are measured in the pictures, real and drawn alike."""
+    vae, ldm = (pd.read_csv(folder / part / "metrics.csv") for part in ("vae", "ldm"))
+    images = torch.stack([real[index]["image"] for index in range(len(real))])
+    areas = {
+        f"{source}, {name}": ventricle_area(slices, pixel_mm)
+        for label, name in enumerate(names)
+        for source, slices in (("real, held out", images[real.labels == label]), ("drawn", samples[name]))
+    }
+    subjects = ", ".join(f"{len(set(part['subject']))} {split}" for split, part in splits.items())
+    lines = [
+        "# The demo in figures",
+        "",
+        "| what | figure |",
+        "| --- | --- |",
+        f"| subjects | {subjects} |",
+        f"| VAE, held-out PSNR | {vae.val_psnr.dropna().iloc[-1]:.1f} dB |",
+        f"| VAE, held-out SSIM | {vae.val_ssim.dropna().iloc[-1]:.3f} |",
+        f"| LDM, held-out loss | {ldm.val_loss.dropna().iloc[-1]:.4f} |",
+    ]
+    lines += [
+        f"| lateral ventricle, {title} | {values.mean():.0f} ± {values.std(ddof=1):.0f} mm² (n = {len(values)}) |"
+        for title, values in areas.items()
+    ]
+    for source in ("real, held out", "drawn"):
+        effect = cohens_d(*(areas[f"{source}, {name}"] for name in names[:2]))
+        lines.append(f"| effect of {names[0]} on it, {source} | Cohen's d = {effect:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def cohens_d(one: np.ndarray, other: np.ndarray) -> float:
+    """Difference of the means in units of the pooled standard deviation."""
+    return float((one.mean() - other.mean()) / np.sqrt((one.var(ddof=1) + other.var(ddof=1)) / 2))
+
+
+if __name__ == "__main__":
+    run_recipe(main)

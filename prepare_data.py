@@ -1,0 +1,57 @@
+"""Make slices to train on, and look at what is there.
+
+    python prepare_data.py phantom --output_dir data/phantom --subjects 200   # a cohort made of MNI152
+    python prepare_data.py check ADNI/AD_NC                                   # what is in a folder or zip
+
+Each command has its own --help.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from adni_ldm.config import CheckConfig, PhantomConfig, parse_config
+from adni_ldm.errors import UserError, run_recipe
+
+
+def make_phantom(arguments: list[str]) -> None:
+    """Write a synthetic cohort: real anatomy, known disease, no download."""
+    from adni_ldm.data.phantom import write_phantom_cohort
+
+    cfg = parse_config(PhantomConfig, make_phantom.__doc__, arguments, prog="prepare_data.py phantom")
+    try:
+        table = write_phantom_cohort(
+            cfg.output_dir, cfg.subjects, cfg.slices, cfg.image_size, cfg.seed, cfg.workers
+        )
+    except (ValueError, FileExistsError, ImportError) as error:
+        raise UserError(str(error)) from error
+    print(f"{len(table)} slices of {cfg.subjects} subjects in {cfg.output_dir}")
+
+
+def check(arguments: list[str]) -> int:
+    """Say what is in a folder of slices, and whether it can be trained on; exit status 1 if not."""
+    from adni_ldm.data.check import check_folder
+
+    if arguments and not arguments[0].startswith("-"):  # the folder may stand alone
+        arguments = ["--data_dir", *arguments]
+    cfg = parse_config(CheckConfig, check.__doc__, arguments, prog="prepare_data.py check")
+    report = check_folder(cfg.data_dir)
+    print(report)
+    return 0 if report.ok else 1
+
+
+COMMANDS = {"phantom": make_phantom, "check": check}
+
+
+def main() -> int | None:
+    command, *arguments = sys.argv[1:] or ["--help"]
+    if command in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    if command not in COMMANDS:
+        raise UserError(f"no command {command!r}; there is {', '.join(COMMANDS)}")
+    return COMMANDS[command](arguments)
+
+
+if __name__ == "__main__":
+    run_recipe(main)

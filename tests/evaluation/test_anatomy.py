@@ -1,0 +1,103 @@
+"""Areas measured on a picture: near the phantom's truth, steady under noise, nothing from nothing."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from adni_ldm.data.phantom import write_phantom_cohort
+from adni_ldm.evaluation.anatomy import brain_area, ventricle_area
+
+
+def cohort(folder, image_size: int, subjects: int):
+    table = write_phantom_cohort(folder, subjects, slices=8, image_size=image_size, seed=1, workers=1)
+    pictures = [np.asarray(Image.open(folder / row.split / row.file_name)) for row in table.itertuples()]
+    return table, torch.tensor(np.stack(pictures))[:, None] / 127.5 - 1
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return cohort(tmp_path_factory.mktemp("anatomy") / "small", image_size=64, subjects=20)
+
+
+def correlation(measured, truth) -> float:
+    return float(np.corrcoef(measured, truth)[0, 1])
+
+
+def test_brain_area_is_the_truth(small):
+    table, images = small
+    measured = brain_area(images, table.pixel_mm[0])
+    assert measured.shape == (160,) and measured.dtype == np.float64
+    assert correlation(measured, table.brain_mm2) > 0.99
+    assert measured == pytest.approx(table.brain_mm2.to_numpy(), rel=0.02)
+
+
+def test_ventricle_area_follows_the_truth(small):
+    table, images = small
+    measured = ventricle_area(images, table.pixel_mm[0])
+    assert correlation(measured, table.ventricle_mm2) > 0.96
+    assert measured.mean() == pytest.approx(table.ventricle_mm2.mean(), rel=0.1)
+
+
+def test_finer_pixels_measure_the_same_mm2(tmp_path):
+    table, images = cohort(tmp_path / "fine", image_size=128, subjects=6)
+    pixel_mm = table.pixel_mm[0]
+    assert correlation(ventricle_area(images, pixel_mm), table.ventricle_mm2) > 0.96
+    assert brain_area(images, pixel_mm) == pytest.approx(table.brain_mm2.to_numpy(), rel=0.02)
+
+
+def test_group_difference_is_found_without_metadata(small):
+    table, images = small
+    measured = table.assign(measured=ventricle_area(images, table.pixel_mm[0]))
+    means = measured.groupby("label")[["measured", "ventricle_mm2"]].mean()
+    difference = means.loc["AD"] - means.loc["NC"]
+    assert difference.ventricle_mm2 > 100
+    assert difference.measured == pytest.approx(difference.ventricle_mm2, rel=0.2)
+
+
+def test_noise_and_grey_air_move_the_areas_little(small):
+    """Generated pictures are noisy and their air is not exactly black."""
+    table, images = small
+    noise = 0.06 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    noisy = (images + noise.abs() + noise).clamp(-1, 1)
+    pixel_mm = table.pixel_mm[0]
+    assert brain_area(noisy, pixel_mm) == pytest.approx(table.brain_mm2.to_numpy(), rel=0.03)
+    assert correlation(ventricle_area(noisy, pixel_mm), table.ventricle_mm2) > 0.95
+
+
+def test_arrays_and_mirrored_pictures_measure_alike(small):
+    _, images = small
+    images = images[:4]
+    expected = ventricle_area(images, 3.25)
+    assert (expected > 0).all()
+    np.testing.assert_array_equal(ventricle_area(images.numpy(), 3.25), expected)
+    np.testing.assert_allclose(ventricle_area(images.flip(-1), 3.25, anterior="right"), expected)
+
+
+def test_nothing_is_measured_where_nothing_is():
+    black = torch.full((1, 1, 64, 64), -1.0)
+    assert brain_area(black, 3.25).tolist() == [0.0]
+    assert ventricle_area(black, 3.25).tolist() == [0.0]
+    rows, columns = np.indices((64, 64)) - 32
+    disc = np.where(rows**2 + columns**2 < 22**2, 0.4, -1.0)[None, None]
+    assert brain_area(disc, 3.25) == pytest.approx(np.pi * (22 * 3.25) ** 2, rel=0.02)
+    assert ventricle_area(disc, 3.25).tolist() == [0.0], "an even brain has no ventricle"
+    assert brain_area(torch.empty(0, 1, 64, 64), 3.25).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("images", "pixel_mm", "message"),
+    [
+        (torch.zeros(2, 3, 8, 8), 1.0, r"shape \(2, 3, 8, 8\)"),
+        (torch.zeros(8, 8), 1.0, r"shape \(8, 8\)"),
+        (torch.full((1, 1, 8, 8), 255.0), 1.0, r"span 255 to 255"),
+        (torch.full((1, 1, 8, 8), float("nan")), 1.0, "span nan"),
+        (torch.zeros(1, 1, 8, 8), 0.0, "pixel_mm=0.0"),
+    ],
+)
+def test_what_is_no_slice_is_refused(images, pixel_mm, message):
+    for measure in (brain_area, ventricle_area):
+        with pytest.raises(ValueError, match=message):
+            measure(images, pixel_mm)
+    with pytest.raises(ValueError, match="anterior='up'"):
+        ventricle_area(torch.zeros(1, 1, 8, 8), 1.0, anterior="up")

@@ -1,0 +1,232 @@
+"""Sampling: what it draws, from what seed, and that a saved pipeline loads anywhere."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from adni_ldm.models import ClassEmbedding, build_autoencoder, build_denoiser
+from adni_ldm.pipeline import ClassConditionalLDMPipeline, denormalize_latents
+from adni_ldm.sampling import (
+    SCHEDULERS,
+    draw_images,
+    draw_trajectory,
+    image_seed,
+    use_scheduler,
+    weights_hash,
+)
+
+
+@pytest.fixture
+def pipeline():
+    torch.manual_seed(0)
+    vae = build_autoencoder(16, widths=(16, 32))
+    vae.register_to_config(latents_mean=[0.5, 0.0, -0.5, 0.0], latents_std=[2.0, 1.0, 0.5, 1.0])
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+    made = ClassConditionalLDMPipeline(
+        vae, build_denoiser(4, 8, widths=(32, 64), token_dim=16), ClassEmbedding(token_dim=16), scheduler
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def seeded(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+class PerfectDenoiser(torch.nn.Module):
+    """Knows the clean latent, and says the velocity that leads there."""
+
+    def __init__(self, unet, scheduler, clean):
+        super().__init__()
+        self.config, self.dtype, self.device = unet.config, unet.dtype, unet.device
+        self.scheduler, self.clean = scheduler, clean
+
+    def forward(self, noisy, timestep, encoder_hidden_states, return_dict):
+        alpha = self.scheduler.alphas_cumprod[timestep]
+        noise = (noisy - alpha.sqrt() * self.clean) / (1 - alpha).sqrt()
+        return (alpha.sqrt() * noise - (1 - alpha).sqrt() * self.clean,)
+
+
+def test_ddim_with_a_perfect_denoiser_returns_the_image_it_was_given(pipeline):
+    clean = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, set_alpha_to_one=True)
+    unet = pipeline.unet
+    pipeline.register_modules(unet=PerfectDenoiser(unet, pipeline.scheduler, clean))
+    drawn = pipeline(["AD", "NC"], num_inference_steps=10, guidance_scale=1, output_type="latent").images
+    assert torch.allclose(drawn, clean, atol=1e-4)
+
+    image = pipeline(["AD", "NC"], num_inference_steps=10, guidance_scale=1, output_type="pt").images
+    decoded = pipeline.vae.decode(denormalize_latents(pipeline.vae, clean)).sample
+    assert torch.allclose(image, (decoded / 2 + 0.5).clamp(0, 1), atol=1e-3)
+
+
+def test_guidance_one_is_no_guidance(pipeline):
+    """One forward pass of the class alone; more guidance goes on from it in the direction of the class."""
+    latents = torch.randn(1, 4, 8, 8)
+    batch_sizes = []
+    pipeline.unet.register_forward_pre_hook(lambda _module, inputs: batch_sizes.append(len(inputs[0])))
+    one, two, zero = (
+        pipeline(
+            "AD", num_inference_steps=1, guidance_scale=scale, latents=latents, output_type="latent"
+        ).images
+        for scale in (1, 2, 0)
+    )
+    tokens = pipeline.class_embedding(torch.tensor([0]))
+    with torch.no_grad():
+        velocity = pipeline.unet(
+            latents, pipeline.scheduler.timesteps[0], encoder_hidden_states=tokens
+        ).sample
+    assert batch_sizes[:3] == [1, 2, 2]
+    assert torch.allclose(one, -velocity, atol=1e-4), "at zero SNR one DDIM step returns x = −v"
+    assert torch.allclose(two - one, one - zero, atol=1e-4)
+    assert not torch.allclose(one, two)
+
+
+def test_an_image_depends_on_its_seed_and_not_on_its_batch(pipeline):
+    seeds = [image_seed(3, index) for index in range(5)]
+    for options in ({}, {"eta": 1.0}):
+        draws = [
+            torch.cat(
+                list(draw_images(pipeline, [0, 1, 0, 1, 1], seeds, size, num_inference_steps=4, **options))
+            )
+            for size in (1, 2, 5)
+        ]
+        assert torch.allclose(draws[0], draws[1], atol=1e-5)
+        assert torch.allclose(draws[0], draws[2], atol=1e-5)
+        assert not torch.allclose(draws[0][1], draws[0][3], atol=1e-3), "same class, other seed"
+    assert len({image_seed(seed, index) for seed in range(10) for index in range(100)}) == 1000
+
+
+def test_eta_makes_ddim_stochastic(pipeline):
+    latents = torch.randn(1, 4, 8, 8)
+    still, still_again, moved = (
+        pipeline("AD", 4, latents=latents, eta=eta, generator=seeded(seed), output_type="pt").images
+        for eta, seed in ((0, 1), (0, 2), (1, 1))
+    )
+    assert torch.equal(still, still_again)
+    assert not torch.allclose(still, moved)
+
+
+def test_the_class_changes_the_image(pipeline):
+    ad, nc = (pipeline(name, 3, generator=seeded(0), output_type="pt").images for name in ("AD", "NC"))
+    assert torch.equal(ad, pipeline(0, 3, generator=seeded(0), output_type="pt").images)
+    assert not torch.allclose(ad, nc, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_sampler_draws(pipeline, name):
+    use_scheduler(pipeline, name)
+    images = pipeline(["AD", "NC"], 4, generator=seeded(0, 1), output_type="pt").images
+    assert images.shape == (2, 1, 16, 16)
+    assert images.isfinite().all() and images.std() > 0
+
+
+def test_output_types(pipeline):
+    pil = pipeline("AD", 2, num_images_per_prompt=2, generator=seeded(0, 1)).images
+    as_numpy = pipeline("AD", 2, num_images_per_prompt=2, generator=seeded(0, 1), output_type="np").images
+    as_tensor = pipeline("AD", 2, num_images_per_prompt=2, generator=seeded(0, 1), output_type="pt").images
+    as_tuple = pipeline("AD", 2, generator=seeded(0), output_type="latent", return_dict=False)
+    assert [image.mode for image in pil] == ["L", "L"] and pil[0].size == (16, 16)
+    assert as_numpy.shape == (2, 16, 16, 1) and as_tensor.shape == (2, 1, 16, 16)
+    assert np.allclose(np.asarray(pil[1]) / 255, as_numpy[1, ..., 0], atol=0.5 / 255 + 1e-6)
+    assert isinstance(as_tuple, tuple) and as_tuple[0].shape == (1, 4, 8, 8)
+
+
+def test_the_callback_sees_and_steers_the_latents(pipeline):
+    seen = []
+
+    def stop_short(_pipeline, step, timestep, tensors):
+        seen.append((step, int(timestep), tensors["latents"].shape))
+        return {"latents": torch.zeros_like(tensors["latents"])} if step == 2 else {}
+
+    images = pipeline("AD", 3, output_type="latent", callback_on_step_end=stop_short).images
+    assert [step for step, _, _ in seen] == [0, 1, 2]
+    assert seen[0] == (0, 999, (1, 4, 8, 8)), "sampling starts at the last timestep, pure noise"
+    assert (images == 0).all()
+
+
+def test_a_half_precision_pipeline_decodes_in_float32(pipeline):
+    dtypes = []
+    pipeline.to(torch.bfloat16)
+    pipeline.vae.decoder.register_forward_pre_hook(lambda _module, inputs: dtypes.append(inputs[0].dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        pipeline("AD", 2, output_type="pt")
+    assert dtypes == [torch.float32]
+    assert pipeline.vae.dtype == torch.bfloat16, "and is left as it was"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"class_labels": "MCI"}, "it knows AD"),
+        ({"class_labels": []}, "nothing to draw"),
+        ({"class_labels": "AD", "output_type": "jpg"}, "output_type"),
+        ({"class_labels": "AD", "num_inference_steps": 0}, "num_inference_steps"),
+        ({"class_labels": ["AD", "NC"], "generator": seeded(0)}, "1 generators for 2 images"),
+        ({"class_labels": "AD", "latents": torch.zeros(1, 4, 4, 4)}, "latents of shape"),
+        ({"class_labels": "AD", "callback_on_step_end_tensor_inputs": ["tokens"]}, "tokens"),
+    ],
+)
+def test_wrong_input_is_refused(pipeline, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline(**arguments)
+
+
+def test_a_trajectory_goes_from_noise_to_the_image(pipeline):
+    frames = draw_trajectory(pipeline, 0, seed=7, frames=4, num_inference_steps=6)
+    image = next(draw_images(pipeline, [0], [7], 1, num_inference_steps=6))
+    assert frames.shape == (4, 1, 16, 16)
+    assert torch.allclose(frames[-1:], image, atol=1e-5)
+    assert not torch.allclose(frames[:1], image, atol=1e-2)
+
+
+FRESH_PROCESS = """
+import sys
+sys.modules["adni_ldm"] = None  # as where it is not installed: importing it raises
+import torch
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+pipeline.set_progress_bar_config(disable=True)
+generator = torch.Generator().manual_seed(0)
+images = pipeline(["AD", 1], num_inference_steps=3, generator=generator, output_type="pt").images
+torch.save(images, sys.argv[2])
+pipeline.save_pretrained(sys.argv[3])
+"""
+
+
+def test_a_saved_pipeline_draws_the_same_with_and_without_the_package(pipeline, tmp_path):
+    options = {"num_inference_steps": 3, "output_type": "pt"}
+    expected = pipeline(["AD", 1], generator=torch.Generator().manual_seed(0), **options).images
+    pipeline.save_pretrained(tmp_path / "saved")
+
+    # With the package: its own classes, no code of the folder.
+    (tmp_path / "saved" / "pipeline.py").write_text("raise SystemExit('code of the folder was run')")
+    loaded = ClassConditionalLDMPipeline.from_pretrained(tmp_path / "saved")
+    assert type(loaded) is ClassConditionalLDMPipeline and type(loaded.class_embedding) is ClassEmbedding
+    assert weights_hash(loaded) == weights_hash(pipeline)
+    loaded.set_progress_bar_config(disable=True)
+    again = loaded(["AD", 1], generator=torch.Generator().manual_seed(0), **options).images
+    assert torch.equal(again, expected)
+
+    # Without it, in a fresh process, and saved on from there.
+    loaded.save_pretrained(tmp_path / "saved")
+    paths = [str(tmp_path / name) for name in ("saved", "images.pt", "again")]
+    result = subprocess.run(
+        [sys.executable, "-c", FRESH_PROCESS, *paths], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert torch.allclose(torch.load(tmp_path / "images.pt"), expected, atol=1e-6)
+    assert weights_hash(ClassConditionalLDMPipeline.from_pretrained(tmp_path / "again")) == weights_hash(
+        pipeline
+    )

@@ -1,0 +1,191 @@
+"""Train the autoencoder that turns slices into latents and back.
+
+    python train_vae.py --config configs/demo/vae.yaml
+    accelerate launch --config_file accelerate_config.yaml train_vae.py --config configs/adni/vae.yaml
+
+Writes a diffusers AutoencoderKL folder with the latents' mean and standard deviation over the training set
+in its config.json; beside it metrics.csv, loss.png, reconstructions.png and training_config.json. Fine-tunes
+such a folder with --init_from. `python train_vae.py --help` lists every setting.
+"""
+
+from __future__ import annotations
+
+from adni_ldm.environment import check_torch_pair
+
+check_torch_pair()  # before diffusers and transformers meet a broken pair and say something else
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from diffusers.training_utils import EMAModel
+from torch.utils.data import DataLoader, Subset
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from tqdm.auto import tqdm
+
+from adni_ldm.config import TrainVAEConfig, parse_config, save_config
+from adni_ldm.data.slices import SliceTensors
+from adni_ldm.errors import run_recipe
+from adni_ldm.figures import save_rows
+from adni_ldm.loading import load_autoencoder
+from adni_ldm.models.autoencoder import ReconstructingVAE, build_autoencoder, latent_shape
+from adni_ldm.training.batches import BatchIndices, BatchNoise
+from adni_ldm.training.checkpoints import load_checkpoint, save_checkpoint
+from adni_ldm.training.latents import encode_posteriors
+from adni_ldm.training.log import RunLog
+from adni_ldm.training.losses import kl_divergence, reconstruction_loss
+from adni_ldm.training.optimization import averaged_weights, learning_rate_at
+from adni_ldm.training.setup import describe, load_training_slices, start_accelerator
+
+COLUMNS = ("loss", "reconstruction_loss", "kl", "learning_rate", "val_psnr", "val_ssim", "val_kl")
+
+
+def main() -> None:
+    cfg = parse_config(TrainVAEConfig, __doc__)
+    output_dir = Path(cfg.output_dir)
+
+    # ---- Processes and data --------------------------------------------------------------------------------
+    accelerator = start_accelerator(
+        output_dir, cfg.mixed_precision, cfg.gradient_accumulation_steps, cfg.report_to, cfg.seed
+    )
+    train, val, _ = load_training_slices(accelerator, cfg.data_dir, cfg.image_size, cfg.val_fraction)
+    accelerator.print(f"{len(train)} training slices, {len(val)} held out; {describe(accelerator)}")
+
+    # ---- Model and optimizer -------------------------------------------------------------------------------
+    if cfg.init_from:
+        vae = load_autoencoder(cfg.init_from)
+    else:
+        vae = build_autoencoder(
+            cfg.image_size, cfg.latent_channels, cfg.widths, cfg.layers_per_block, cfg.mid_attention
+        )
+    shape = latent_shape(vae, cfg.image_size)  # (C, h, w)
+    model = ReconstructingVAE(vae, decode_in_float32=accelerator.mixed_precision == "fp16")
+    if cfg.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=cfg.learning_rate, betas=(0.9, 0.99), weight_decay=cfg.weight_decay, fused=True
+    )
+    model, optimizer = accelerator.prepare(model, optimizer)
+    ema = None
+    if cfg.use_ema:
+        ema = EMAModel(vae.parameters(), decay=cfg.ema_decay)
+        accelerator.register_for_checkpointing(ema)
+    step = load_checkpoint(accelerator, output_dir, cfg.resume_from_checkpoint)
+
+    # ---- Run folder ----------------------------------------------------------------------------------------
+    if accelerator.is_main_process:
+        save_config(cfg, output_dir)
+    if cfg.report_to != "none":
+        accelerator.init_trackers("logs")
+    log = RunLog(accelerator, output_dir, COLUMNS, resumed_at=step)
+
+    # ---- Train ---------------------------------------------------------------------------------------------
+    accumulation = cfg.gradient_accumulation_steps
+    rows = {"process": accelerator.process_index, "num_processes": accelerator.num_processes}
+    batches = BatchIndices(
+        len(train), cfg.batch_size, cfg.seed, step * accumulation, cfg.max_steps * accumulation, **rows
+    )
+    workers = cfg.num_workers if cfg.num_workers is not None else 2 * (accelerator.device.type != "cpu")
+    loader = DataLoader(train, batch_sampler=batches, num_workers=workers)
+    epoch_steps = max(1, len(train) // (cfg.batch_size * accumulation * accelerator.num_processes))
+    progress = tqdm(
+        total=cfg.max_steps, initial=step, desc="training VAE", disable=not accelerator.is_main_process
+    )
+    for number, batch in enumerate(loader, start=step * accumulation):
+        images = batch["image"].to(accelerator.device)  # (B, 1, H, W)
+        if cfg.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        noise = BatchNoise(cfg.seed, number, cfg.batch_size, **rows, device=accelerator.device)
+
+        with accelerator.accumulate(model):
+            reconstruction, mean, logvar = model(images, noise.normal(*shape))
+            distance = reconstruction_loss(reconstruction, images, cfg.reconstruction_loss)
+            kl = kl_divergence(mean, logvar)
+            loss = distance + cfg.kl_weight * kl
+            accelerator.backward(loss)
+            log.add(loss=loss, reconstruction_loss=distance, kl=kl)
+            if not accelerator.sync_gradients:
+                continue
+            accelerator.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+            learning_rate = learning_rate_at(step, cfg.learning_rate, cfg.warmup_steps, cfg.max_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            optimizer.step()
+            optimizer.zero_grad()
+        step += 1
+        if ema:
+            ema.step(vae.parameters())
+        progress.update()
+
+        # Log, look at held-out slices each epoch, and save.
+        last = step == cfg.max_steps
+        if step % cfg.log_steps == 0 or last:
+            line = log.write_means(step, learning_rate=learning_rate)
+            progress.set_postfix(loss=f"{line['loss']:.4f}")
+        if step % epoch_steps == 0 or last:
+            with averaged_weights(ema, vae.parameters()):
+                indices = spread(len(val), len(val) if last else cfg.eval_images)
+                quality = measure(vae, val, indices, cfg.batch_size, accelerator)
+                if accelerator.is_main_process:
+                    draw_reconstructions(vae, val, output_dir / "reconstructions.png", accelerator.device)
+            log.write(step, **quality)
+            progress.write(
+                "step {}: held-out PSNR {val_psnr:.2f} dB, SSIM {val_ssim:.3f}".format(step, **quality)
+            )
+        if cfg.checkpointing_steps and step % cfg.checkpointing_steps == 0 and not last:
+            save_checkpoint(accelerator, output_dir, step, cfg.keep_checkpoints)
+    progress.close()
+
+    # ---- Measure the latents and save ----------------------------------------------------------------------
+    if ema:
+        ema.copy_to(vae.parameters())
+    mean, std = encode_posteriors(vae, train, cfg.batch_size, accelerator).channel_statistics()
+    vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0, shift_factor=None)
+    if accelerator.is_main_process:
+        vae.save_pretrained(output_dir)
+    log.draw()
+    accelerator.end_training()
+    accelerator.print(f"VAE in {output_dir}: reconstructions.png shows what it keeps")
+
+
+def spread(total: int, count: int) -> list[int]:
+    """At most `count` indices, evenly over `total`."""
+    return torch.linspace(0, total - 1, min(count, total)).round().int().tolist()
+
+
+@torch.no_grad()
+def measure(
+    vae: AutoencoderKL, slices: SliceTensors, indices: list[int], batch_size: int, accelerator: Accelerator
+) -> dict[str, float]:
+    """Mean PSNR (dB), SSIM and KL (nats per latent element) of slices decoded from the posterior's mean.
+
+    Per slice, in float32; each process its share.
+    """
+    sums = torch.zeros(4, device=accelerator.device)
+    share = indices[accelerator.process_index :: accelerator.num_processes]
+    for batch in DataLoader(Subset(slices, share), batch_size=batch_size):
+        images = batch["image"].to(accelerator.device)
+        posterior = vae.encode(images).latent_dist
+        reconstruction = vae.decode(posterior.mean, return_dict=False)[0].clamp(-1, 1)
+        pairs = (reconstruction, images)
+        psnr = peak_signal_noise_ratio(*pairs, data_range=2.0, reduction="none", dim=(1, 2, 3))
+        ssim = structural_similarity_index_measure(*pairs, data_range=2.0, reduction="none")
+        kl = kl_divergence(posterior.mean, posterior.logvar) * len(images)
+        sums += torch.stack([psnr.sum(), ssim.sum(), kl, torch.tensor(len(images), device=images.device)])
+    psnr, ssim, kl, count = accelerator.reduce(sums, "sum").tolist()
+    return {"val_psnr": psnr / count, "val_ssim": ssim / count, "val_kl": kl / count}
+
+
+@torch.no_grad()
+def draw_reconstructions(vae: AutoencoderKL, slices: SliceTensors, path: Path, device: torch.device) -> None:
+    """Picture of ten held-out slices above what the autoencoder makes of them."""
+    images = torch.stack([slices[index]["image"] for index in spread(len(slices), 10)])  # (10, 1, H, W)
+    latents = vae.encode(images.to(device)).latent_dist.mean
+    reconstruction = vae.decode(latents, return_dict=False)[0]
+    rows = {"real": images, "reconstructed": reconstruction}
+    save_rows(path, {title: (row / 2 + 0.5).clamp(0, 1) for title, row in rows.items()})
+
+
+if __name__ == "__main__":
+    run_recipe(main)
