@@ -32,14 +32,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: .venv runs/demo/data  ## phantom cohort, VAE, diffusion model, samples and a report, in runs/demo
 	$(VENV) train_vae.py --config configs/demo/vae.yaml
 	$(VENV) train_ldm.py --config configs/demo/ldm.yaml
-	$(VENV) sample.py --class all --num_images 64 --model runs/demo/ldm --output_dir runs/demo/samples
+	rm -rf runs/demo/samples
+	$(VENV) sample.py --class all --num_images 64 --model runs/demo/ldm --output_dir runs/demo/samples --trajectory
 	$(VENV) examples/demo_report.py
 
 runs/demo/data: | .venv
 	$(VENV) prepare_data.py phantom --output_dir $@ --subjects 200 --slices 10 --image_size 64 --seed 0
 
 test: .venv  ## run the tests
-	OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2 --dist loadfile
 
 lint: .venv  ## check style and format
 	$(VENV) -m ruff check .

@@ -16,14 +16,16 @@ from adni_ldm.errors import UserError, run_recipe
 
 def make_phantom(arguments: list[str]) -> None:
     """Write a synthetic cohort: real anatomy, known disease, no download."""
-    from adni_ldm.data.phantom import write_phantom_cohort
-
     cfg = parse_config(PhantomConfig, make_phantom.__doc__, arguments, prog="prepare_data.py phantom")
     try:
+        from adni_ldm.data.phantom import write_phantom_cohort
+
         table = write_phantom_cohort(
             cfg.output_dir, cfg.subjects, cfg.slices, cfg.image_size, cfg.seed, cfg.workers
         )
-    except (ValueError, FileExistsError, ImportError) as error:
+    except ImportError as error:
+        raise UserError(f"the phantom cohort needs {error.name}: pip install 'adni-ldm[scans]'") from error
+    except FileExistsError as error:
         raise UserError(str(error)) from error
     print(f"{len(table)} slices of {cfg.subjects} subjects in {cfg.output_dir}")
 

@@ -36,7 +36,7 @@ from adni_ldm.training.latents import LatentPosteriors, encode_posteriors
 from adni_ldm.training.log import RunLog
 from adni_ldm.training.losses import diffusion_loss
 from adni_ldm.training.optimization import averaged_weights, learning_rate_at
-from adni_ldm.training.setup import describe, load_training_slices, start_accelerator
+from adni_ldm.training.setup import describe, load_training_slices, on_gpu, start_accelerator
 
 COLUMNS = ("loss", "learning_rate", "val_loss")
 
@@ -82,7 +82,8 @@ def main() -> None:
     )
 
     # ---- Optimizer -----------------------------------------------------------------------------------------
-    if cfg.channels_last:
+    channels_last = cfg.channels_last if cfg.channels_last is not None else on_gpu(accelerator)
+    if channels_last:
         denoiser = denoiser.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
         denoiser.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True

@@ -36,7 +36,7 @@ from adni_ldm.training.latents import encode_posteriors
 from adni_ldm.training.log import RunLog
 from adni_ldm.training.losses import kl_divergence, reconstruction_loss
 from adni_ldm.training.optimization import averaged_weights, learning_rate_at
-from adni_ldm.training.setup import describe, load_training_slices, start_accelerator
+from adni_ldm.training.setup import describe, load_training_slices, on_gpu, start_accelerator
 
 COLUMNS = ("loss", "reconstruction_loss", "kl", "learning_rate", "val_psnr", "val_ssim", "val_kl")
 
@@ -61,7 +61,8 @@ def main() -> None:
         )
     shape = latent_shape(vae, cfg.image_size)  # (C, h, w)
     model = ReconstructingVAE(vae, decode_in_float32=accelerator.mixed_precision == "fp16")
-    if cfg.channels_last:
+    channels_last = cfg.channels_last if cfg.channels_last is not None else on_gpu(accelerator)
+    if channels_last:
         model = model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=cfg.learning_rate, betas=(0.9, 0.99), weight_decay=cfg.weight_decay, fused=True
@@ -86,7 +87,7 @@ def main() -> None:
     batches = BatchIndices(
         len(train), cfg.batch_size, cfg.seed, step * accumulation, cfg.max_steps * accumulation, **rows
     )
-    workers = cfg.num_workers if cfg.num_workers is not None else 2 * (accelerator.device.type != "cpu")
+    workers = cfg.num_workers if cfg.num_workers is not None else 2 * on_gpu(accelerator)
     loader = DataLoader(train, batch_sampler=batches, num_workers=workers)
     epoch_steps = max(1, len(train) // (cfg.batch_size * accumulation * accelerator.num_processes))
     progress = tqdm(
@@ -94,7 +95,7 @@ def main() -> None:
     )
     for number, batch in enumerate(loader, start=step * accumulation):
         images = batch["image"].to(accelerator.device)  # (B, 1, H, W)
-        if cfg.channels_last:
+        if channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         noise = BatchNoise(cfg.seed, number, cfg.batch_size, **rows, device=accelerator.device)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,5 +20,9 @@ def run_recipe(main: Callable[[], int | None]) -> None:
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        else:
+            time.sleep(
+                2
+            )  # a launcher ends all processes when the first one fails: let that be the one that speaks
         status = 1
     sys.exit(status)

@@ -86,7 +86,7 @@ class ClassConditionalLDMPipeline(DiffusionPipeline):
         self,
         class_labels: str | int | Iterable[str | int],
         num_inference_steps: int = 50,
-        guidance_scale: float = 2.5,
+        guidance_scale: float = 1.5,
         eta: float = 0.0,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,

@@ -82,8 +82,8 @@ def summarize(folder: Path, splits, real: SliceTensors, names, samples, pixel_mm
         f"| LDM, held-out loss | {ldm.val_loss.dropna().iloc[-1]:.4f} |",
     ]
     lines += [
-        f"| lateral ventricle, {title} | {values.mean():.0f} ± {values.std(ddof=1):.0f} mm² (n = {len(values)}) |"
-        for title, values in areas.items()
+        f"| lateral ventricle, {title} (n = {len(area)}) | {area.mean():.0f} ± {area.std(ddof=1):.0f} mm² |"
+        for title, area in areas.items()
     ]
     for source in ("real, held out", "drawn"):
         effect = cohens_d(*(areas[f"{source}, {name}"] for name in names[:2]))

@@ -67,3 +67,8 @@ def describe(accelerator: Accelerator) -> str:
     count = accelerator.num_processes
     precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     return f"{count} process{'es' if count > 1 else ''} on {accelerator.device.type}, {precision}"
+
+
+def on_gpu(accelerator: Accelerator) -> bool:
+    """Whether the run computes on an accelerator of any make."""
+    return accelerator.device.type != "cpu"
