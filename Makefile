@@ -30,9 +30,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: .venv runs/demo/data  ## phantom cohort, VAE, diffusion model, samples and a report, in runs/demo
+	rm -rf runs/demo/vae runs/demo/ldm runs/demo/samples
 	$(VENV) train_vae.py --config configs/demo/vae.yaml
 	$(VENV) train_ldm.py --config configs/demo/ldm.yaml
-	rm -rf runs/demo/samples
 	$(VENV) sample.py --class all --num_images 64 --model runs/demo/ldm --output_dir runs/demo/samples --trajectory
 	$(VENV) examples/demo_report.py
 

@@ -31,7 +31,7 @@ from adni_ldm.models.denoiser import ConditionalDenoiser, build_denoiser
 from adni_ldm.pipeline import ClassConditionalLDMPipeline, normalize_latents
 from adni_ldm.sampling import draw_images, image_seed
 from adni_ldm.training.batches import BatchIndices, BatchNoise
-from adni_ldm.training.checkpoints import load_checkpoint, save_checkpoint
+from adni_ldm.training.checkpoints import load_checkpoint, refuse_earlier_run, save_checkpoint
 from adni_ldm.training.latents import LatentPosteriors, encode_posteriors
 from adni_ldm.training.log import RunLog
 from adni_ldm.training.losses import diffusion_loss
@@ -45,23 +45,25 @@ def main() -> None:
     cfg = parse_config(TrainLDMConfig, __doc__)
     output_dir = Path(cfg.output_dir)
 
-    # ---- Processes and data --------------------------------------------------------------------------------
+    # ---- Processes, what to start from, and data -----------------------------------------------------------
+    refuse_earlier_run(output_dir, cfg.resume_from_checkpoint)
     accelerator = start_accelerator(
         output_dir, cfg.mixed_precision, cfg.gradient_accumulation_steps, cfg.report_to, cfg.seed
     )
+    pipeline = load_pipeline(cfg.init_from) if cfg.init_from else None
+    vae = pipeline.vae if pipeline else load_autoencoder(cfg.vae)
+    channels, size, _ = latent_shape(vae, cfg.image_size)
     train, val, class_names = load_training_slices(
         accelerator, cfg.data_dir, cfg.image_size, cfg.val_fraction
     )
     accelerator.print(f"{len(train)} training slices, {len(val)} held out; {describe(accelerator)}")
 
-    # ---- Models --------------------------------------------------------------------------------------------
-    if cfg.init_from:
-        pipeline = start_from(cfg.init_from, class_names)
-        vae, scheduler = pipeline.vae, DDPMScheduler.from_config(pipeline.scheduler.config)
+    # ---- Denoiser and noise schedule -----------------------------------------------------------------------
+    if pipeline:
+        refuse_mismatch(pipeline, class_names, size)
+        scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         denoiser = ConditionalDenoiser(pipeline.unet, pipeline.class_embedding)
     else:
-        vae = load_autoencoder(cfg.vae)
-        channels, size, _ = latent_shape(vae, cfg.image_size)
         unet = build_denoiser(channels, size, cfg.unet_widths, cfg.token_dim, cfg.layers_per_block)
         denoiser = ConditionalDenoiser(unet, ClassEmbedding(class_names, cfg.token_dim))
         scheduler = DDPMScheduler(
@@ -94,6 +96,8 @@ def main() -> None:
         ema = EMAModel(denoiser.parameters(), decay=cfg.ema_decay, foreach=True)
         accelerator.register_for_checkpointing(ema)
     step = load_checkpoint(accelerator, output_dir, cfg.resume_from_checkpoint)
+    if ema:
+        ema.to(accelerator.device)  # a checkpoint is read onto the CPU
 
     # ---- Run folder ----------------------------------------------------------------------------------------
     if accelerator.is_main_process:
@@ -102,8 +106,8 @@ def main() -> None:
         accelerator.init_trackers("logs")
     log = RunLog(accelerator, output_dir, COLUMNS, resumed_at=step)
 
-    null_label = denoiser.class_embedding.null_label
     # ---- Train ---------------------------------------------------------------------------------------------
+    null_label = denoiser.class_embedding.null_label
     accumulation = cfg.gradient_accumulation_steps
     rows = {"process": accelerator.process_index, "num_processes": accelerator.num_processes}
     batches = BatchIndices(
@@ -161,15 +165,18 @@ def main() -> None:
     accelerator.print(f"pipeline in {output_dir}: python sample.py --class all --model {output_dir}")
 
 
-def start_from(name: str, class_names: tuple[str, ...]) -> ClassConditionalLDMPipeline:
-    """The pipeline to fine-tune."""
-    pipeline = load_pipeline(name)
+def refuse_mismatch(
+    pipeline: ClassConditionalLDMPipeline, class_names: tuple[str, ...], latent_size: int
+) -> None:
+    """Fine-tuning keeps the meaning of every label and the size of the slices."""
     known = tuple(pipeline.class_embedding.config.class_names)
     if known != class_names:
         raise UserError(
-            f"--init_from {name}: its classes are {', '.join(known)}, the data's {', '.join(class_names)}"
+            f"--init_from: its classes are {', '.join(known)}, the data's {', '.join(class_names)}"
         )
-    return pipeline
+    if pipeline.unet.config.sample_size != latent_size:
+        size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+        raise UserError(f"--init_from: it draws slices of {size} pixels; give --image_size {size}")
 
 
 def noise_latents(

@@ -31,7 +31,7 @@ from adni_ldm.figures import save_rows
 from adni_ldm.loading import load_autoencoder
 from adni_ldm.models.autoencoder import ReconstructingVAE, build_autoencoder, latent_shape
 from adni_ldm.training.batches import BatchIndices, BatchNoise
-from adni_ldm.training.checkpoints import load_checkpoint, save_checkpoint
+from adni_ldm.training.checkpoints import load_checkpoint, refuse_earlier_run, save_checkpoint
 from adni_ldm.training.latents import encode_posteriors
 from adni_ldm.training.log import RunLog
 from adni_ldm.training.losses import kl_divergence, reconstruction_loss
@@ -46,6 +46,7 @@ def main() -> None:
     output_dir = Path(cfg.output_dir)
 
     # ---- Processes and data --------------------------------------------------------------------------------
+    refuse_earlier_run(output_dir, cfg.resume_from_checkpoint)
     accelerator = start_accelerator(
         output_dir, cfg.mixed_precision, cfg.gradient_accumulation_steps, cfg.report_to, cfg.seed
     )
@@ -73,6 +74,8 @@ def main() -> None:
         ema = EMAModel(vae.parameters(), decay=cfg.ema_decay)
         accelerator.register_for_checkpointing(ema)
     step = load_checkpoint(accelerator, output_dir, cfg.resume_from_checkpoint)
+    if ema:
+        ema.to(accelerator.device)  # a checkpoint is read onto the CPU
 
     # ---- Run folder ----------------------------------------------------------------------------------------
     if accelerator.is_main_process:
@@ -131,9 +134,9 @@ def main() -> None:
                 if accelerator.is_main_process:
                     draw_reconstructions(vae, val, output_dir / "reconstructions.png", accelerator.device)
             log.write(step, **quality)
-            progress.write(
-                "step {}: held-out PSNR {val_psnr:.2f} dB, SSIM {val_ssim:.3f}".format(step, **quality)
-            )
+            if accelerator.is_main_process:
+                text = "step {}: held-out PSNR {val_psnr:.2f} dB, SSIM {val_ssim:.3f}"
+                progress.write(text.format(step, **quality))
         if cfg.checkpointing_steps and step % cfg.checkpointing_steps == 0 and not last:
             save_checkpoint(accelerator, output_dir, step, cfg.keep_checkpoints)
     progress.close()

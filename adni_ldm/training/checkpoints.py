@@ -15,6 +15,20 @@ from adni_ldm.errors import UserError
 logger = logging.getLogger(__name__)
 
 
+def refuse_earlier_run(output_dir: str | Path, resume_from: str | None) -> None:
+    """Refuse to start afresh over the checkpoints of an earlier run: a later resume would take up that one.
+
+    Raises:
+        UserError: there are some, and the run does not resume.
+    """
+    found = _checkpoints(Path(output_dir) / "checkpoints")
+    if found and resume_from is None:
+        raise UserError(
+            f"{found[-1]} is of an earlier run: go on with --resume_from_checkpoint latest, "
+            f"remove {found[-1].parent}, or choose another --output_dir"
+        )
+
+
 def save_checkpoint(accelerator: Accelerator, output_dir: str | Path, step: int, keep: int) -> None:
     """Write `output_dir/checkpoints/step-00001000`, drop all but the newest `keep`. Every process calls it.
 
