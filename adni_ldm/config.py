@@ -162,7 +162,7 @@ class SampleConfig:
     num_images: int = setting(16, "Slices of each class.")
     steps: int = setting(50, "Denoising steps.")
     guidance_scale: float = setting(
-        2.5, "Strength of the class, 1 is no guidance; higher is more typical, less varied."
+        1.5, "Strength of the class; 1 is no guidance. More exaggerates what sets the class apart."
     )
     eta: float = setting(0.0, "Stochasticity of DDIM: 0 is deterministic, 1 is as random as DDPM.")
     scheduler: str = setting(
