@@ -1,8 +1,9 @@
 """Who is in which split: the layout of a data folder, the subjects in it, and what is wrong with it.
 
 A folder is {train,val,test}/{AD,NC}/SUBJECT_SLICE.png (or .jpeg, .tif ...). Each split folder may hold a
-metadata.csv, whose columns file_name, subject and slice go before what the file's name says. `scan_folder` is
-the only reader of this layout: `load_slices` refuses a folder with problems, `check_folder` prints them.
+metadata.csv, whose columns file_name, subject, image_id and slice go before what the file's name says.
+`scan_folder` is the only reader of this layout: `load_slices` refuses a folder with problems, `check_folder`
+prints them.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ import csv
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
+
+import pandas as pd
 
 from adni_ldm.errors import UserError
 
@@ -37,6 +41,8 @@ class SliceFile:
     label: int  # index into class_names
     subject: str | None
     slice: int | None
+    scan: str | None = None  # which of the subject's scans; None where the subject is
+    size: int = 0  # bytes
 
 
 @dataclass
@@ -44,6 +50,7 @@ class Scan:
     """What lies in a data folder, by names and sizes alone: no image is decoded."""
 
     root: Path  # the folder that holds train/
+    class_names: Sequence[str] = ()
     files: list[SliceFile] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)  # each names a path and what to do; training is refused
     notes: list[str] = field(default_factory=list)  # worth knowing, no hindrance
@@ -82,6 +89,85 @@ def choose_val_subjects(subjects_by_class: Mapping[int, Iterable[str]], fraction
     return chosen
 
 
+def assign_splits(
+    people: pd.DataFrame,
+    fractions: Mapping[str, float],
+    fixed: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """The split of every subject of `people`, columns subject, label, age (years or NaN) and sex (or NaN).
+
+    A function of one subject alone cannot balance a small cohort, and a balance over all moves subjects when
+    others arrive. So the earlier assignment is given as `fixed` (`manifest_splits` of the data's manifest, or
+    a test set that someone else chose), is kept without exception, and only the others are placed. The same
+    people, fractions and `fixed` give the same splits, whatever the order of the rows; without `fixed`,
+    adding people may move some.
+
+    Every class gets its share of each split to one subject, and one at least where it has as many subjects as
+    there are splits. Within the class, each subject in turn, in the order of `subject_fraction`, goes where
+    subjects of their sex and their sixth of the class by age are furthest from their share: minimization
+    (Pocock & Simon 1975, doi:10.2307/2529712). `fractions` are relative: {"train": 0.7, "val": 0.15, "test":
+    0.15}; a split that is not named there gets none but the fixed.
+
+    Raises ValueError for a subject in two rows, and for fractions or fixed splits that make no sense.
+    """
+    fixed = dict(fixed or {})
+    if unknown := sorted({*fractions, *fixed.values()} - set(SPLITS)):
+        raise ValueError(f"no split {', '.join(unknown)}; there is {', '.join(SPLITS)}")
+    if not fractions or any(not share > 0 for share in fractions.values()):
+        raise ValueError(f"fractions={dict(fractions)}: give each split a share above 0")
+    if twice := sorted(people.subject[people.subject.duplicated()].unique()):
+        raise ValueError(f"subjects in two rows: {', '.join(twice[:10])}; give one row a subject")
+    shares = {split: share / sum(fractions.values()) for split, share in fractions.items()}
+    return {
+        subject: split
+        for _, members in people.groupby("label", sort=True)
+        for subject, split in _assign_class(members, shares, fixed).items()
+    }
+
+
+def _assign_class(
+    members: pd.DataFrame, shares: Mapping[str, float], fixed: Mapping[str, str]
+) -> dict[str, str]:
+    """`assign_splits` for the people of one class."""
+    age = pd.to_numeric(members.age, errors="coerce")
+    sixth = pd.qcut(age, 6, labels=False, duplicates="drop") if age.nunique() > 1 else age * 0
+    strata = {
+        subject: (("sex", str(sex)), ("age", str(band)))
+        for subject, sex, band in zip(members.subject, members.sex, sixth, strict=True)
+    }
+    splits = {subject: fixed[subject] for subject in strata if subject in fixed}
+    new = sorted(set(strata) - set(splits), key=lambda name: (subject_fraction(name), name))
+
+    pool = [subject for subject in strata if subject not in splits or splits[subject] in shares]
+    wanted = Counter(stratum for subject in pool for stratum in strata[subject])
+    given = Counter((split, stratum) for subject, split in splits.items() for stratum in strata[subject])
+    free = _places(shares, Counter(splits.values()), len(new))
+    for subject in new:
+
+        def lack(split, subject=subject):
+            return sum(shares[split] * wanted[s] - given[split, s] for s in strata[subject])
+
+        splits[subject] = max((split for split in free if free[split]), key=lack)  # a tie: the first split
+        free[splits[subject]] -= 1
+        given.update((splits[subject], stratum) for stratum in strata[subject])
+    return splits
+
+
+def _places(shares: Mapping[str, float], taken: Counter[str], count: int) -> Counter[str]:
+    """How many of `count` new subjects each split gets: one at a time, to the split that lacks most.
+
+    A split with nobody in it comes first, train before test before val.
+    """
+    total = sum(taken[split] for split in shares) + count
+    order = sorted(shares, key=("train", "test", "val").index)
+    places: Counter[str] = Counter()
+    for _ in range(count):
+        lacks = {split: shares[split] * total - taken[split] - places[split] for split in order}
+        empty = [split for split in order if not taken[split] + places[split]]
+        places[empty[0] if empty else max(order, key=lacks.__getitem__)] += 1
+    return places
+
+
 def shared_subjects(subjects_by_split: Mapping[str, Iterable[str]]) -> dict[tuple[str, str], list[str]]:
     """Subjects found in two splits, sorted, for each pair of splits that shares any."""
     sets = {split: set(names) for split, names in subjects_by_split.items()}
@@ -95,7 +181,7 @@ def scan_folder(data_dir: str | Path, class_names: Sequence[str]) -> Scan:
     `data_dir` is the folder that holds train/, or a parent of it. Nothing is written, no image is decoded.
     Raises DataError where there is no such folder.
     """
-    scan = Scan(_find_root(Path(os.path.abspath(os.path.expanduser(data_dir)))))
+    scan = Scan(_find_root(Path(os.path.abspath(os.path.expanduser(data_dir)))), tuple(class_names))
     for split in SPLITS:
         folders = [scan.root / name for name in _ALIASES.get(split, (split,)) if (scan.root / name).is_dir()]
         if folders:
@@ -109,6 +195,18 @@ def scan_folder(data_dir: str | Path, class_names: Sequence[str]) -> Scan:
             scan.notes.append(f"{scan.root}: there is no {split}/ folder; {then}")
     _report_shared_subjects(scan)
     return scan
+
+
+def classes_in(data_dir: str | Path) -> tuple[str, ...]:
+    """Names of the class folders of a data folder, sorted; CN is read as NC.
+
+    Raises DataError where there is no such folder.
+    """
+    root = _find_root(Path(os.path.abspath(os.path.expanduser(data_dir))))
+    folders = [root / name for split in SPLITS for name in _ALIASES.get(split, (split,))]
+    names = {sub.name for folder in folders if folder.is_dir() for sub in _subfolders(folder)}
+    usual = {other: cls for cls, others in _ALIASES.items() for other in others}
+    return tuple(sorted({usual.get(name, name) for name in names}))
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -164,11 +262,11 @@ def _scan_file(
 ) -> None:
     """Adds one image to `scan`. `row` is its line of metadata.csv, empty where it has none."""
     try:
-        empty = path.stat().st_size == 0
+        size = path.stat().st_size
     except OSError as error:  # a link to nowhere; the datasets library would leave it out without a word
         scan.problems.append(f"{path}: cannot be read ({error.strerror}); restore or remove it")
         return
-    if empty:
+    if size == 0:
         scan.problems.append(f"{path}: the file is empty (0 bytes); copy it again or remove it")
         return
 
@@ -184,7 +282,10 @@ def _scan_file(
     if told not in (*_ALIASES.get(cls, (cls,)), str(label)):
         scan.problems.append(f"{path}: lies in {path.parent.name}/ but metadata.csv says {told}; correct one")
     slice_number = int(number) if number.isdecimal() else None
-    scan.files.append(SliceFile(path.as_posix(), split, label, subject, slice_number))
+    # Two visits of one person are two scans; where metadata.csv is silent the name before _ is the scan.
+    visit = f"{subject}/{row['session']}" if row.get("session") else None
+    one_scan = row.get("image_id") or visit or (match["subject"] if match else subject)
+    scan.files.append(SliceFile(path.as_posix(), split, label, subject, slice_number, one_scan, size))
 
 
 def _read_metadata(scan: Scan, path: Path) -> dict[str, dict[str, str]]:
