@@ -141,7 +141,10 @@ def _report_duplicates(report: CheckReport, contents: Sequence[bytes], hashes: n
         (exact, report.problems, "the same picture twice; remove one, or name both after their one subject"),
         (report.near, report.notes, "nearly the same picture; look whether one person has two names"),
     ):
-        lines += [f"{pair}: {said}" for pair in pairs[:MOST_PAIRS]]
+        for pair in pairs[:MOST_PAIRS]:
+            one, other = (Path(file.path).relative_to(report.folder) for file in (pair.first, pair.second))
+            more = f" (and {pair.more} more of these two)" if pair.more else ""
+            lines.append(f"{report.folder}: {one} and {other}{more}: {said}")
         if len(pairs) > MOST_PAIRS:
             lines.append(f"{report.folder}: {len(pairs) - MOST_PAIRS} more such pairs of subjects; {said}")
 
