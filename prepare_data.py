@@ -1,7 +1,7 @@
 """Make slices to train on, and look at what is there.
 
     python prepare_data.py phantom --output_dir data/phantom --subjects 200   # a cohort made of MNI152
-    python prepare_data.py check ADNI/AD_NC                                   # what is in a folder or zip
+    python prepare_data.py check ADNI/AD_NC --table study.csv                 # what is in a folder or zip
 
 Each command has its own --help.
 """
@@ -9,9 +9,14 @@ Each command has its own --help.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from adni_ldm.config import CheckConfig, PhantomConfig, parse_config
+from adni_ldm.config import CheckConfig, PhantomConfig, class_names, parse_config
 from adni_ldm.errors import UserError, run_recipe
+
+if TYPE_CHECKING:
+    from adni_ldm.data.check import CheckReport
 
 
 def make_phantom(arguments: list[str]) -> None:
@@ -31,15 +36,36 @@ def make_phantom(arguments: list[str]) -> None:
 
 
 def check(arguments: list[str]) -> int:
-    """Say what is in a folder of slices, and whether it can be trained on; exit status 1 if not."""
+    """Say what is in a folder of slices, and whether it can be trained on; exit status 1 if not.
+
+    Draws a contact sheet of each class and histograms into check/ of the current folder, or into --figures.
+    """
     from adni_ldm.data.check import check_folder
 
     if arguments and not arguments[0].startswith("-"):  # the folder may stand alone
         arguments = ["--data_dir", *arguments]
     cfg = parse_config(CheckConfig, check.__doc__, arguments, prog="prepare_data.py check")
-    report = check_folder(cfg.data_dir)
+    report = check_folder(cfg.data_dir, class_names=class_names(cfg.classes), table=cfg.table)
     print(report)
+    draw(report, cfg.figures)
     return 0 if report.ok else 1
+
+
+def draw(report: CheckReport, figures: str | None) -> None:
+    """Pictures of a report, into check/ of the current folder if not told; never into the data unasked."""
+    from adni_ldm.data.look import draw_check
+
+    folder = Path(figures or "check")
+    if figures is None and folder.resolve().is_relative_to(report.folder.resolve()):
+        print("pictures: none, for check/ would lie inside the data; give --figures DIR")
+    elif figures != "none":
+        try:
+            drawn = draw_check(report, folder)
+        except OSError as error:
+            raise UserError(
+                f"{folder}: cannot be written to ({error.strerror}); give --figures DIR"
+            ) from error
+        print(f"pictures: {', '.join(map(str, drawn)) or 'none, without images'}")
 
 
 COMMANDS = {"phantom": make_phantom, "check": check}
