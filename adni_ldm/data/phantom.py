@@ -219,7 +219,7 @@ def _write_subject(
     atlas = atlas or _worker_atlas
     subject = draw_subject(seed, index)
     field = disease_field(subject, atlas)
-    name = f"{index:0{name_width}d}"
+    name = f"s{seed}p{index:0{name_width}d}"  # nobody of one cohort is taken for somebody of another
     rows = []
     for number, position in enumerate(slice_positions(slices)):
         rng = np.random.default_rng(np.random.SeedSequence([seed, index, number]))
