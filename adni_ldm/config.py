@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -227,6 +228,10 @@ class CheckConfig:
         class_names(self.classes)
 
 
+class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Defaults behind each setting, and the recipe's own lines as they are written."""
+
+
 def parse_config(
     config_class: type[Config],
     description: str,
@@ -241,7 +246,14 @@ def parse_config(
         UserError: the file is missing, is no mapping, or names a setting that does not exist.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = HfArgumentParser(config_class, prog=prog, description=description, allow_abbrev=False)
+    parser = HfArgumentParser(
+        config_class,
+        prog=prog,
+        usage="%(prog)s [--config FILE.yaml] [--SETTING VALUE ...]",
+        description=description,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument(
         "--config", metavar="FILE.yaml", help="Settings to start from; flags stand over them."
     )
@@ -262,10 +274,12 @@ def _read_yaml(path: Path, config_class: type) -> dict:
     known = {entry.name: entry for entry in dataclasses.fields(config_class)}
     if unknown := sorted(set(values) - set(known)):
         raise UserError(f"{path}: {', '.join(unknown)} is no setting of this recipe; see --help")
-    # YAML reads 2e-3 as a word: numbers take the type of the setting's default
     for name, value in values.items():
+        choices = known[name].metadata.get("choices")
+        if choices and value not in choices:
+            raise UserError(f"{path}: {name}: {value} is none of {', '.join(choices)}")
         if isinstance(known[name].default, float):
-            values[name] = float(value)
+            values[name] = float(value)  # YAML reads 2e-3 as a word
     return values
 
 
