@@ -1,18 +1,15 @@
-"""Many scans to a folder of slices: in parallel, and however often it is stopped, the same bytes in the end.
+"""Many scans to pictures: in parallel, in shards, and however often it is stopped, the same bytes in the end.
 
     OUTPUT/.scans/plan.json          settings, scans, splits: what every shard of a job agrees on
     OUTPUT/.scans/volumes/KEY/       the pictures of one scan; the folder appears whole or not at all
     OUTPUT/.scans/rejected/KEY.json  why a scan has none
-    OUTPUT/{train,val,test}/CLASS/   the result: hard links to the pictures, and a metadata.csv a split
 
-`convert_scans` fills the store, doing only what is missing; `merge_scans` makes the result of it. Keep .scans to
-add scans later; a finished folder trains as well without it.
+`convert_scans` fills this store, doing only what is missing; `merge_scans` makes a data folder of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import functools
 import json
 import multiprocessing
@@ -26,135 +23,18 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 from PIL import Image
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
-from adni_ldm.data.cutting import (
-    PLANES,
-    View,
-    brain_range,
-    cut_slices,
-    even_positions,
-    find_brain,
-    mask_centre,
-    snap_to_voxels,
-)
-from adni_ldm.data.registration import CENTRE_MM, Template, load_template, register
-from adni_ldm.data.splits import SPLITS
-from adni_ldm.data.study import Rejected, Study, StudyScan
-from adni_ldm.data.volumes import NIFTI_SUFFIXES, Volume, VolumeError, read_any_volume, read_volume
+from adni_ldm.data.pictures import Method, make_pictures
+from adni_ldm.data.registration import Template, load_template
+from adni_ldm.data.study import Study, StudyScan
+from adni_ldm.data.volumes import VolumeError
 from adni_ldm.errors import UserError
 
 STORE = ".scans"
 FORMAT = 1  # of the store; goes up when the same settings come to make other pictures
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """How a scan becomes pictures; a store holds those of one method. Raises UserError for what cannot be."""
-
-    plane: str = "sagittal"
-    slices: int = 20
-    spacing_mm: float = 2.0  # from slice to slice
-    image_size: int = 256  # pixels a side
-    field_of_view_mm: float = 256.0  # side of a picture
-    register: str = "none"  # or mni: the pictures are in the template's space
-    brain_mask: str = "none"  # or mni, or a pattern of files beside the scan: {name}_mask.nii.gz
-    percentiles: tuple[float, float] = (0.5, 99.5)  # of the brain's intensity: black and white
-    bits: int = 8
-
-    def __post_init__(self):
-        for name, low, high in (("slices", 1, 100), ("image_size", 16, 2048), ("bits", 8, 16)):
-            if not low <= getattr(self, name) <= high:
-                raise UserError(f"{name}={getattr(self, name)}: choose {low} to {high}")
-        if self.plane not in PLANES or self.register not in ("none", "mni") or self.bits not in (8, 16):
-            raise UserError(f"plane={self.plane}, register={self.register}, bits={self.bits}: see --help")
-        if not (0.1 <= self.spacing_mm <= 50 and 50 <= self.field_of_view_mm <= 500):
-            raise UserError(
-                f"spacing_mm={self.spacing_mm}, field_of_view_mm={self.field_of_view_mm}: "
-                "choose 0.1 to 50 and 50 to 500"
-            )
-        low, high = self.percentiles
-        if not 0 <= low < high <= 100:
-            raise UserError(f"percentiles={low:g},{high:g}: choose two between 0 and 100, the lower first")
-
-    @property
-    def needs_template(self) -> bool:
-        return "mni" in (self.register, self.brain_mask)
-
-    @property
-    def mask_files(self) -> str | None:
-        """The pattern of mask files, where there are any."""
-        return None if self.brain_mask in ("none", "mni") else self.brain_mask
-
-    @property
-    def view(self) -> View:
-        positions = even_positions(self.slices, self.spacing_mm)
-        return View(self.plane, positions, self.image_size, self.field_of_view_mm)
-
-
-# ------------------------------------------------------------------------------------------------ one scan
-
-
-def make_pictures(path: str | Path, method: Method, template: Template | None = None) -> np.ndarray:
-    """Pictures (S, H, W), uint8 or uint16, of a NIfTI file or a DICOM folder. Raises VolumeError.
-
-    With a mask, 0 is outside the brain and nothing else is. Slices are in the order of the method's positions:
-    from the middle of the brain, or, where registered, from x = 0, y = -17, z = 4 mm of MNI152.
-    """
-    volume = read_volume(path)
-    mask, to_scan = None, None
-    if method.mask_files:
-        mask = read_any_volume(find_mask(Path(path), method.mask_files))
-    centre = find_brain(volume) if mask is None else mask_centre(mask)
-    if method.needs_template:
-        from_template = register(volume, centre, template)
-        if method.brain_mask == "mni":
-            mask = Volume(template.mask.voxels, from_template @ template.mask.affine)
-        to_scan = from_template if method.register == "mni" else None
-        centre = from_template[:3, :3] @ CENTRE_MM + from_template[:3, 3]
-    low, high = brain_range(volume, centre, mask, method.percentiles)
-
-    view = method.view
-    centre = snap_to_voxels(volume, view, centre) if to_scan is None else CENTRE_MM
-    pictures = cut_slices(volume, view, centre, to_scan, outside=low)
-    peak = 2**method.bits - 1
-    grey = np.rint(np.clip((pictures - low) / (high - low), 0, 1) * peak)
-    if mask is not None:
-        inside = cut_slices(mask, view, centre, to_scan) > 0.5
-        grey = np.where(inside, np.maximum(grey, 1), 0)
-    if not (shows := grey.any((1, 2))).all():
-        place = view.positions_mm[int(np.argmin(shows))]
-        raise VolumeError(f"the slice at {place:g} mm shows no brain; take --slices or --spacing_mm smaller")
-    return grey.astype(np.uint8 if method.bits == 8 else np.uint16)
-
-
-def find_mask(path: Path, pattern: str) -> Path:
-    """The one file beside a scan (or in its DICOM folder) that the pattern means. Raises VolumeError."""
-    name = path.name
-    for suffix in reversed(NIFTI_SUFFIXES):
-        name = name.removesuffix(suffix)
-    folder = path if path.is_dir() else path.parent
-    found = sorted(p for p in folder.glob(pattern.replace("{name}", _literal(name))) if p != path)
-    if len(found) != 1:
-        listed = " (" + ", ".join(p.name for p in found[:3]) + ")" if found else ""
-        raise VolumeError(f"{len(found) or 'no'} brain masks {pattern} beside it{listed}")
-    return found[0]
-
-
-def _literal(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
-
-
-def mask_names(method: Method) -> list[str]:
-    """Patterns of names that are masks and no scans."""
-    return [Path(method.mask_files.replace("{name}", "*")).name] if method.mask_files else []
-
-
-# ------------------------------------------------------------------------------------------------ the workers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,12 +78,12 @@ def _convert(scan: StudyScan, job: _Job | None = None) -> bool:
             pictures = make_pictures(source, job.method, job.template)
         except (VolumeError, MemoryError) as error:
             reason = str(error) or "it needs more memory than there is"
-            _write_json(partial / "why.json", {"reason": reason})
+            write_json(partial / "why.json", {"reason": reason})
             os.replace(partial / "why.json", why)
             return False
         for number, picture in enumerate(pictures):
             Image.fromarray(picture).save(partial / f"{number:02d}.png", compress_level=1)
-        _write_json(partial / "record.json", {"bytes": _size(source), "slices": len(pictures)})
+        write_json(partial / "record.json", {"bytes": _size(source), "slices": len(pictures)})
         final = job.store / "volumes" / scan.key
         shutil.rmtree(final, ignore_errors=True)
         os.rename(partial, final)
@@ -218,15 +98,15 @@ def _size(source: Path) -> int:
     return sum(p.stat().st_size for p in (source.iterdir() if source.is_dir() else [source]) if p.is_file())
 
 
-def _write_json(path: Path, value) -> None:
+def write_json(path: Path, value) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
-def _read_json(path: Path):
+def read_json(path: Path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-# ------------------------------------------------------------------------------------------------ all scans
+# ------------------------------------------------------------------------- all scans
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -238,11 +118,11 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def earlier_splits(output_dir: str | Path) -> dict[str, str]:
-    """{subject: split} of the runs before; {} for a first one. Raises UserError for a folder of another making."""
+    """{subject: split} of the runs before, {} for a first one. Raises UserError for a folder of others."""
     output_dir = Path(output_dir)
     plan = output_dir / STORE / "plan.json"
     if plan.is_file():
-        return _read_json(plan)["splits"]
+        return read_json(plan)["splits"]
     foreign = [p.name for p in output_dir.iterdir() if p.name != STORE] if output_dir.is_dir() else []
     if foreign:
         raise UserError(f"{output_dir} holds {foreign[0]}, not made by this command: choose another folder")
@@ -274,21 +154,22 @@ def convert_scans(
         for folder in (store / "volumes", store / "rejected", partial):
             folder.mkdir(parents=True, exist_ok=True)
         _write_plan(store, partial, study, splits, method, settings or {})
-        scans = [scan for scan in study.scans[part - 1 :: parts] if not _is_done(store, Path(input_dir), scan, method)]
+        scans = [
+            scan for scan in study.scans[part - 1 :: parts] if not _is_done(store, Path(input_dir), scan)
+        ]
         template = load_template() if scans and method.needs_template else None
         job = _Job(Path(input_dir), store, partial, method, template)
         for _ in tqdm(_run(scans, job, workers), total=len(scans), desc="scans", unit="scan"):
             pass
     except OSError as error:  # what concerns a scan is a VolumeError by now
-        name = errno.errorcode.get(error.errno, "") if error.errno else ""
         raise UserError(
-            f"{output_dir}: cannot be written ({error.strerror or error} {name}); mend that and run the same "
+            f"{output_dir}: cannot be written ({error.strerror or error}); mend that and run the same "
             "command again: it goes on where it was"
         ) from error
     except BrokenProcessPool as error:
         raise UserError(
-            "a worker was killed, for want of memory perhaps: run the same command again, with fewer --workers; "
-            "it goes on where it was"
+            "a worker was killed, for want of memory perhaps: run the same command again, with fewer "
+            "--workers; it goes on where it was"
         ) from error
     shutil.rmtree(partial, ignore_errors=True)
     return len(scans)
@@ -307,10 +188,11 @@ def _write_plan(store: Path, partial: Path, study: Study, splits, method: Method
     """Leave the plan for merge_scans. Raises UserError where the store has pictures of another method."""
     made_by = {"format": FORMAT, **dataclasses.asdict(method), "percentiles": list(method.percentiles)}
     if (store / "plan.json").is_file():
-        earlier = _read_json(store / "plan.json")["method"]
+        earlier = read_json(store / "plan.json")["method"]
         if changed := [f"{k} {earlier.get(k)}, now {v}" for k, v in made_by.items() if earlier.get(k) != v]:
             raise UserError(
-                f"{store.parent} was made with other settings ({'; '.join(changed)}): choose another --output_dir"
+                f"{store.parent} was made with other settings ({'; '.join(changed)}): "
+                "choose another --output_dir"
             )
     plan = {
         "method": made_by,
@@ -319,14 +201,14 @@ def _write_plan(store: Path, partial: Path, study: Study, splits, method: Method
         "scans": [dataclasses.asdict(scan) for scan in study.scans],
         "rejected": [dataclasses.asdict(entry) for entry in study.rejected],
     }
-    _write_json(partial / "plan.json", plan)
+    write_json(partial / "plan.json", plan)
     os.replace(partial / "plan.json", store / "plan.json")
 
 
-def _is_done(store: Path, input_dir: Path, scan: StudyScan, method: Method) -> bool:
+def _is_done(store: Path, input_dir: Path, scan: StudyScan) -> bool:
     """Whether the store has the pictures of the scan as it is now. One that was rejected is tried again."""
     record = store / "volumes" / scan.key / "record.json"
     try:
-        return _read_json(record)["bytes"] == _size(input_dir / scan.path)
+        return read_json(record)["bytes"] == _size(input_dir / scan.path)
     except FileNotFoundError:
         return False

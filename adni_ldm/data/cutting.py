@@ -1,11 +1,11 @@
 """Slices out of a volume: where the brain is, how bright its tissue is, and the pictures.
 
-Every pixel is the mean of the scan over its own box, pixel x pixel x 1 mm, interpolated once, straight from the
-scanner's voxels: orientation, 1 mm spacing, registration and field of view are one affine map, and no
+Every pixel is the mean of the scan over its own box, pixel x pixel x 1 mm, interpolated once, straight from
+the scanner's voxels: orientation, 1 mm spacing, registration and field of view are one affine map, and no
 volume is resampled that nobody looks at.
 
-Pictures are what a radiologist expects, and as the phantom's: superior up in sagittal and coronal ones, anterior
-up in axial ones; anterior to the left in sagittal ones, the patient's right to the left in the others.
+Pictures are what a radiologist expects, and as the phantom's: superior up in sagittal and coronal ones,
+anterior up in axial ones; anterior to the left in sagittal ones, the patient's right to the left in others.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from adni_ldm.data.volumes import Volume, VolumeError
 PLANES = {"sagittal": (0, 2, 1), "coronal": (1, 2, 0), "axial": (2, 1, 0)}  # axis across, down, to the right
 THICKNESS_MM = 1.0
 HEAD_TOP_MM = 110.0  # from the vertex down to about the nose: the part of a head that is mostly brain
-BRAIN_TOP_MM, SCALP_TOP_MM = 74.0, 86.0  # from the vertex to the middle of the brain, without and with a skull
+BRAIN_TOP_MM, SCALP_TOP_MM = (
+    74.0,
+    86.0,
+)  # from the vertex to the middle of the brain, without and with a skull
 STRIPPED = 0.5  # a brain without its skull leaves more than this share of the voxels at one value
 BRAIN_RADII_MM = np.array([50.0, 65.0, 45.0])  # an ellipsoid within most brains, about the middle
 BRAIN_LITRES = (0.5, 2.5)
@@ -28,7 +31,7 @@ BRAIN_LITRES = (0.5, 2.5)
 
 @dataclass(frozen=True)
 class View:
-    """Which pictures to take: `positions_mm` along the plane's normal, from the centre, right/front/up first."""
+    """Which pictures to take: `positions_mm` along the plane's normal, right, front or up of the centre."""
 
     plane: str
     positions_mm: tuple[float, ...]
@@ -68,7 +71,7 @@ def find_brain(volume: Volume) -> np.ndarray:
 
 
 def mask_centre(mask: Volume) -> np.ndarray:
-    """The middle (3,), RAS mm, of the box about a brain mask. Raises VolumeError for what is no brain mask."""
+    """The middle (3,), RAS mm, of the box about a brain mask. Raises VolumeError for what is none."""
     inside = mask.voxels > 0.5
     litres = np.count_nonzero(inside) * abs(np.linalg.det(mask.affine[:3, :3])) / 1e6
     if not BRAIN_LITRES[0] <= litres <= BRAIN_LITRES[1]:
@@ -78,7 +81,9 @@ def mask_centre(mask: Volume) -> np.ndarray:
     return mask.affine[:3, :3] @ middle + mask.affine[:3, 3]
 
 
-def brain_range(volume: Volume, centre_mm: np.ndarray, mask: Volume | None, percentiles) -> tuple[float, float]:
+def brain_range(
+    volume: Volume, centre_mm: np.ndarray, mask: Volume | None, percentiles
+) -> tuple[float, float]:
     """The two percentiles of the intensity inside the brain mask, or in an ellipsoid about the centre.
 
     `mask` lies in the scan's own space, on any grid.
@@ -105,12 +110,10 @@ def cut_slices(
     volume: Volume,
     view: View,
     centre_mm: np.ndarray,  # (3,), the middle of the pictures
-    to_scan: np.ndarray | None = None,  # (4, 4), from the mm of the pictures to the scan's; None: they are one
+    to_scan: np.ndarray | None = None,  # (4, 4), from the pictures' mm to the scan's; None: the same
     outside: float = 0.0,  # intensity beyond the scan
 ) -> np.ndarray:
     """Pictures (S, H, W) float32 in the scan's units, at centre + positions along the normal of the plane."""
-    across, down, right = PLANES[view.plane]
-    voxel_mm = volume.spacing_mm.min()
     grid, fine, thick = _fine_grid(volume, view, centre_mm)
     side = view.image_size * fine
     pictures = np.empty((len(view.positions_mm), view.image_size, view.image_size), np.float32)
@@ -140,7 +143,8 @@ def _fine_grid(volume: Volume, view: View, centre_mm: np.ndarray) -> tuple[np.nd
     It is for a slice at position 0, and so fine that no voxel within a pixel's box is stepped over.
     """
     fine, thick = (
-        max(1, int(np.ceil(box_mm / volume.spacing_mm.min() - 0.34))) for box_mm in (view.pixel_mm, THICKNESS_MM)
+        max(1, int(np.ceil(box_mm / volume.spacing_mm.min() - 0.34)))
+        for box_mm in (view.pixel_mm, THICKNESS_MM)
     )
     across, down, right = PLANES[view.plane]
     side, step, step_across = view.image_size * fine, view.pixel_mm / fine, THICKNESS_MM / thick

@@ -1,8 +1,9 @@
 """Affine registration of a head to the MNI152 template, with SimpleITK.
 
-The template is the one of nilearn (ICBM 2009a, skull-stripped) at 2 mm. Mattes' mutual information (Mattes et
-al. 2003, doi:10.1109/TMI.2003.809072) is measured in its brain and a rim about it, where T1 scans have dark fluid
-and bone; what lies further out (scalp, neck, jaw) has no say. Same scan, same numbers: one thread, fixed seed.
+The template is the one of nilearn (ICBM 2009a, skull-stripped) at 2 mm. Mattes' mutual information (Mattes
+et al. 2003, doi:10.1109/TMI.2003.809072) is measured in its brain and a rim about it, where T1 scans have
+dark fluid and bone; what lies further out (scalp, neck, jaw) has no say. Same scan, same numbers: one thread, and
+a fixed seed.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from adni_ldm.data.volumes import Volume, VolumeError
 GRID_MM = 2  # both images while registering; the answer is an affine map, good to a fraction of that
 RIM_VOXELS = 3
 CENTRE_MM = np.array([0.0, -17.0, 4.0])  # middle of the template's brain, as in the phantom's pictures
-# Where to look for the head: it lies with the chin up or down, seldom tilted otherwise, and how far the vertex of
-# the scalp lies above the brain is not known.
+# Where to look for the head: it lies with the chin up or down, seldom tilted otherwise, and how far the
+# vertex of the scalp lies above the brain is not known.
 PITCHES = (-0.3, -0.15, 0.0, 0.15, 0.3)  # radians
 LIFTS_MM = (-20.0, -10.0, 0.0, 10.0, 20.0)
 START_SIZES = (0.88, 0.95, 1.03)  # of the head's length to the template's
@@ -31,7 +32,7 @@ LEAST_CORRELATION = 0.5  # of the template and the registered scan within the br
 
 @dataclass(frozen=True)
 class Template:
-    """MNI152 at 2 mm: `t1` in [0, 1], `brain` and `rim` (with the brain) in {0, 1}, `mask` the brain at 1 mm."""
+    """MNI152 at 2 mm: `t1` in [0, 1]; `brain`, `rim` (with the brain) boolean; `mask`: the brain at 1 mm."""
 
     t1: Volume
     brain: np.ndarray
@@ -151,15 +152,17 @@ def _check(to_scan: np.ndarray, head: Volume, template: Template) -> None:
     """Raises VolumeError for sizes that no head has, or for a picture unlike the template."""
     sizes = np.linalg.svd(to_scan[:3, :3], compute_uv=False)
     if sizes.min() < SIZES[0] or sizes.max() > SIZES[1] or np.linalg.det(to_scan[:3, :3]) < 0:
-        raise VolumeError(f"not registered: the head would be scaled by {sizes.min():.2f} to {sizes.max():.2f}")
+        raise VolumeError(
+            f"not registered: the head would be scaled by {sizes.min():.2f} to {sizes.max():.2f}"
+        )
     to_voxel = np.linalg.inv(head.affine) @ to_scan @ template.t1.affine
     shape = template.t1.voxels.shape
     moved = ndimage.affine_transform(head.voxels, to_voxel[:3, :3], to_voxel[:3, 3], shape, order=1)
     likeness = np.corrcoef(moved[template.brain], template.t1.voxels[template.brain])[0, 1]
     if not likeness > LEAST_CORRELATION:
         raise VolumeError(
-            f"not registered: its correlation with the template is {likeness:.2f}, below {LEAST_CORRELATION}; "
-            "no T1 scan of a head, or one that lies oddly"
+            f"not registered: its correlation with the template is {likeness:.2f}, below "
+            f"{LEAST_CORRELATION}; no T1 scan of a head, or one that lies oddly"
         )
 
 

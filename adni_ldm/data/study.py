@@ -2,14 +2,14 @@
 
 Three layouts are known. An archive tree, as ADNI's downloads unpack, with the archive's CSV:
 
-    ADNI/SUBJECT/DESCRIPTION/DATE/IMAGE_ID/*.nii or *.dcm     Image Data ID, Subject, Group, Sex, Age, Visit ...
+    ADNI/SUBJECT/DESCRIPTION/DATE/IMAGE_ID/*.nii or *.dcm    Image Data ID, Subject, Group, Sex, Age ...
 
 BIDS, with its own participants.tsv (participant_id, group or diagnosis, age, sex):
 
     sub-*/[ses-*/]anat/*_T1w.nii.gz
 
-And a plain folder with a table that has a column `path`, relative to the folder, beside subject and group. Each
-column may go by another name: `columns={"group": "DX_bl"}`.
+And a plain folder with a table that has a column `path`, relative to the folder, beside subject and group.
+Each column may go by another name: `columns={"group": "DX_bl"}`.
 
 A subject is in the splits if the table says who they are, whether or not their scan can be read: adding files
 moves nobody, and every part of a cluster's job comes to the same split.
@@ -21,37 +21,22 @@ import dataclasses
 import hashlib
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 
+from adni_ldm.data.study_table import classify, has_path_column, left_out_notes, read_table
 from adni_ldm.data.volumes import NIFTI_SUFFIXES, is_dicom
 from adni_ldm.errors import UserError
 
-# What a column is for: the names it goes by, without case, spaces and punctuation. The first that is there counts.
-COLUMNS = {
-    "path": ("path", "file", "filename", "filepath"),
-    "image_id": ("imagedataid", "imageid", "imageuid", "imgid"),
-    "subject": ("subject", "subjectid", "participantid", "ptid"),
-    "group": ("group", "researchgroup", "diagnosis", "dx", "label"),
-    "session": ("session", "sessionid", "visit", "viscode"),
-    "age": ("age", "ageatscan", "subjectage"),
-    "sex": ("sex", "gender", "ptgender"),
-    "modality": ("modality",),
-}
-GROUPS = {  # other words for a class
-    "AD": ("ad", "dementia", "alzheimer", "alzheimers", "alzheimersdisease"),
-    "NC": ("nc", "cn", "control", "hc", "normal", "healthy", "cognitivelynormal"),
-    "MCI": ("mci", "emci", "lmci"),
-}
 _ADNI_SUBJECT = re.compile(r"\d{3}_S_\d{4,5}")
 
 
 @dataclasses.dataclass(frozen=True)
 class StudyScan:
-    """One scan to read. `key` is unique and begins a picture's name; age in years; what is not known is ""."""
+    """One scan to read. `key` is unique and begins a picture's name; age in years; "" is not known."""
 
     key: str
     path: str  # of the NIfTI file or the DICOM folder, relative to the input folder
@@ -75,7 +60,7 @@ class Rejected:
 
 @dataclasses.dataclass
 class Study:
-    """Scans in the order of their keys; `people` one row a subject (subject, label, age, sex); what is left out."""
+    """Scans in the order of their keys; `people`, one row a subject: subject, label, age, sex; the rest."""
 
     scans: list[StudyScan]
     people: pd.DataFrame
@@ -94,15 +79,15 @@ def read_study(
     root = Path(input_dir)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; give the one that holds the scans")
-    bids = any(root.glob("sub-*")) and not _has_path_column(table, columns)
+    bids = any(root.glob("sub-*")) and not has_path_column(table, columns)
     table = Path(table) if table else root / "participants.tsv"
     if not table.is_file():
         more = "" if bids else " (columns such as Image Data ID, Subject, Group, Age, Sex), with --table"
         raise UserError(f"{table}: no such file; give the table that says who is who{more}")
-    rows = _read_table(table, columns or {})
+    rows = read_table(table, columns or {})
     if bids:
         rows["subject"] = "sub-" + rows.subject.str.removeprefix("sub-")
-    rows = _classify(rows, classes)
+    rows = classify(rows, classes)
     usable = rows[rows.use == "yes"]
     if usable.empty:
         raise UserError(f"{table}: no row of {' or '.join(classes)}; see --classes and --columns")
@@ -114,7 +99,7 @@ def read_study(
     linked, rejected = _link(root, files, rows, table)
     scans = [_to_scan(path, rows.loc[index], bids) for path, index in linked]
     _refuse_same_keys(scans)
-    return Study(sorted(scans, key=lambda scan: scan.key), people, rejected, _notes(rows, classes))
+    return Study(sorted(scans, key=lambda scan: scan.key), people, rejected, left_out_notes(rows, classes))
 
 
 def find_scans(root: Path, bids: bool = False, ignore: Iterable[str] = ()) -> list[str]:
@@ -130,116 +115,25 @@ def find_scans(root: Path, bids: bool = False, ignore: Iterable[str] = ()) -> li
             folders[:] = [f for f in folders if f.startswith("sub-")]
         if bids and folder.name != "anat":
             continue
-        names = [n for n in sorted(names) if not n.startswith(".") and not any(Path(n).match(p) for p in ignore)]
+        names = [
+            n for n in sorted(names) if not n.startswith(".") and not any(Path(n).match(p) for p in ignore)
+        ]
         niftis = [n for n in names if n.endswith(NIFTI_SUFFIXES)]
         found += [folder / n for n in niftis if not bids or "_T1w." in n]
-        others = [n for n in names if Path(n).suffix.lower() in (".dcm", ".ima", "") or n.rsplit(".", 1)[-1].isdigit()]
+        others = [
+            n
+            for n in names
+            if Path(n).suffix.lower() in (".dcm", ".ima", "") or n.rsplit(".", 1)[-1].isdigit()
+        ]
         if not bids and any(is_dicom(folder / n) for n in others[:3]):
             found.append(folder)
     return [path.relative_to(root).as_posix() for path in found]
 
 
-# ------------------------------------------------------------------------------------------------ the table
-
-
-def _plain(name) -> str:
-    return re.sub(r"[\W_]", "", str(name)).lower()
-
-
-def _read_text_table(path: Path) -> pd.DataFrame:
-    try:
-        separator = "\t" if path.suffix.lower() == ".tsv" else ","
-        table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (OSError, ValueError) as error:  # pandas' parser errors and UnicodeDecodeError are ValueErrors
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: not a table in UTF-8, .csv or .tsv ({reason})") from error
-    return table.apply(lambda column: column.str.strip())
-
-
-def _has_path_column(table: str | Path | None, columns: Mapping[str, str] | None) -> bool:
-    if table is None or not Path(table).is_file():
-        return False
-    names = {_plain(name) for name in _read_text_table(Path(table)).columns}
-    return "path" in (columns or {}) or bool(names & set(COLUMNS["path"]))
-
-
-def _read_table(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
-    """The columns of COLUMNS that a table has, as text, without "n/a"; `years` is the age as a number."""
-    table = _read_text_table(path)
-    if unknown := sorted(set(columns) - set(COLUMNS)):
-        raise UserError(f"--columns {unknown[0]}=…: there is {', '.join(COLUMNS)}")
-    rows = {}
-    for purpose, names in COLUMNS.items():
-        named = columns.get(purpose)
-        if named is not None and named not in table:
-            raise UserError(f"{path}: no column {named!r}; it has {', '.join(table.columns)}")
-        found = [named] if named else [c for name in names for c in table.columns if _plain(c) == name]
-        if found:
-            rows[purpose] = table[found[0]].mask(table[found[0]].str.lower().isin(["n/a", "na", "nan"]), "")
-        elif purpose in ("subject", "group"):
-            raise UserError(
-                f"{path}: no column for the {purpose} among {', '.join(table.columns)}; "
-                f"name it with --columns {purpose}=NAME"
-            )
-    rows = pd.DataFrame(rows).drop_duplicates()
-    for optional in ("session", "age", "sex"):
-        if optional not in rows:
-            rows[optional] = ""
-    rows["years"] = pd.to_numeric(rows.age, errors="coerce")
-    rows["sex"] = rows.sex.str[:1].str.upper()  # male, F, Female ...
-    return rows
-
-
-def to_class(group: str, classes: Sequence[str]) -> str:
-    """The class that a table's word for a group means: one of `classes`, else of GROUPS, else the word itself."""
-    plain = _plain(group)
-    for name in classes:  # EMCI asked for by its name is not MCI
-        if plain == _plain(name):
-            return name
-    for name, words in GROUPS.items():
-        if plain in words:
-            return next((c for c in classes if _plain(c) in words), name)
-    return group
-
-
-def _classify(rows: pd.DataFrame, classes: Sequence[str]) -> pd.DataFrame:
-    """The rows with `label` and `use`: yes, no (another class, no MRI), or why they are rejected."""
-    rows = rows.assign(label=[to_class(group, classes) for group in rows.group])
-    mri = rows.modality.str.upper().isin(["MRI", "MR", ""]) if "modality" in rows else pd.Series(True, rows.index)
-    groups = rows[mri].groupby("subject").label.agg(lambda labels: sorted(set(labels) - {""}))
-
-    def use(row) -> str:
-        if not mri[row.name]:
-            return "no"
-        if not row.subject or not row.label:
-            return f"its row of the table has no {'group' if row.subject else 'subject'}"
-        if len(groups[row.subject]) > 1:
-            return f"its subject has {len(groups[row.subject])} groups: {', '.join(groups[row.subject])}"
-        return "yes" if row.label in classes else "no"
-
-    return rows.assign(use=rows.apply(use, axis=1) if len(rows) else "")
-
-
-def _notes(rows: pd.DataFrame, classes: Sequence[str]) -> list[str]:
-    left_out = rows[rows.use == "no"]
-    others = left_out[~left_out.label.isin(classes)]
-    notes = [f"{len(others)} rows of other classes ({_tally(others.label)}); see --classes"] if len(others) else []
-    if no_mri := len(left_out) - len(others):
-        notes.append(f"{no_mri} rows that are no MRI")
-    return [f"{note}: left out" for note in notes]
-
-
-def _tally(words: Iterable[str]) -> str:
-    return ", ".join(f"{count} {word}" for word, count in Counter(words).most_common(5))
-
-
-# ------------------------------------------------------------------------------------------------ files and rows
-
-
 def _link(
     root: Path, files: Sequence[str], rows: pd.DataFrame, table: Path
 ) -> tuple[list[tuple[str, int]], list[Rejected]]:
-    """Pairs of a file and its row; and each file without a row, row without a file, and row that is rejected."""
+    """Pairs of a file and its row; files without a row, rows without a file, rows that are rejected."""
     if "path" in rows:
         find_row = _finder_by_path(files, rows)
         files = sorted({*files, *(p for p in rows.path if p and (root / p).exists())})
@@ -304,7 +198,7 @@ def _finder_by_image(root: Path, rows: pd.DataFrame, table: Path):
 
 
 def _image_number(root: Path, path: str) -> str | None:
-    """14437 of …_I14437.nii, else of a folder I14437 or 14437. A folder S12345 is a series, which is no image."""
+    """14437 of …_I14437.nii, else of a folder I14437 or 14437. A folder S12345 is a series, no image."""
     full = root / path
     name = full.name if full.is_file() else next((n for n in sorted(os.listdir(full)) if n[0] != "."), "")
     if match := re.search(r"_I(\d+)(?=[._]|$)", name):

@@ -1,8 +1,8 @@
-"""One 3-D scan from its files: NIfTI (.nii, .nii.gz) or a folder with a DICOM series, checked and turned to RAS.
+"""One 3-D scan from its files: NIfTI (.nii, .nii.gz) or a folder with a DICOM series, checked, turned to RAS.
 
-nibabel and pydicom are called directly. MONAI's NibabelReader adds nothing to nibabel, and importing monai costs
-each worker process 8 s and 0.9 GB. MONAI's PydicomReader sorts by InstanceNumber, which scanners number in either
-direction, and only warns where slices are missing or differ in size: here the positions count.
+nibabel and pydicom are called directly. MONAI's NibabelReader adds nothing to nibabel, and importing monai
+costs each worker process 8 s and 0.9 GB. MONAI's PydicomReader sorts by InstanceNumber, which scanners number
+in either direction, and only warns where slices are missing or differ in size: here the positions count.
 
     volume = read_volume("ADNI/002_S_0413/MPRAGE/2006-05-02/I14437")   # a folder: DICOM; a file: NIfTI
     volume.voxels, volume.affine                                      # float32 (X, Y, Z); voxel -> RAS mm
@@ -32,7 +32,7 @@ class VolumeError(ValueError):
 class Volume:
     """One 3-D scan.
 
-    `voxels` float32 (X, Y, Z), in the scanner's units, its axes those nearest to right, anterior and superior;
+    `voxels` float32 (X, Y, Z), in the scanner's units, its axes nearest to right, anterior and superior;
     `affine` (4, 4) takes voxel indices to mm, RAS. An oblique scan keeps its obliqueness in the affine.
     """
 
@@ -53,7 +53,7 @@ def read_volume(path: str | Path) -> Volume:
 
 
 def read_any_volume(path: str | Path) -> Volume:
-    """A 3-D volume, RAS, of any size and content: a mask, say. Raises VolumeError for unreadable or 4-D files."""
+    """A 3-D volume, RAS, of any size and content: a mask, say. Raises VolumeError for unreadable files."""
     path = Path(path)
     try:
         voxels, affine = _read_dicom(path) if path.is_dir() else _read_nifti(path)
@@ -77,7 +77,9 @@ def _check_head(volume: Volume) -> None:
     if shape.min() < FEWEST_VOXELS or spacing.max() > THICKEST_MM:
         raise VolumeError(f"{size}: too few or too thick slices, a localizer perhaps")
     if extent.min() < EXTENT_MM[0] or extent.max() > EXTENT_MM[1]:
-        raise VolumeError(f"{size}: not a whole head, which takes {EXTENT_MM[0]:.0f} to {EXTENT_MM[1]:.0f} mm")
+        raise VolumeError(
+            f"{size}: not a whole head, which takes {EXTENT_MM[0]:.0f} to {EXTENT_MM[1]:.0f} mm"
+        )
     low, high = volume.voxels.min(), volume.voxels.max()
     if not np.isfinite([low, high]).all():  # min and max hand NaN on
         bad = np.count_nonzero(~np.isfinite(volume.voxels))
@@ -86,7 +88,7 @@ def _check_head(volume: Volume) -> None:
         raise VolumeError(f"all voxels are {low:g}")
 
 
-# ------------------------------------------------------------------------------------------------ NIfTI
+# ------------------------------------------------------------------------- NIfTI
 
 
 def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -114,7 +116,7 @@ def _check_shape(shape: tuple[int, ...]) -> None:
         raise VolumeError(f"{listed} voxels: too large to be a scan of a head")
 
 
-# ------------------------------------------------------------------------------------------------ DICOM
+# ------------------------------------------------------------------------- DICOM
 
 
 def is_dicom(path: Path) -> bool:
@@ -130,7 +132,9 @@ def _read_dicom(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """
     import pydicom  # 0.2 s that a run over NIfTI need not spend
 
-    files = [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".") and is_dicom(p)]
+    files = [
+        p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".") and is_dicom(p)
+    ]
     slices = [pydicom.dcmread(path) for path in files]
     slices = [s for s in slices if "PixelData" in s]  # a DICOMDIR or a report may lie there as well
     if not slices:
@@ -189,5 +193,7 @@ def _even_step(origins: np.ndarray, normal: np.ndarray) -> np.ndarray:
         raise VolumeError("DICOM slices at the same place: several echoes or time points, not one volume")
     if (odd := np.abs(gaps - usual) > 0.1 * usual).any():
         place = origins[np.argmax(odd)] @ normal
-        raise VolumeError(f"DICOM slices are missing after {place:.1f} mm ({len(origins)} slices of {usual:.2f} mm)")
+        raise VolumeError(
+            f"DICOM slices are missing after {place:.1f} mm ({len(origins)} slices of {usual:.2f} mm)"
+        )
     return (origins[-1] - origins[0]) / (len(origins) - 1)
