@@ -1,7 +1,7 @@
 """Make slices to train on, and look at what is there.
 
     python prepare_data.py phantom --output_dir data/phantom --subjects 200   # a cohort made of MNI152
-    python prepare_data.py check ADNI/AD_NC                                   # what is in a folder or zip
+    python prepare_data.py check ADNI/AD_NC --table study.csv                 # what is in a folder or zip
 
 Each command has its own --help.
 """
@@ -9,8 +9,9 @@ Each command has its own --help.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
-from adni_ldm.config import CheckConfig, PhantomConfig, parse_config
+from adni_ldm.config import CheckConfig, PhantomConfig, class_names, parse_config
 from adni_ldm.errors import UserError, run_recipe
 
 
@@ -31,14 +32,24 @@ def make_phantom(arguments: list[str]) -> None:
 
 
 def check(arguments: list[str]) -> int:
-    """Say what is in a folder of slices, and whether it can be trained on; exit status 1 if not."""
+    """Say what is in a folder of slices, and whether it can be trained on; exit status 1 if not.
+
+    Draws a contact sheet of each class and histograms into check/ of the current folder, or into --figures.
+    """
     from adni_ldm.data.check import check_folder
+    from adni_ldm.data.look import draw_check
 
     if arguments and not arguments[0].startswith("-"):  # the folder may stand alone
         arguments = ["--data_dir", *arguments]
     cfg = parse_config(CheckConfig, check.__doc__, arguments, prog="prepare_data.py check")
-    report = check_folder(cfg.data_dir)
+    report = check_folder(cfg.data_dir, class_names=class_names(cfg.classes), table=cfg.table)
+    figures = Path(cfg.figures or "check")
+    if cfg.figures is None and figures.resolve().is_relative_to(report.folder.resolve()):
+        raise UserError("the pictures would land inside the data: give --figures DIR, or --figures none")
+    drawn = [] if cfg.figures == "none" else draw_check(report, figures)
     print(report)
+    if drawn:
+        print(f"pictures: {', '.join(str(path) for path in drawn)}")
     return 0 if report.ok else 1
 
 

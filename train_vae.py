@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader, Subset
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm.auto import tqdm
 
-from adni_ldm.config import TrainVAEConfig, parse_config, save_config
+from adni_ldm.config import TrainVAEConfig, class_names, parse_config, save_config
+from adni_ldm.data.lineage import refuse_leak, trained_on
 from adni_ldm.data.slices import SliceTensors
 from adni_ldm.errors import run_recipe
 from adni_ldm.figures import save_rows
@@ -50,12 +51,15 @@ def main() -> None:
     accelerator = start_accelerator(
         output_dir, cfg.mixed_precision, cfg.gradient_accumulation_steps, cfg.report_to, cfg.seed
     )
-    train, val, _ = load_training_slices(accelerator, cfg.data_dir, cfg.image_size, cfg.val_fraction)
+    train, val, data = load_training_slices(
+        accelerator, cfg.data_dir, cfg.image_size, cfg.val_fraction, class_names(cfg.classes), cfg.table
+    )
     accelerator.print(f"{len(train)} training slices, {len(val)} held out; {describe(accelerator)}")
 
     # ---- Model and optimizer -------------------------------------------------------------------------------
     if cfg.init_from:
         vae = load_autoencoder(cfg.init_from)
+        refuse_leak(f"--init_from {cfg.init_from}", vae.config.get("_trained_on"), data)
     else:
         vae = build_autoencoder(
             cfg.image_size, cfg.latent_channels, cfg.widths, cfg.layers_per_block, cfg.mid_attention
@@ -146,6 +150,7 @@ def main() -> None:
         ema.copy_to(vae.parameters())
     mean, std = encode_posteriors(vae, train, cfg.batch_size, accelerator).channel_statistics()
     vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0, shift_factor=None)
+    vae.register_to_config(_trained_on=trained_on(data, vae.config.get("_trained_on")))
     if accelerator.is_main_process:
         vae.save_pretrained(output_dir)
     log.draw()

@@ -29,6 +29,22 @@ def setting(default, help: str, choices: list | None = None, aliases: list | Non
     return field(default=default, metadata=metadata)
 
 
+CLASSES_HELP = "Classes by the names of their folders, in the order of their labels: AD,NC or AD,MCI,NC."
+TABLE_HELP = "The archive's study table (CSV), for files named by image ID: the person in it is the subject."
+
+
+def class_names(classes: str) -> tuple[str, ...]:
+    """("AD", "NC") of "AD,NC".
+
+    Raises:
+        UserError: fewer than two, or one twice.
+    """
+    names = tuple(name.strip() for name in classes.split(","))
+    if len(names) < 2 or not all(names) or len(set(names)) < len(names):
+        raise UserError(f"--classes {classes}: give two or more different ones, such as AD,NC or AD,MCI,NC")
+    return names
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """What both training recipes ask."""
@@ -38,6 +54,8 @@ class TrainingConfig:
         "Folder of slices, {train,val,test}/{AD,NC}/SUBJECT_SLICE.png, or an AD_NC folder or its zip.",
     )
     output_dir: str = setting("runs/model", "Folder that the model, its log and its pictures are written to.")
+    classes: str = setting("AD,NC", CLASSES_HELP)
+    table: str | None = setting(None, TABLE_HELP)
     image_size: int = setting(
         256, "Side of the square slice, pixels. Slices are padded with black, then resized."
     )
@@ -89,6 +107,7 @@ class TrainingConfig:
                 raise UserError(f"--{name} {getattr(self, name)} must be at least 1")
         if not 0 < self.val_fraction < 1:
             raise UserError(f"--val_fraction {self.val_fraction} must lie between 0 and 1")
+        class_names(self.classes)
 
 
 @dataclass(frozen=True)
@@ -197,6 +216,15 @@ class CheckConfig:
     """Settings of prepare_data.py check."""
 
     data_dir: str = setting("data/phantom", "Folder of slices, AD_NC folder, or its zip.")
+    classes: str = setting("AD,NC", CLASSES_HELP)
+    table: str | None = setting(None, TABLE_HELP)
+    figures: str | None = setting(
+        None,
+        "Folder that the pictures are written to; `none` draws none. Default: check/ in the current folder.",
+    )
+
+    def __post_init__(self):
+        class_names(self.classes)
 
 
 def parse_config(

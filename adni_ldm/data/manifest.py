@@ -18,7 +18,8 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path, PurePath, PureWindowsPath
 
-from adni_ldm.data.splits import SPLITS, DataError, Scan, SliceFile, classes_in, scan_folder
+from adni_ldm.data.folder import Scan, SliceFile, classes_in, scan_folder
+from adni_ldm.data.splits import SPLITS, DataError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -44,7 +45,9 @@ def write_manifest(data_dir: str | Path, settings: Mapping) -> str:
     manifest = {
         "format": FORMAT,
         "hash": _digest(
-            f"{s}/{c} {part['content']}" for s, parts in splits.items() for c, part in parts.items()
+            f"{split}\0{cls}\0{part['whose']}\0{part['content']}"
+            for split, classes in splits.items()
+            for cls, part in classes.items()
         ),
         "hash_of": "subjects and content of files (SHA-256)",
         "settings": _without_places(dict(settings)),
@@ -85,6 +88,50 @@ def manifest_splits(manifest: Mapping | None) -> dict[str, str]:
     }
 
 
+def data_hash(scan: Scan) -> tuple[str, str]:
+    """Identity of the data, 64 hex digits, and what it is taken over.
+
+    That of manifest.json where there is one; else taken in memory over the subjects and the names and sizes
+    of the files, which opens none of them: a picture changed without a change in size goes unnoticed.
+    """
+    if manifest := read_manifest(scan.root):
+        return manifest["hash"], manifest["hash_of"]
+    lines = []
+    for split, classes in _by_split_and_class(scan).items():
+        for cls, files in classes.items():
+            lines.append("\0".join((split, cls, _whose(files), _names_and_sizes(files))))
+    return _digest(lines), "subjects, names and sizes of files (SHA-256)"
+
+
+def manifest_problems(scan: Scan, content: bool = False) -> list[str]:
+    """Where the folder is not what its manifest.json says, one line a split and class; [] without a manifest.
+
+    Compares names, sizes and subjects (where no study table names them) and, with `content`, every byte.
+    """
+    try:
+        manifest = read_manifest(scan.root)
+    except DataError as error:
+        return [str(error)]
+    if manifest is None:
+        return []
+    found, problems = _by_split_and_class(scan), []
+    for split in SPLITS:
+        for cls in scan.class_names:
+            told = manifest["splits"].get(split, {}).get(cls)
+            files = found.get(split, {}).get(cls)
+            if not told and not files:
+                continue
+            same = told and files and told["names_and_sizes"] == _names_and_sizes(files)
+            same = same and (scan.table or told["whose"] == _whose(files))
+            same = same and (not content or told["content"] == _content(files))
+            if not same:
+                problems.append(
+                    f"{scan.root / MANIFEST}: {split}/{cls} is not what it was when this was written; "
+                    "prepare the data anew, or remove the manifest to vouch for what is there"
+                )
+    return problems
+
+
 def _by_split_and_class(scan: Scan) -> dict[str, dict[str, list[SliceFile]]]:
     """Files of each split and class that has any, sorted by name."""
     found: dict[str, dict[str, list[SliceFile]]] = {}
@@ -101,22 +148,28 @@ def _describe(files: Sequence[SliceFile]) -> dict:
         "subjects": sorted({file.subject for file in files if file.subject is not None}),
         "scans": len({(file.subject, file.scan) for file in files}),
         "images": len(files),
-        "content": _digest(f"{_name(f)}\0{f.subject}\0{_content(f.path)}" for f in files),
-        "names_and_sizes": names_and_sizes(files),
+        "whose": _whose(files),
+        "content": _content(files),
+        "names_and_sizes": _names_and_sizes(files),
     }
 
 
-def names_and_sizes(files: Sequence[SliceFile]) -> str:
-    """SHA-256 over name, subject and size of the files of one split and class; none of them is opened."""
-    return _digest(f"{_name(file)}\0{file.subject}\0{file.size}" for file in sorted(files, key=_name))
+def _whose(files: Sequence[SliceFile]) -> str:
+    return _digest(f"{_name(file)}\0{file.subject}" for file in files)
+
+
+def _content(files: Sequence[SliceFile]) -> str:
+    return _digest(
+        f"{_name(file)}\0{hashlib.sha256(Path(file.path).read_bytes()).hexdigest()}" for file in files
+    )
+
+
+def _names_and_sizes(files: Sequence[SliceFile]) -> str:
+    return _digest(f"{_name(file)}\0{file.size}" for file in files)
 
 
 def _name(file: SliceFile) -> str:
-    return PurePath(file.path).name
-
-
-def _content(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return file.path.rpartition("/")[2]
 
 
 def _digest(lines) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 
-from adni_ldm.data.slices import SliceTensors, load_slices, to_arrays
+from adni_ldm.data.folder import PERSONS_UNKNOWN
+from adni_ldm.data.lineage import DataRecord, describe_data
+from adni_ldm.data.slices import CLASS_NAMES, SliceTensors, open_folder, read_slices, to_arrays
 from adni_ldm.environment import processes_without_gpu
 from adni_ldm.errors import UserError
 from adni_ldm.precision import choose_precision
@@ -49,17 +52,26 @@ def start_accelerator(
 
 
 def load_training_slices(
-    accelerator: Accelerator, data_dir: str | Path, image_size: int, val_fraction: float
-) -> tuple[SliceTensors, SliceTensors, tuple[str, ...]]:
-    """Training and held-out slices, and the names of the classes; decoded once, by the main process.
+    accelerator: Accelerator,
+    data_dir: str | Path,
+    image_size: int,
+    val_fraction: float,
+    class_names: Sequence[str] = CLASS_NAMES,
+    table: str | Path | None = None,
+) -> tuple[SliceTensors, SliceTensors, DataRecord]:
+    """Training and held-out slices, and what they are; decoded once, by the main process.
 
     Raises:
-        DataError: data that cannot be trained on.
+        UserError: data that cannot be trained on.
     """
     with accelerator.main_process_first():
-        splits = load_slices(data_dir, val_fraction=val_fraction)
+        scan = open_folder(data_dir, class_names, table)
+        splits = read_slices(scan, val_fraction)
         train, val = (SliceTensors(to_arrays(splits[split], image_size)) for split in ("train", "val"))
-    return train, val, tuple(splits["train"].features["label"].names)
+    data = describe_data(scan, splits)
+    if not data.persons_known:
+        accelerator.print(f"note: {PERSONS_UNKNOWN}")
+    return train, val, data
 
 
 def describe(accelerator: Accelerator) -> str:
