@@ -17,18 +17,20 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from pathlib import Path
 
+import pandas as pd
 from PIL import Image
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from adni_ldm.data.pictures import Method, make_pictures
 from adni_ldm.data.registration import Template, load_template
+from adni_ldm.data.splits import assign_splits
 from adni_ldm.data.study import Study, StudyScan
 from adni_ldm.data.volumes import VolumeError
 from adni_ldm.errors import UserError
@@ -127,6 +129,36 @@ def earlier_splits(output_dir: str | Path) -> dict[str, str]:
     if foreign:
         raise UserError(f"{output_dir} holds {foreign[0]}, not made by this command: choose another folder")
     return {}
+
+
+def decide_splits(
+    people: pd.DataFrame,  # of a Study
+    earlier: Mapping[str, str],
+    val_fraction: float,
+    test_fraction: float,
+    test_subjects: Collection[str] | None = None,  # exactly these are the test set; None: a share of all
+) -> dict[str, str]:
+    """{subject: split} of all people. Nobody leaves the split of an earlier run.
+
+    Raises UserError for fractions that leave no training set, and where `test_subjects` contradict `earlier`.
+    """
+    if not (0 <= val_fraction and 0 <= test_fraction and val_fraction + test_fraction < 1):
+        raise UserError(
+            f"val_fraction={val_fraction}, test_fraction={test_fraction}: leave some for training"
+        )
+    fractions = {"train": 1 - val_fraction - test_fraction, "val": val_fraction, "test": test_fraction}
+    fixed = dict(earlier)
+    if test_subjects is not None:
+        wanted = {s for s in people.subject if s in test_subjects or s.removeprefix("sub-") in test_subjects}
+        moved = sorted(s for s in people.subject if s in earlier and (earlier[s] == "test") != (s in wanted))
+        if moved or not wanted:
+            what = (
+                f"{moved[0]} was in {earlier[moved[0]]} before" if moved else "none is in the study's table"
+            )
+            raise UserError(f"test subjects: {what}; correct the list, or choose another --output_dir")
+        fixed |= dict.fromkeys(wanted, "test")
+        fractions = {"train": 1 - val_fraction, "val": val_fraction}
+    return assign_splits(people, {k: share for k, share in fractions.items() if share > 0}, fixed)
 
 
 def convert_scans(

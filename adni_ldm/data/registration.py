@@ -1,9 +1,9 @@
 """Affine registration of a head to the MNI152 template, with SimpleITK.
 
-The template is the one of nilearn (ICBM 2009a, skull-stripped) at 2 mm. Mattes' mutual information (Mattes
-et al. 2003, doi:10.1109/TMI.2003.809072) is measured in its brain and a rim about it, where T1 scans have
-dark fluid and bone; what lies further out (scalp, neck, jaw) has no say. Same scan, same numbers: one thread, and
-a fixed seed.
+The template is nilearn's (ICBM 2009a, skull-stripped) at 2 mm. Mattes' mutual information (Mattes et al.
+2003, doi:10.1109/TMI.2003.809072) is measured in its brain and a rim about it, where T1 scans have dark
+fluid and bone; what lies further out (scalp, neck, jaw) has no say. Same scan, same numbers: one thread, a
+fixed seed.
 """
 
 from __future__ import annotations

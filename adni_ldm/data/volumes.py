@@ -120,7 +120,9 @@ def _check_shape(shape: tuple[int, ...]) -> None:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file carries DICOM's preamble."""
+    """Whether a path is a file, and one that carries DICOM's preamble."""
+    if not path.is_file():  # a pipe would make us wait
+        return False
     with path.open("rb") as file:
         return file.read(132)[128:] == b"DICM"
 
