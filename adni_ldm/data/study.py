@@ -87,6 +87,8 @@ def read_study(
     rows = read_table(table, columns or {})
     if bids:
         rows["subject"] = "sub-" + rows.subject.str.removeprefix("sub-")
+    if "path" in rows:
+        rows["path"] = [Path(path).as_posix() if path else "" for path in rows.path]  # ./a.nii is a.nii
     rows = classify(rows, classes)
     usable = rows[rows.use == "yes"]
     if usable.empty:
@@ -135,7 +137,7 @@ def _link(
 ) -> tuple[list[tuple[str, int]], list[Rejected]]:
     """Pairs of a file and its row; files without a row, rows without a file, rows that are rejected."""
     if "path" in rows:
-        find_row = _finder_by_path(files, rows)
+        find_row = _finder_by_path(rows)
         files = sorted({*files, *(p for p in rows.path if p and (root / p).exists())})
     elif "image_id" in rows:
         find_row = _finder_by_image(root, rows, table)
@@ -166,11 +168,10 @@ def _link(
 _NO_ROW = "no row of the table is about it"
 
 
-def _finder_by_path(files: Sequence[str], rows: pd.DataFrame):
+def _finder_by_path(rows: pd.DataFrame):
     by_path = {}
     for index, path in rows.path.items():
-        path = Path(path).as_posix()
-        if by_path.setdefault(path, index) != index:
+        if path and by_path.setdefault(path, index) != index:
             raise UserError(f"the table has two rows for {path}; keep one")
     return lambda path: by_path.get(path, _NO_ROW)
 
