@@ -45,17 +45,22 @@ def test_sagittal_pictures_have_anterior_left_and_superior_up(upright):
 
 @pytest.mark.parametrize("plane", PLANES)
 def test_layout_of_each_plane(tmp_path, plane):
-    """A bright ball to the right, in front and above: radiological, anterior left in sagittal pictures."""
+    """A ball 12 mm right, 28 in front, 45 above: the right is left, but anterior is in sagittal pictures."""
     voxels, affine = template_head()
+    offset = np.array([12, 28, 45])
     mm = np.moveaxis(np.indices(voxels.shape), 0, -1) @ affine[:3, :3] + affine[:3, 3]
-    ball = np.linalg.norm(mm - (CENTRE_MM + [25, 25, 25]), axis=-1) < 12
+    ball = np.linalg.norm(mm - (CENTRE_MM + offset), axis=-1) < 9
     image = nibabel.Nifti1Image(np.where(ball, 3000, voxels).astype(np.int16), affine)
-    method = Method(plane=plane, slices=2, spacing_mm=50.0, image_size=96, field_of_view_mm=208.0)
+    across, down, right = {"sagittal": (0, 2, 1), "coronal": (1, 2, 0), "axial": (2, 1, 0)}[plane]
+    method = Method(
+        plane=plane, slices=3, spacing_mm=float(offset[across]), image_size=104, field_of_view_mm=208.0
+    )
     pictures = make_pictures(save(image, tmp_path / "head.nii"), method)
-    bright = pictures == 255  # the slice at -25 mm has none of the ball
-    assert bright[1].sum() > 3 * bright[0].sum()
-    rows, columns = np.nonzero(bright[1])
-    assert np.median(rows) < 45 and np.median(columns) < 45
+    white = pictures == 255
+    assert white[2].sum() > 3 * white[0].sum()
+    rows, columns = np.nonzero(white[2])
+    assert np.median(rows) == pytest.approx(52 - offset[down] / 2, abs=4)  # pixels of 2 mm
+    assert np.median(columns) == pytest.approx(52 - offset[right] / 2, abs=4)
 
 
 def test_one_mm_voxels_are_not_interpolated(tmp_path):
