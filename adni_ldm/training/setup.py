@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    set_seed,
+)
 
 from adni_ldm.data.slices import SliceTensors, load_slices, to_arrays
 from adni_ldm.environment import processes_without_gpu
 from adni_ldm.errors import UserError
 from adni_ldm.precision import choose_precision
+from adni_ldm.training.kernels import compute_deterministically
 
 
 def start_accelerator(
@@ -20,13 +27,21 @@ def start_accelerator(
     gradient_accumulation_steps: int,
     report_to: str,
     seed: int,
+    batch_size: int = 1,
+    deterministic: bool = False,
 ) -> Accelerator:
     """Accelerator with its tracker, and the seed set: weights start alike on every process.
+
+    Args:
+        batch_size: of a process; DeepSpeed asks for it.
+        deterministic: only kernels that give the same bits each time.
 
     Raises:
         UserError: fp16 without a GPU, or a tracker that is not installed.
     """
     precision = choose_precision(mixed_precision)
+    if deterministic:
+        compute_deterministically()
     # refused before anything is written
     if Path(output_dir).is_file():
         raise UserError(f"--output_dir {output_dir}: a file stands there; give a folder")
@@ -37,11 +52,19 @@ def start_accelerator(
             gradient_accumulation_steps=gradient_accumulation_steps,
             log_with=None if report_to == "none" else report_to,
             project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir)),
+            # The main process decodes data and draws samples while the others wait for it.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         )
     except ValueError as error:
         if "fp16" in str(error) or "log_with" in str(error) or report_to in str(error):
             raise UserError(str(error)) from error
         raise
+    if plugin := accelerator.state.deepspeed_plugin:  # it cannot ask a DataLoader: none is prepared
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise UserError(
+            "FSDP of version 1 is not supported: set fsdp_version: 2 (configs/accelerate/fsdp.yaml)"
+        )
     set_seed(seed)
     if accelerator.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
