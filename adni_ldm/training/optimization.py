@@ -46,7 +46,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer | AcceleratedOptimizer, l
 
 def average(parameters: Iterable[torch.nn.Parameter], decay: float, device: torch.device | str) -> EMAModel:
     """Moving average of the weights, kept on `device`: the host's memory, if not where they are trained."""
-    ema = EMAModel(parameters, decay=decay, foreach=True)
+    parameters = list(parameters)
+    sharded = hasattr(parameters[0], "to_local")  # by FSDP, whose tensors know no foreach
+    ema = EMAModel(parameters, decay=decay, foreach=not sharded)
     ema.to(device)
     return ema
 

@@ -15,7 +15,9 @@ def whole(network: ModelMixin) -> ModelMixin:
     parameters = dict(network.named_parameters())
     if not any(isinstance(parameter, DTensor) for parameter in parameters.values()):
         return network
-    copy = type(network).from_config(network.config)
+    # diffusers notes there which arguments were defaults, and counts those given by position among them
+    config = {name: value for name, value in network.config.items() if name != "_use_default_values"}
+    copy = type(network).from_config(config)
     for name, target in copy.named_parameters():
         source = parameters[name]
         target.data.copy_(source.full_tensor() if isinstance(source, DTensor) else source)
