@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as distributed
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedType,
@@ -13,6 +16,8 @@ from accelerate.utils import (
     ProjectConfiguration,
     set_seed,
 )
+from torch.distributed import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from adni_ldm.data.slices import SliceTensors, load_slices, to_arrays
 from adni_ldm.environment import processes_without_gpu
@@ -53,12 +58,15 @@ def start_accelerator(
             log_with=None if report_to == "none" else report_to,
             project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir)),
             # The main process decodes data and draws samples while the others wait for it.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+            kwargs_handlers=[InitProcessGroupKwargs(init_method="attempt://", timeout=timedelta(hours=2))],
         )
     except ValueError as error:
         if "fp16" in str(error) or "log_with" in str(error) or report_to in str(error):
             raise UserError(str(error)) from error
         raise
+    for feature, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(feature) == "true" and accelerator.device.type == "cpu":
+            raise UserError(f"{name} needs GPUs here and none is visible; take configs/accelerate/cpu.yaml")
     if plugin := accelerator.state.deepspeed_plugin:  # it cannot ask a DataLoader: none is prepared
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
@@ -69,6 +77,21 @@ def start_accelerator(
     if accelerator.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
+
+
+def _meet_by_attempt(_url: str, **options) -> Iterator[tuple[Store, int, int]]:
+    """How processes find each other: as torch does from the environment, apart for each restart.
+
+    A launcher with --max_restarts keeps its store when it starts the processes again. Under one prefix they
+    may find the addresses of those that died and connect to nobody (torch 2.15, static rendezvous).
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    for store, rank, world_size in rendezvous("env://", timeout=options["timeout"]):
+        yield PrefixStore(f"attempt_{attempt}", store), rank, world_size
+
+
+if distributed.is_available():
+    distributed.register_rendezvous_handler("attempt", _meet_by_attempt)
 
 
 def load_training_slices(

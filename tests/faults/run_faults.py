@@ -112,10 +112,12 @@ class Faults:
         raise AssertionError("no kill fell into the writing of a checkpoint")
 
     def signalled(self, recipe: str, number: signal.Signals) -> None:
+        """To the whole group, the workers that read slices ahead included, as a cluster does."""
+        self.settings["num_workers"] = 1 if recipe == "train_vae" else 0
         run, folder = self.start(recipe, number.name)
         step = self.random.randrange(1, STEPS - 2)
         wait_for(lambda: steps_done(folder) >= step, run)
-        run.send(number)
+        os.killpg(run.pid, number)
         status = run.wait()
         assert status == 128 + number, f"{number.name}: ended with {status}, not {128 + number}\n{run.said()}"
         self.resume(number.name, recipe, folder)
@@ -183,27 +185,83 @@ class Faults:
         assert checkpoints(folder)[-1] >= good[-1], "the last good checkpoint is gone"
         assert not list(folder.glob("checkpoints/*.partial")), "a partial checkpoint was left"
 
-    def rank_killed(self, recipe: str) -> None:
-        """One of two ranks is killed; `accelerate launch --max_restarts 1` goes on by itself."""
-        launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-        launcher += ["--config_file", "configs/accelerate/cpu.yaml", "--max_restarts", "1"]
-        folders = [self.work / "two-ranks", self.work / "two-ranks-one-killed"]
-        hashes = []
-        for folder in folders:
-            folder.mkdir()
-            command = [*launcher, "--main_process_port", "0", f"{recipe}.py", *self.words(recipe, folder)]
-            with (folder / "log").open("w") as log:
-                process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
-            if folder is folders[1]:
+    def two_ranks(self, recipe: str) -> None:
+        """Two ranks under `accelerate launch --max_restarts 1`, which goes on by itself where one dies."""
+        _, process = self.launch(recipe, "two-ranks")
+        assert process.wait(240) == 0, "two undisturbed ranks"
+        whole = weights_of(recipe, self.work / "two-ranks")
+
+        folder, process = self.launch(recipe, "one-killed")
+        os.kill(rank_of(process.pid, 1), signal.SIGKILL)
+        done = steps_done(folder)
+        assert process.wait(240) == 0, (folder / "log").read_text()[-4000:]
+        self.note("one of two ranks killed", weights_of(recipe, folder) == whole, done - resumed_at(folder))
+
+        # One rank alone is told: both stop at the same step. The launcher starts them again by itself.
+        folder, process = self.launch(recipe, "one-told")
+        os.kill(rank_of(process.pid, 1), signal.SIGTERM)
+        assert process.wait(240) == 0, (folder / "log").read_text()[-4000:]
+        assert "SIGTERM: stopped after step" in (folder / "log").read_text()
+        self.note("SIGTERM to one of two ranks", weights_of(recipe, folder) == whole, 0)
+
+        # The launcher is told: it tells its ranks, waits for their checkpoint, and ends.
+        folder, process = self.launch(recipe, "launcher-told")
+        process.terminate()
+        assert process.wait(60) != 0
+        done = steps_done(folder)
+        assert f"SIGTERM: stopped after step {done}" in (folder / "log").read_text()
+        _, process = self.launch(recipe, "launcher-told", wait=False)
+        assert process.wait(240) == 0, (folder / "log").read_text()[-4000:]
+        same = weights_of(recipe, folder) == whole
+        self.note("SIGTERM to the launcher of two ranks", same, done - resumed_at(folder))
+
+    def launch(self, recipe: str, name: str, wait: bool = True) -> tuple[Path, subprocess.Popen]:
+        """Two ranks and their launcher, returned once the first checkpoint is written."""
+        folder = self.work / name
+        folder.mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+        command += ["configs/accelerate/cpu.yaml", "--max_restarts", "1", "--main_process_port", "0"]
+        with (folder / "log").open("a") as log:
+            process = subprocess.Popen(
+                [*command, f"{recipe}.py", *self.words(recipe, folder)], cwd=ROOT, stdout=log, stderr=log
+            )
+        end = time.monotonic() + 120
+        while wait and not (checkpoints(folder) and steps_done(folder) >= 3):
+            assert process.poll() is None and time.monotonic() < end, (folder / "log").read_text()
+            time.sleep(0.002)
+        return folder, process
+
+    def slurm(self, recipe: str) -> None:
+        """examples/slurm.sh, with a Slurm that starts what it is told to and notes who queues again."""
+        bin_folder, folder = self.work / "bin", self.work / "slurm"
+        bin_folder.mkdir()
+        folder.mkdir()
+        stand_ins = {
+            "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
+            "scontrol": f'[[ $1 == show ]] && echo 127.0.0.1 || echo "$@" >> {folder}/scontrol',
+            "accelerate": f'exec {sys.executable} -m accelerate.commands.launch "${{@:2}}"',
+        }
+        for name, line in stand_ins.items():
+            (bin_folder / name).write_text(f"#!/usr/bin/env bash\n{line}\n")
+            (bin_folder / name).chmod(0o755)
+        environment = os.environ | {"PATH": f"{bin_folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "42"}
+        environment |= {"SLURM_JOB_NODELIST": "here", "SLURM_NODEID": "0", "SLURM_GPUS_ON_NODE": "1"}
+        command = ["bash", "examples/slurm.sh", f"{recipe}.py", *self.words(recipe, folder)]
+        done = 0
+        for start in range(2):
+            with (folder / "log").open("a") as log:
+                process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
+            if start == 0:
                 end = time.monotonic() + 120
-                while not (checkpoints(folder) and steps_done(folder) >= 3):
+                while steps_done(folder) < 3:
                     assert process.poll() is None and time.monotonic() < end, (folder / "log").read_text()
                     time.sleep(0.002)
-                done = steps_done(folder)
-                os.kill(rank_of(process.pid, 1), signal.SIGKILL)
-            assert process.wait(240) == 0, (folder / "log").read_text()[-4000:]
-            hashes.append(weights_of(recipe, folder))
-        self.note("one of two ranks killed", hashes[0] == hashes[1], done - resumed_at(folders[1]))
+                process.send_signal(signal.SIGUSR1)
+            assert process.wait(120) == 0, (folder / "log").read_text()[-4000:]
+            assert (folder / "scontrol").read_text() == "requeue 42\n", "queued again once"
+            done = steps_done(folder) if start == 0 else done
+        same = weights_of(recipe, folder) == self.whole[recipe]
+        self.note("Slurm's time is up (examples/slurm.sh)", same, done - resumed_at(folder))
 
     # ---- The table -----------------------------------------------------------------------------------------
 
@@ -276,7 +334,8 @@ def main() -> int:
         if not options.short:
             if not faults.small_disk("train_ldm"):
                 print("no small disk: mounting a tmpfs needs root", flush=True)
-            faults.rank_killed("train_ldm")
+            faults.two_ranks("train_ldm")
+            faults.slurm("train_ldm")
         print(faults.table())
         print("all survived" if faults.all_survived else "NOT ALL SURVIVED")
         return 0 if faults.all_survived else 1

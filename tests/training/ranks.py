@@ -65,7 +65,7 @@ def gradients(accelerator, which: str, accumulation: int) -> dict[str, torch.Ten
 
 
 def agreements(accelerator) -> dict[str, list]:
-    """What each process decides where only the last one meets a NaN, then an infinite gradient, then SIGTERM."""
+    """What each process decides where the last one alone meets a NaN, an infinite gradient, and SIGTERM."""
     check = UpdateCheck(accelerator, max_nonfinite=2)
     check.listen()
     alone = accelerator.process_index == accelerator.num_processes - 1
