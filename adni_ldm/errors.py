@@ -19,16 +19,17 @@ def run_recipe(main: Callable[[], int | None]) -> None:
 
     A `UserError` and a full disk are told in one line, on one process, with status 1.
     """
+    message = None
     try:
         status = main()
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
+        message = str(error)
+    if message is not None:  # said once the error has let go of main's progress bar, which draws as it ends
         if os.environ.get("RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+            print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         else:
-            time.sleep(
-                2
-            )  # a launcher ends all processes when the first one fails: let that be the one that speaks
+            time.sleep(2)  # a launcher ends all when the first one fails: let that be the one that speaks
         status = 1
     sys.exit(status)
