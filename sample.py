@@ -72,6 +72,7 @@ def main() -> None:
         "precision": precision,
         "model": cfg.model,
         "model_hash": model_hash,
+        "data_hash": "+".join(data["hash"] for data in pipeline.unet.config.get("_trained_on", ())),
     }
     pd.DataFrame(lines).assign(**settings).to_csv(output_dir / "metadata.csv", index=False)
     save_rows(output_dir / "grid.png", {name: torch.stack(row) for name, row in previews.items()}, columns=8)

@@ -20,7 +20,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler
 from tqdm.auto import tqdm
 
-from adni_ldm.config import TrainLDMConfig, parse_config, save_config, settings_to_keep
+from adni_ldm.config import TrainLDMConfig, class_names, parse_config, save_config, settings_to_keep
+from adni_ldm.data.lineage import refuse_leak, trained_on
 from adni_ldm.errors import UserError, run_recipe
 from adni_ldm.figures import save_rows
 from adni_ldm.loading import load_autoencoder, load_pipeline
@@ -75,19 +76,21 @@ def main() -> int:
     pipeline = load_pipeline(cfg.init_from) if cfg.init_from else None
     vae = pipeline.vae if pipeline else load_autoencoder(cfg.vae)
     channels, size, _ = latent_shape(vae, cfg.image_size)
-    train, val, class_names = load_training_slices(
-        accelerator, cfg.data_dir, cfg.image_size, cfg.val_fraction
+    train, val, data = load_training_slices(
+        accelerator, cfg.data_dir, cfg.image_size, cfg.val_fraction, class_names(cfg.classes), cfg.table
     )
+    refuse_leak(cfg.init_from or cfg.vae, vae.config.get("_trained_on"), data)
     accelerator.print(f"{len(train)} training slices, {len(val)} held out; {describe(accelerator)}")
 
     # ---- Denoiser and noise schedule -----------------------------------------------------------------------
     if pipeline:
-        refuse_mismatch(pipeline, class_names, size)
+        refuse_leak(cfg.init_from, pipeline.unet.config.get("_trained_on"), data)
+        refuse_mismatch(pipeline, data.class_names, size)
         scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         denoiser = ConditionalDenoiser(pipeline.unet, pipeline.class_embedding)
     else:
         unet = build_denoiser(channels, size, cfg.unet_widths, cfg.token_dim, cfg.layers_per_block)
-        denoiser = ConditionalDenoiser(unet, ClassEmbedding(class_names, cfg.token_dim))
+        denoiser = ConditionalDenoiser(unet, ClassEmbedding(data.class_names, cfg.token_dim))
         scheduler = DDPMScheduler(
             num_train_timesteps=cfg.num_train_timesteps,
             beta_schedule="scaled_linear",
@@ -98,6 +101,9 @@ def main() -> int:
             timestep_spacing="trailing",  # sampling starts at the last timestep, which is pure noise
             clip_sample=False,  # latents are not confined to [-1, 1]
         )
+
+    unet = denoiser.unet
+    unet.register_to_config(_trained_on=trained_on(data, unet.config.get("_trained_on")))
 
     # ---- Latents: encoded once, their posterior drawn anew each step ---------------------------------------
     vae.to(accelerator.device).requires_grad_(False).eval()
@@ -123,8 +129,9 @@ def main() -> int:
         ema = average(denoiser.parameters(), cfg.ema_decay, "cpu" if cfg.offload_ema else accelerator.device)
 
     # ---- Resume and run folder -----------------------------------------------------------------------------
-    data_hash = hash_slices(train, val) if accelerator.is_main_process else ""
-    identity = run_identity(accelerator, settings_to_keep(cfg), data_hash, vae=hash_weights(vae))
+    pixels = hash_slices(train, val) if accelerator.is_main_process else ""
+    hashes = {"pixels": pixels, "vae": hash_weights(vae)}
+    identity = run_identity(accelerator, settings_to_keep(cfg), data.hash, **hashes)
     state = {"identity": identity, "ema": ema}
     resumed = load_checkpoint(accelerator, output_dir, cfg.resume_from_checkpoint, **state)
     step = resumed.pop("step")

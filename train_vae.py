@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader, Subset
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm.auto import tqdm
 
-from adni_ldm.config import TrainVAEConfig, parse_config, save_config, settings_to_keep
+from adni_ldm.config import TrainVAEConfig, class_names, parse_config, save_config, settings_to_keep
+from adni_ldm.data.lineage import refuse_leak, trained_on
 from adni_ldm.data.slices import SliceTensors
 from adni_ldm.errors import run_recipe
 from adni_ldm.figures import save_rows
@@ -72,12 +73,15 @@ def main() -> int:
         cfg.batch_size,
         cfg.deterministic,
     )
-    train, val, _ = load_training_slices(accelerator, cfg.data_dir, cfg.image_size, cfg.val_fraction)
+    train, val, data = load_training_slices(
+        accelerator, cfg.data_dir, cfg.image_size, cfg.val_fraction, class_names(cfg.classes), cfg.table
+    )
     accelerator.print(f"{len(train)} training slices, {len(val)} held out; {describe(accelerator)}")
 
     # ---- Model and optimizer -------------------------------------------------------------------------------
     if cfg.init_from:
         vae = load_autoencoder(cfg.init_from)
+        refuse_leak(f"--init_from {cfg.init_from}", vae.config.get("_trained_on"), data)
     else:
         vae = build_autoencoder(
             cfg.image_size, cfg.latent_channels, cfg.widths, cfg.layers_per_block, cfg.mid_attention
@@ -103,14 +107,15 @@ def main() -> int:
         ema = average(vae.parameters(), cfg.ema_decay, "cpu" if cfg.offload_ema else accelerator.device)
 
     # ---- Resume and run folder -----------------------------------------------------------------------------
-    data_hash = hash_slices(train, val) if accelerator.is_main_process else ""
-    state = {"identity": run_identity(accelerator, settings_to_keep(cfg), data_hash), "ema": ema}
+    pixels = hash_slices(train, val) if accelerator.is_main_process else ""
+    identity = run_identity(accelerator, settings_to_keep(cfg), data.hash, pixels=pixels)
+    state = {"identity": identity, "ema": ema}
     resumed = load_checkpoint(accelerator, output_dir, cfg.resume_from_checkpoint, **state)
     step = resumed.pop("step")
     check = UpdateCheck(accelerator, cfg.max_nonfinite, **resumed)
     if accelerator.is_main_process:
         save_config(cfg, output_dir)
-        record_start(output_dir, step, state["identity"])
+        record_start(output_dir, step, identity)
     if cfg.report_to != "none":
         accelerator.init_trackers("logs")
     log = RunLog(accelerator, output_dir, COLUMNS, resumed_at=step)
@@ -195,6 +200,7 @@ def main() -> int:
     vae = whole(vae)
     mean, std = encode_posteriors(vae, train, cfg.batch_size, accelerator).channel_statistics()
     vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0, shift_factor=None)
+    vae.register_to_config(_trained_on=trained_on(data, vae.config.get("_trained_on")))
     if accelerator.is_main_process:
         vae.save_pretrained(output_dir)
     log.draw()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -29,6 +30,22 @@ def setting(default, help: str, choices: list | None = None, aliases: list | Non
     return field(default=default, metadata=metadata)
 
 
+CLASSES_HELP = "Classes by the names of their folders, in the order of their labels: AD,NC or AD,MCI,NC."
+TABLE_HELP = "The archive's study table (CSV), for files named by image ID: the person in it is the subject."
+
+
+def class_names(classes: str) -> tuple[str, ...]:
+    """("AD", "NC") of "AD,NC", and of "AD,CN", which is the archive's word for the same.
+
+    Raises:
+        UserError: fewer than two, or one twice.
+    """
+    names = tuple({"CN": "NC"}.get(name.strip(), name.strip()) for name in classes.split(","))
+    if len(names) < 2 or not all(names) or len(set(names)) < len(names):
+        raise UserError(f"--classes {classes}: give two or more different ones, such as AD,NC or AD,MCI,NC")
+    return names
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """What both training recipes ask."""
@@ -38,6 +55,8 @@ class TrainingConfig:
         "Folder of slices, {train,val,test}/{AD,NC}/SUBJECT_SLICE.png, or an AD_NC folder or its zip.",
     )
     output_dir: str = setting("runs/model", "Folder that the model, its log and its pictures are written to.")
+    classes: str = setting("AD,NC", CLASSES_HELP)
+    table: str | None = setting(None, TABLE_HELP)
     image_size: int = setting(
         256, "Side of the square slice, pixels. Slices are padded with black, then resized."
     )
@@ -111,6 +130,7 @@ class TrainingConfig:
                 raise UserError(f"--{name} {getattr(self, name)} must be at least 1")
         if not 0 < self.val_fraction < 1:
             raise UserError(f"--val_fraction {self.val_fraction} must lie between 0 and 1")
+        class_names(self.classes)
 
 
 @dataclass(frozen=True)
@@ -184,7 +204,7 @@ class SampleConfig:
     num_images: int = setting(16, "Slices of each class.")
     steps: int = setting(50, "Denoising steps.")
     guidance_scale: float = setting(
-        2.5, "Strength of the class, 1 is no guidance; higher is more typical, less varied."
+        1.5, "Strength of the class; 1 is no guidance. More exaggerates what sets the class apart."
     )
     eta: float = setting(0.0, "Stochasticity of DDIM: 0 is deterministic, 1 is as random as DDPM.")
     scheduler: str = setting(
@@ -219,6 +239,79 @@ class CheckConfig:
     """Settings of prepare_data.py check."""
 
     data_dir: str = setting("data/phantom", "Folder of slices, AD_NC folder, or its zip.")
+    classes: str = setting("AD,NC", CLASSES_HELP)
+    table: str | None = setting(None, TABLE_HELP)
+    figures: str | None = setting(
+        None,
+        "Folder that the pictures are written to; `none` draws none. Default: check/ in the current folder.",
+    )
+
+    def __post_init__(self):
+        class_names(self.classes)
+
+
+@dataclass(frozen=True)
+class ScansConfig:
+    """Settings of prepare_data.py scans."""
+
+    input_dir: str = setting("ADNI", "Folder of scans: an archive's tree, BIDS, or any other with paths.")
+    table: str | None = setting(
+        None, "Study table, .csv or .tsv: who is who. Default: participants.tsv of a BIDS folder."
+    )
+    output_dir: str = setting("data/adni", "Folder that the slices are written to.")
+    columns: list[str] = setting(
+        [],
+        "Names of the table's columns where they are not found: subject=PTID group=DX_bl; of path, "
+        "image_id, subject, group, session, age, sex, modality.",
+    )
+    classes: str = setting("AD,NC", CLASSES_HELP)
+    plane: str = setting("sagittal", "Direction of the slices.", ["sagittal", "coronal", "axial"])
+    slices: int = setting(20, "Slices of each scan, about the middle of the brain.")
+    spacing_mm: float = setting(2.0, "From slice to slice, mm.")
+    image_size: int = setting(256, "Side of the square slice, pixels.")
+    field_of_view_mm: float = setting(256.0, "Side of the square slice, mm; what the scan lacks is black.")
+    register: str = setting(
+        "none",
+        "Space of the slices: none, the scanner's, or mni, after affine registration.",
+        ["none", "mni"],
+    )
+    brain_mask: str = setting(
+        "none",
+        "What is black around the brain: mni, by the template's mask; none; or files beside the scans, "
+        "such as '{name}_mask.nii.gz'.",
+    )
+    percentiles: list[float] = setting(
+        [0.5, 99.5], "Of the brain's intensity: what becomes black, and white."
+    )
+    bits: int = setting(8, "Bits of a grey value in the PNG.", [8, 16])
+    val_fraction: float = setting(0.15, "Share of the subjects for validation.")
+    test_fraction: float = setting(0.15, "Share of the subjects for the test.")
+    test_subjects: str | None = setting(
+        None, "File with a subject a line: exactly these are the test set, in place of a share."
+    )
+    shard: str | None = setting(
+        None, "I/N: only this part of the scans; run all N, on one output_dir, then prepare_data.py merge."
+    )
+    workers: int | None = setting(None, "Processes. Default: one a core.")
+
+    def __post_init__(self):
+        class_names(self.classes)
+        for column in self.columns:
+            if not all(column.partition("=")):
+                raise UserError(f"--columns {column}: expected PURPOSE=NAME, such as group=DX_bl")
+        if len(self.percentiles) != 2:
+            raise UserError(f"--percentiles {self.percentiles}: give two, such as 0.5 99.5")
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Settings of prepare_data.py merge."""
+
+    output_dir: str = setting("data/adni", "Folder that all shards of prepare_data.py scans wrote to.")
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Defaults behind each setting, and the recipe's own lines as they are written."""
 
 
 def parse_config(
@@ -235,7 +328,14 @@ def parse_config(
         UserError: the file is missing, is no mapping, or names a setting that does not exist.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = HfArgumentParser(config_class, prog=prog, description=description, allow_abbrev=False)
+    parser = HfArgumentParser(
+        config_class,
+        prog=prog,
+        usage="%(prog)s [--config FILE.yaml] [--SETTING VALUE ...]",
+        description=description,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument(
         "--config", metavar="FILE.yaml", help="Settings to start from; flags stand over them."
     )
@@ -256,16 +356,18 @@ def _read_yaml(path: Path, config_class: type) -> dict:
     known = {entry.name: entry for entry in dataclasses.fields(config_class)}
     if unknown := sorted(set(values) - set(known)):
         raise UserError(f"{path}: {', '.join(unknown)} is no setting of this recipe; see --help")
-    # YAML reads 2e-3 as a word: numbers take the type of the setting's default
     for name, value in values.items():
+        choices = known[name].metadata.get("choices")
+        if choices and value not in choices:
+            raise UserError(f"{path}: {name}: {value} is none of {', '.join(choices)}")
         if isinstance(known[name].default, float):
-            values[name] = float(value)
+            values[name] = float(value)  # YAML reads 2e-3 as a word
     return values
 
 
 # Of the training settings, these may differ when a run is resumed: they say where things lie and how often to
 # look, or a hash of the data and weights says it better.
-_FREE = {"data_dir", "val_fraction", "output_dir", "vae", "init_from", "resume_from_checkpoint"}
+_FREE = {"data_dir", "table", "val_fraction", "output_dir", "vae", "init_from", "resume_from_checkpoint"}
 _FREE |= {"mixed_precision", "num_workers", "report_to", "log_steps", "checkpointing_steps"}
 _FREE |= {"keep_checkpoints", "max_nonfinite", "eval_images", "sample_steps", "num_inference_steps"}
 _FREE |= {"guidance_scale"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -44,6 +45,22 @@ def save_curves(csv_path: str | Path, path: str | Path) -> None:
         axis.set(title=column.replace("_", " "), xlabel="step")
         if column.endswith("loss") and (values > 0).all():
             axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def save_histograms(
+    path: str | Path, panels: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]]
+) -> None:
+    """One panel for each title, the histograms of the classes over each other: {class: (edges, shares)}."""
+    figure = Figure(figsize=(5 * len(panels), 3.2))
+    axes = figure.subplots(1, len(panels), squeeze=False)
+    for axis, (title, classes) in zip(axes[0], panels.items()):
+        for name, (edges, shares) in classes.items():
+            axis.stairs(shares, edges, label=name, linewidth=1.4, fill=False)
+        axis.set(xlabel=title, ylabel="share", ylim=(0, None))
+        axis.legend(frameon=False)
         axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

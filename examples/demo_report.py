@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
+from adni_ldm.data.manifest import read_manifest
 from adni_ldm.data.slices import SliceTensors, load_slices, to_arrays
 from adni_ldm.errors import UserError, run_recipe
 from adni_ldm.evaluation.anatomy import ventricle_area
@@ -76,6 +77,7 @@ def summarize(folder: Path, splits, real: SliceTensors, names, samples, pixel_mm
         "",
         "| what | figure |",
         "| --- | --- |",
+        f"| data | {read_manifest(folder / 'data')['hash'][:16]} |",
         f"| subjects | {subjects} |",
         f"| VAE, held-out PSNR | {vae.val_psnr.dropna().iloc[-1]:.1f} dB |",
         f"| VAE, held-out SSIM | {vae.val_ssim.dropna().iloc[-1]:.3f} |",

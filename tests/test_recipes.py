@@ -224,6 +224,7 @@ def test_fp16_without_a_gpu_is_refused_in_one_line(phantom_dir, tmp_path):
         (("sample.py", "--model", "{model}", "--class", "MCI"), "it knows AD (0), NC (1)"),
         (("sample.py", "--model", "./nowhere"), "./nowhere: no such folder"),
         (("prepare_data.py", "wash"), "no command 'wash'"),
+        (("prepare_data.py", "check", "--classes", "AD"), "--classes AD: give two or more"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(words, message, phantom_dir, ldm_dir, tmp_path):
@@ -237,7 +238,11 @@ def test_what_is_wrong_is_said_in_one_line(words, message, phantom_dir, ldm_dir,
 
 
 def test_check_tells_what_is_there_and_fails_on_what_cannot_be_trained_on(phantom_dir, tmp_path):
-    assert "train  AD" in run("prepare_data.py", "check", phantom_dir)
+    before = sorted(phantom_dir.rglob("*"))
+    said = run("prepare_data.py", "check", phantom_dir, "--figures", tmp_path / "figures")
+    assert "train  AD" in said and str(tmp_path / "figures/contact_sheet.png") in said
+    assert all(Image.open(tmp_path / f"figures/{name}.png") for name in ("contact_sheet", "histograms"))
+    assert sorted(phantom_dir.rglob("*")) == before, "nothing is written to the data"
     (tmp_path / "train/AD").mkdir(parents=True)
     said = run("prepare_data.py", "check", tmp_path, status=1)
     assert "no images of class AD" in said and "Traceback" not in said

@@ -30,6 +30,7 @@ from scipy import ndimage
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
+from adni_ldm.data.manifest import write_manifest
 from adni_ldm.data.phantom_atlas import Atlas, load_atlas
 from adni_ldm.errors import UserError
 
@@ -218,7 +219,7 @@ def _write_subject(
     atlas = atlas or _worker_atlas
     subject = draw_subject(seed, index)
     field = disease_field(subject, atlas)
-    name = f"{index:0{name_width}d}"
+    name = f"s{seed}p{index:0{name_width}d}"  # nobody of one cohort is taken for somebody of another
     rows = []
     for number, position in enumerate(slice_positions(slices)):
         rng = np.random.default_rng(np.random.SeedSequence([seed, index, number]))
@@ -265,7 +266,8 @@ def write_phantom_cohort(
     seed: int = 0,
     workers: int | None = None,
 ) -> pd.DataFrame:
-    """Write a cohort as output_dir/{train,val,test}/{AD,NC}/SUBJECT_SLICE.png with a metadata.csv a split.
+    """Write a cohort as output_dir/{train,val,test}/{AD,NC}/SUBJECT_SLICE.png with a metadata.csv a split
+    and a manifest.json.
 
     Pictures are 8-bit grey, image_size pixels and 208 mm a side, brain only, 0 outside, anterior to the left,
     superior up. Subjects alternate AD, NC and stay within one split. metadata.csv: file_name (relative to its
@@ -318,6 +320,8 @@ def write_phantom_cohort(
     for split in SPLITS:
         rows_of_split = table[table.split == split].drop(columns="split")
         rows_of_split.to_csv(building / split / "metadata.csv", index=False)
+    settings = {"source": "phantom", "subjects": subjects, "slices": slices, "image_size": image_size}
+    write_manifest(building, settings | {"seed": seed})
     if output_dir.exists():
         output_dir.rmdir()
     building.rename(output_dir)

@@ -1,10 +1,10 @@
 """Slices as the recipes read them: a folder of images, then uint8 arrays on disk, then tensors in [-1, 1].
 
-    slices = load_slices("ADNI/AD_NC")             # splits with columns image (PIL), label, subject, slice
+    slices = load_slices("ADNI/AD_NC")             # columns image (PIL), label, subject, scan, slice
     arrays = to_arrays(slices["train"], 256)       # image: uint8 (256, 256), made once, then memory-mapped
     loader = DataLoader(SliceTensors(arrays), 16)  # image: float32 (16, 1, 256, 256) in [-1, 1]; label: (16,)
 
-How the folder is laid out, and what is refused, stands in splits.py.
+How the folder is laid out, and what is refused, stands in folder.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from datasets import (
 from PIL import Image as PILImage
 from PIL import ImageOps, UnidentifiedImageError
 
-from adni_ldm.data.splits import SPLITS, DataError, SliceFile, choose_val_subjects, scan_folder
+from adni_ldm.data.folder import Scan, SliceFile, scan_folder
+from adni_ldm.data.manifest import manifest_problems
+from adni_ldm.data.splits import SPLITS, DataError, choose_val_subjects
 
 CLASS_NAMES = ("AD", "NC")
 
@@ -41,19 +43,37 @@ _PREPARED = 1
 
 
 def load_slices(
-    data_dir: str | Path, *, val_fraction: float = 0.1, class_names: Sequence[str] = CLASS_NAMES
+    data_dir: str | Path,
+    *,
+    val_fraction: float = 0.1,
+    class_names: Sequence[str] = CLASS_NAMES,
+    table: str | Path | None = None,
 ) -> DatasetDict:
     """Splits train, val and, where the folder has one, test, of {train,val,test}/{AD,NC}/SUBJECT_SLICE.png.
 
     `data_dir` holds train/, or is a parent of the folder that does, or a zip of either. Columns: image
-    (datasets.Image, decoded to PIL when asked for), label (ClassLabel: index into `class_names`), subject
-    (string), slice (int64). Without a val/ folder, about `val_fraction` of the subjects of train are set
+    (datasets.Image, decoded to PIL when asked for), label (ClassLabel: index into `class_names`), subject,
+    scan (strings), slice (int64). With `table`, the archive's study table, the subject is the person that the
+    file's image ID belongs to. Without a val/ folder, about `val_fraction` of the subjects of train are set
     aside, the same ones every time. Nothing is written to the folder; a zip is unpacked into the Hugging Face
     cache.
 
-    Raises DataError for a folder that cannot be trained on: see `check_folder` for all its problems.
+    Raises UserError for a folder that cannot be trained on: see `check_folder` for all its problems.
     """
-    scan = scan_folder(open_data_dir(data_dir), class_names)
+    return read_slices(open_folder(data_dir, class_names, table), val_fraction)
+
+
+def open_folder(
+    data_dir: str | Path, class_names: Sequence[str] = CLASS_NAMES, table: str | Path | None = None
+) -> Scan:
+    """What `scan_folder` finds in a folder or zip, and where it is not what its manifest.json says."""
+    scan = scan_folder(open_data_dir(data_dir), class_names, table)
+    scan.problems += manifest_problems(scan)
+    return scan
+
+
+def read_slices(scan: Scan, val_fraction: float = 0.1) -> DatasetDict:
+    """`load_slices` of a folder that was opened. Raises DataError if it has problems."""
     scan.raise_problems()
 
     # Few patterns rather than 30,000 paths; made of what the scan found, so that both see the same files.
@@ -65,7 +85,7 @@ def load_slices(
             patterns[file.split].append(pattern)
     loaded = load_dataset("imagefolder", data_files=patterns, drop_labels=True, drop_metadata=True)
     by_path = {file.path: file for file in scan.files}
-    splits = {split: _add_columns(dataset, by_path, class_names) for split, dataset in loaded.items()}
+    splits = {split: _add_columns(dataset, by_path, scan.class_names) for split, dataset in loaded.items()}
 
     if "val" not in splits:
         splits["train"], splits["val"] = _set_aside(splits["train"], val_fraction, scan.root)
@@ -195,6 +215,7 @@ def _add_columns(dataset: Dataset, by_path: dict[str, SliceFile], class_names: S
     label = ClassLabel(names=list(class_names))
     dataset = dataset.add_column("label", [file.label for file in files], feature=label)
     dataset = dataset.add_column("subject", [file.subject for file in files])
+    dataset = dataset.add_column("scan", [file.scan for file in files])
     return dataset.add_column("slice", [file.slice for file in files])
 
 

@@ -63,7 +63,7 @@ def run_identity(
         "distribution": accelerator.distributed_type.value,
         "precision": accelerator.mixed_precision,
         "device": device.type,
-        "data": data_hash,
+        "data": data_hash[:16],
         **hashes,
         **settings["must"],
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,7 +19,9 @@ from accelerate.utils import (
 from torch.distributed import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from adni_ldm.data.slices import SliceTensors, load_slices, to_arrays
+from adni_ldm.data.folder import PERSONS_UNKNOWN
+from adni_ldm.data.lineage import DataRecord, describe_data
+from adni_ldm.data.slices import CLASS_NAMES, SliceTensors, open_folder, read_slices, to_arrays
 from adni_ldm.environment import processes_without_gpu
 from adni_ldm.errors import UserError
 from adni_ldm.precision import choose_precision
@@ -95,17 +97,26 @@ if distributed.is_available():
 
 
 def load_training_slices(
-    accelerator: Accelerator, data_dir: str | Path, image_size: int, val_fraction: float
-) -> tuple[SliceTensors, SliceTensors, tuple[str, ...]]:
-    """Training and held-out slices, and the names of the classes; decoded once, by the main process.
+    accelerator: Accelerator,
+    data_dir: str | Path,
+    image_size: int,
+    val_fraction: float,
+    class_names: Sequence[str] = CLASS_NAMES,
+    table: str | Path | None = None,
+) -> tuple[SliceTensors, SliceTensors, DataRecord]:
+    """Training and held-out slices, and what they are; decoded once, by the main process.
 
     Raises:
-        DataError: data that cannot be trained on.
+        UserError: data that cannot be trained on.
     """
     with accelerator.main_process_first():
-        splits = load_slices(data_dir, val_fraction=val_fraction)
+        scan = open_folder(data_dir, class_names, table)
+        splits = read_slices(scan, val_fraction)
         train, val = (SliceTensors(to_arrays(splits[split], image_size)) for split in ("train", "val"))
-    return train, val, tuple(splits["train"].features["label"].names)
+    data = describe_data(scan, splits)
+    if not data.persons_known:
+        accelerator.print(f"note: {PERSONS_UNKNOWN}")
+    return train, val, data
 
 
 def describe(accelerator: Accelerator) -> str:

@@ -15,9 +15,12 @@ def whole(network: ModelMixin) -> ModelMixin:
     parameters = dict(network.named_parameters())
     if not any(isinstance(parameter, DTensor) for parameter in parameters.values()):
         return network
-    # diffusers notes there which arguments were defaults, and counts those given by position among them
-    config = {name: value for name, value in network.config.items() if name != "_use_default_values"}
-    copy = type(network).from_config(config)
+    # Entries with an underscore are notes. One says which arguments were defaults, and counts those given by
+    # position among them, so that from_config would lose those.
+    config = dict(network.config)
+    config.pop("_use_default_values", None)
+    copy = type(network).from_config({name: config[name] for name in config if name[0] != "_"})
+    copy.register_to_config(**{name: config[name] for name in config if name[0] == "_"})
     for name, target in copy.named_parameters():
         source = parameters[name]
         target.data.copy_(source.full_tensor() if isinstance(source, DTensor) else source)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import prepare_data
 from adni_ldm.data.check import check_folder
 from adni_ldm.data.slices import DataError, load_slices
 
@@ -125,3 +126,16 @@ def test_other_classes_and_files_are_mentioned(ad_nc_folder):
     assert any(str(folder / "train/MCI") in note for note in report.notes)
     assert any(str(folder / "train/AD") + ":" in note for note in report.notes)
     assert len(load_slices(folder)["test"]) == 8
+
+
+def test_pictures_land_in_the_data_only_if_asked_to(ad_nc_folder, monkeypatch, capsys):
+    folder = ad_nc_folder()
+    monkeypatch.chdir(folder)
+    assert prepare_data.check(["."]) == 0
+    assert "would lie inside the data" in capsys.readouterr().out and not (folder / "check").exists()
+    monkeypatch.chdir(folder.parent)
+    assert prepare_data.check([str(folder), "--classes", "AD,CN"]) == 0
+    drawn = sorted(path.name for path in (folder.parent / "check").iterdir())
+    assert {"contact_sheet.png", "histograms.png"} <= set(drawn)
+    prepare_data.check([str(folder), "--figures", "none"])
+    assert "pictures" not in capsys.readouterr().out.splitlines()[-1]

@@ -1,0 +1,117 @@
+"""The gate: with the study table a person is the subject, without it nobody claims to know."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from adni_ldm.data.check import check_folder
+from adni_ldm.data.manifest import write_manifest
+from adni_ldm.data.slices import load_slices
+from adni_ldm.data.splits import DataError
+from adni_ldm.errors import UserError
+
+PERSONS = {"1001": "002_S_0001", "1002": "002_S_0001", "1003": "002_S_0003", "1004": "002_S_0004"}
+PERSONS |= {f"200{k}": f"003_S_000{k}" for k in (1, 2, 3, 4)}
+PERSONS |= {"3001": "004_S_0001", "3002": "004_S_0002", "4001": "005_S_0001", "4002": "005_S_0002"}
+
+
+def write_table(path: Path, persons: dict[str, str], prefix: str = "I") -> Path:
+    """A study table as the archive exports it."""
+    rows = [
+        f'"{prefix}{image}","{person}","AD","M","{70 + k}"'
+        for k, (image, person) in enumerate(persons.items())
+    ]
+    path.write_text("\n".join(['"Image Data ID","Subject","Group","Sex","Age"', *rows]) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("prefix", ["I", ""])
+def test_the_person_of_the_table_is_the_subject(ad_nc_folder, tmp_path, prefix):
+    """Val is carved by person: two scans of one person never come apart."""
+    folder, table = ad_nc_folder(), write_table(tmp_path / "study.csv", PERSONS, prefix)
+    for fraction in (0.2, 0.4, 0.6):
+        slices = load_slices(folder, val_fraction=fraction, table=table)
+        sides = {split: set(slices[split]["subject"]) for split in slices}
+        assert not sides["train"] & sides["val"]
+        assert sides["train"] | sides["val"] | sides["test"] == set(PERSONS.values())
+    report = check_folder(folder, table=table)
+    cells = [line.split() for line in str(report).splitlines()]
+    assert (
+        report.ok and ["train", "AD", "8", "3", "2", "to", "4"] in cells
+    )  # images, persons, slices a person
+    assert not any("cannot be known" in note for note in report.notes)
+
+
+def test_a_person_on_two_sides_is_refused_by_name(ad_nc_folder, tmp_path):
+    folder = ad_nc_folder()
+    table = write_table(tmp_path / "study.csv", PERSONS | {"3002": "002_S_0003", "4001": "003_S_0002"})
+    (problem,) = check_folder(folder, table=table).problems
+    assert "train and test share 2 subjects" in problem
+    assert "002_S_0003: scans 1003, 3002" in problem and "003_S_0002: scans 2002, 4001" in problem
+    with pytest.raises(DataError, match="002_S_0003"):
+        load_slices(folder, table=table)
+    assert check_folder(folder).ok, "the names alone do not tell"
+
+
+def test_without_a_table_the_check_says_that_it_could_not_know(ad_nc_folder, phantom_dir):
+    assert any("cannot be known" in note and "--table" in note for note in check_folder(ad_nc_folder()).notes)
+    assert not any("cannot be known" in note for note in check_folder(phantom_dir).notes)
+
+
+def test_scans_that_the_table_does_not_know_are_refused(ad_nc_folder, tmp_path):
+    table = write_table(
+        tmp_path / "study.csv", {k: v for k, v in PERSONS.items() if k not in ("1003", "4002")}
+    )
+    (problem,) = check_folder(ad_nc_folder(), table=table).problems
+    assert str(table) in problem and "no row for 2 scans" in problem and "1003, 4002" in problem
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "no such file"),
+        ("", "no table that can be read"),
+        ("Subject,Age\n1,2\n", "no column Image Data ID; it has Subject, Age"),
+        ("Image Data ID,Subject\nI1,a\n1,b\n", "image 1 is of a and of b"),
+    ],
+)
+def test_what_is_no_study_table(ad_nc_folder, tmp_path, text, said):
+    table = tmp_path / "study.csv"
+    if text is not None:
+        table.write_text(text)
+    with pytest.raises(UserError) as error:
+        load_slices(ad_nc_folder(), table=table)
+    assert said in str(error.value) and str(table) in str(error.value) and "\n" not in str(error.value)
+    assert check_folder(ad_nc_folder(), table=table).problems == [str(error.value)]
+
+
+def test_three_classes_in_the_order_asked_for_and_two_of_three(ad_nc_folder):
+    """A class that is not asked for is left out, and so are its rows of metadata.csv."""
+    names = {"AD": ["1", "2"], "MCI": ["3", "4"], "NC": ["5", "6"]}
+    folder = ad_nc_folder({f"train/{cls}": subjects for cls, subjects in names.items()}, slices=(1,))
+    rows = [f"{cls}/{name}_1.jpeg,p{name}" for cls, subjects in names.items() for name in subjects]
+    (folder / "train/metadata.csv").write_text("\n".join(["file_name,subject", *rows]) + "\n")
+    write_manifest(folder, {})
+    for classes in (("AD", "MCI", "NC"), ("NC", "MCI", "AD"), ("AD", "NC")):
+        slices = load_slices(folder, class_names=classes)
+        told = {
+            (row["label"], row["subject"])
+            for split in slices.values()
+            for row in split.remove_columns("image")
+        }
+        assert told == {(label, f"p{name}") for label, cls in enumerate(classes) for name in names[cls]}
+
+
+def test_a_folder_that_is_not_what_its_manifest_says_is_refused(ad_nc_folder):
+    folder = ad_nc_folder(suffix=".bmp")  # every file has the same size
+    write_manifest(folder, {})
+    assert any("is what its manifest.json says" in note for note in check_folder(folder).notes)
+    Image.open(folder / "test/AD/3001_78.bmp").rotate(180).save(folder / "test/AD/3001_78.bmp")
+    (problem,) = check_folder(folder).problems  # loading compares names and sizes, the check every byte
+    assert "manifest.json: test/AD is not what it was" in problem
+    (folder / "train/NC/2001_78.bmp").unlink()
+    with pytest.raises(DataError, match="manifest.json: train/NC is not what it was"):
+        load_slices(folder)
