@@ -4,14 +4,14 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint clean
+.PHONY: help demo test faults gpu-check lint clean
 
 PYTHON ?= python3
 VENV := .venv/bin/python
 INSTALLED := .venv/.installed  # written last: without it the environment is not done
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[.a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[-.a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv: $(INSTALLED)  ## make or bring up to date the virtual environment (PYTHON=python3.12 to choose)
 
@@ -41,6 +41,13 @@ runs/demo/data: | .venv
 
 test: .venv  ## run the tests
 	OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2 --dist loadfile
+
+faults: .venv  ## break training in every way we know and resume it; minutes
+	$(VENV) tests/faults/run_faults.py
+	OMP_NUM_THREADS=1 $(VENV) -m pytest tests/faults/test_launches.py
+
+gpu-check: .venv  ## what only a CUDA machine can show: fp16, exact resume, kernels; one table
+	$(VENV) benchmarks/gpu_check.py
 
 lint: .venv  ## check style and format
 	$(VENV) -m ruff check .

@@ -18,10 +18,9 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler
-from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from adni_ldm.config import TrainLDMConfig, class_names, parse_config, save_config
+from adni_ldm.config import TrainLDMConfig, class_names, parse_config, save_config, settings_to_keep
 from adni_ldm.data.lineage import refuse_leak, trained_on
 from adni_ldm.errors import UserError, run_recipe
 from adni_ldm.figures import save_rows
@@ -32,24 +31,47 @@ from adni_ldm.models.denoiser import ConditionalDenoiser, build_denoiser
 from adni_ldm.pipeline import ClassConditionalLDMPipeline, normalize_latents
 from adni_ldm.sampling import draw_images, image_seed
 from adni_ldm.training.batches import BatchIndices, BatchNoise
-from adni_ldm.training.checkpoints import load_checkpoint, refuse_earlier_run, save_checkpoint
+from adni_ldm.training.checkpoints import (
+    load_checkpoint,
+    refuse_earlier_run,
+    save_checkpoint,
+    write_state,
+)
+from adni_ldm.training.kernels import refuse_missing_kernels, set_kernels
 from adni_ldm.training.latents import LatentPosteriors, encode_posteriors
 from adni_ldm.training.log import RunLog
 from adni_ldm.training.losses import diffusion_loss
-from adni_ldm.training.optimization import averaged_weights, learning_rate_at
+from adni_ldm.training.optimization import (
+    average,
+    averaged_weights,
+    build_optimizer,
+    learning_rate_at,
+    set_learning_rate,
+    update_average,
+)
+from adni_ldm.training.record import hash_slices, hash_weights, record_start, run_identity
 from adni_ldm.training.setup import describe, load_training_slices, on_gpu, start_accelerator
+from adni_ldm.training.sharding import whole
+from adni_ldm.training.updates import UpdateCheck, exit_code, stop_nonfinite
 
-COLUMNS = ("loss", "learning_rate", "val_loss")
+COLUMNS = ("loss", "learning_rate", "skipped", "val_loss")
 
 
-def main() -> None:
+def main() -> int:
     cfg = parse_config(TrainLDMConfig, __doc__)
     output_dir = Path(cfg.output_dir)
 
     # ---- Processes, what to start from, and data -----------------------------------------------------------
     refuse_earlier_run(output_dir, cfg.resume_from_checkpoint)
+    refuse_missing_kernels(cfg.attention, cfg.optimizer)
     accelerator = start_accelerator(
-        output_dir, cfg.mixed_precision, cfg.gradient_accumulation_steps, cfg.report_to, cfg.seed
+        output_dir,
+        cfg.mixed_precision,
+        cfg.gradient_accumulation_steps,
+        cfg.report_to,
+        cfg.seed,
+        cfg.batch_size,
+        cfg.deterministic,
     )
     pipeline = load_pipeline(cfg.init_from) if cfg.init_from else None
     vae = pipeline.vae if pipeline else load_autoencoder(cfg.vae)
@@ -93,21 +115,30 @@ def main() -> None:
     channels_last = cfg.channels_last if cfg.channels_last is not None else on_gpu(accelerator)
     if channels_last:
         denoiser = denoiser.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(
-        denoiser.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True
+    set_kernels(
+        [denoiser.unet],
+        [denoiser.unet],
+        gradient_checkpointing=cfg.gradient_checkpointing,
+        attention=cfg.attention,
+        compile=cfg.compile,
     )
+    optimizer = build_optimizer(cfg.optimizer, denoiser.parameters(), cfg.learning_rate, cfg.weight_decay)
     model, optimizer = accelerator.prepare(denoiser, optimizer)
     ema = None
     if cfg.use_ema:
-        ema = EMAModel(denoiser.parameters(), decay=cfg.ema_decay, foreach=True)
-        accelerator.register_for_checkpointing(ema)
-    step = load_checkpoint(accelerator, output_dir, cfg.resume_from_checkpoint)
-    if ema:
-        ema.to(accelerator.device)  # a checkpoint is read onto the CPU
+        ema = average(denoiser.parameters(), cfg.ema_decay, "cpu" if cfg.offload_ema else accelerator.device)
 
-    # ---- Run folder ----------------------------------------------------------------------------------------
+    # ---- Resume and run folder -----------------------------------------------------------------------------
+    pixels = hash_slices(train, val) if accelerator.is_main_process else ""
+    hashes = {"pixels": pixels, "vae": hash_weights(vae)}
+    identity = run_identity(accelerator, settings_to_keep(cfg), data.hash, **hashes)
+    state = {"identity": identity, "ema": ema}
+    resumed = load_checkpoint(accelerator, output_dir, cfg.resume_from_checkpoint, **state)
+    step = resumed.pop("step")
+    check = UpdateCheck(accelerator, cfg.max_nonfinite, **resumed)
     if accelerator.is_main_process:
         save_config(cfg, output_dir)
+        record_start(output_dir, step, identity)
     if cfg.report_to != "none":
         accelerator.init_trackers("logs")
     log = RunLog(accelerator, output_dir, COLUMNS, resumed_at=step)
@@ -122,53 +153,75 @@ def main() -> None:
     progress = tqdm(
         total=cfg.max_steps, initial=step, desc="training LDM", disable=not accelerator.is_main_process
     )
+    check.listen()
     for number, indices in enumerate(batches, start=step * accumulation):
         random = BatchNoise(cfg.seed, number, cfg.batch_size, **rows, device=accelerator.device)
         clean, noise, noisy, timesteps = noise_latents(latents, indices, random, vae, scheduler)
         labels = latents.labels[indices]  # (B,)
         labels = torch.where(random.uniform() < cfg.label_dropout, null_label, labels)
 
+        learning_rate = learning_rate_at(step, cfg.learning_rate, cfg.warmup_steps, cfg.max_steps)
         with accelerator.accumulate(model):
+            set_learning_rate(optimizer, learning_rate)
             prediction = model(noisy, timesteps, labels)  # (B, C, h, w)
             loss = diffusion_loss(prediction, clean, noise, timesteps, scheduler, cfg.snr_gamma)
             accelerator.backward(loss)
             log.add(loss=loss)
+            check.add(loss, clean=clean, noisy=noisy, prediction=prediction, timesteps=timesteps)
             if not accelerator.sync_gradients:
                 continue
-            accelerator.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
-            learning_rate = learning_rate_at(step, cfg.learning_rate, cfg.warmup_steps, cfg.max_steps)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
+            norm = accelerator.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+            if not check.passes(norm):
+                optimizer.zero_grad()  # without gradients the step below changes nothing
             optimizer.step()
             optimizer.zero_grad()
         step += 1
-        if ema:
-            ema.step(denoiser.parameters())
+        if ema and check.taken:
+            update_average(ema, denoiser.parameters())
         progress.update()
 
         # Log, look at held-out latents and samples, and save.
         last = step == cfg.max_steps
         if step % cfg.log_steps == 0 or last:
-            line = log.write_means(step, learning_rate=learning_rate)
+            line = log.write_means(step, learning_rate=learning_rate, skipped=check.skipped)
             progress.set_postfix(loss=f"{line['loss']:.4f}")
-        if cfg.sample_steps and (step % cfg.sample_steps == 0 or last) and accelerator.is_main_process:
+        if cfg.sample_steps and (step % cfg.sample_steps == 0 or last):
             with averaged_weights(ema, denoiser.parameters()), accelerator.autocast():
-                held_out = held_out_loss(denoiser, val_latents, vae, scheduler, cfg)
-                pipeline = build_pipeline(vae, denoiser, scheduler)
-                draw_samples(pipeline, output_dir / "samples.png", cfg)
-            log.write(step, val_loss=held_out)
-        if cfg.checkpointing_steps and step % cfg.checkpointing_steps == 0 and not last:
-            save_checkpoint(accelerator, output_dir, step, cfg.keep_checkpoints)
+                sampled = whole_denoiser(denoiser)
+                if accelerator.is_main_process:  # the others go on, and wait at the next gradient
+                    held_out = held_out_loss(sampled, val_latents, vae, scheduler, cfg)
+                    draw_samples(build_pipeline(vae, sampled, scheduler), output_dir / "samples.png", cfg)
+                    log.write(step, val_loss=held_out)
+        due = cfg.checkpointing_steps and step % cfg.checkpointing_steps == 0
+        if (due or check.stop) and not last:
+            save_checkpoint(accelerator, output_dir, step, cfg.keep_checkpoints, **state, **check.counts)
+        if check.exhausted:
+            diagnostic = output_dir / "nonfinite"
+            write_state(accelerator, diagnostic, step, **state, **check.counts)
+            stop_nonfinite(
+                accelerator, diagnostic, step, check, model.parameters(), learning_rate=learning_rate
+            )
+        if check.stop and not last:
+            accelerator.end_training()
+            accelerator.print(f"{check.stop.name}: stopped after step {step}, whose checkpoint is written")
+            return exit_code(check.stop)
     progress.close()
 
     # ---- Save the whole pipeline ---------------------------------------------------------------------------
     if ema:
         ema.copy_to(denoiser.parameters())
+    denoiser = whole_denoiser(denoiser)
     if accelerator.is_main_process:
         build_pipeline(vae, denoiser, scheduler).save_pretrained(output_dir)
     log.draw()
     accelerator.end_training()
     accelerator.print(f"pipeline in {output_dir}: python sample.py --class all --model {output_dir}")
+    return 0
+
+
+def whole_denoiser(denoiser: ConditionalDenoiser) -> ConditionalDenoiser:
+    """The denoiser with whole weights, gathered where FSDP shards them; every process calls it."""
+    return ConditionalDenoiser(whole(denoiser.unet), whole(denoiser.class_embedding))
 
 
 def refuse_mismatch(

@@ -19,12 +19,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
-from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader, Subset
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm.auto import tqdm
 
-from adni_ldm.config import TrainVAEConfig, class_names, parse_config, save_config
+from adni_ldm.config import TrainVAEConfig, class_names, parse_config, save_config, settings_to_keep
 from adni_ldm.data.lineage import refuse_leak, trained_on
 from adni_ldm.data.slices import SliceTensors
 from adni_ldm.errors import run_recipe
@@ -32,24 +31,47 @@ from adni_ldm.figures import save_rows
 from adni_ldm.loading import load_autoencoder
 from adni_ldm.models.autoencoder import ReconstructingVAE, build_autoencoder, latent_shape
 from adni_ldm.training.batches import BatchIndices, BatchNoise
-from adni_ldm.training.checkpoints import load_checkpoint, refuse_earlier_run, save_checkpoint
+from adni_ldm.training.checkpoints import (
+    load_checkpoint,
+    refuse_earlier_run,
+    save_checkpoint,
+    write_state,
+)
+from adni_ldm.training.kernels import refuse_missing_kernels, set_kernels
 from adni_ldm.training.latents import encode_posteriors
 from adni_ldm.training.log import RunLog
 from adni_ldm.training.losses import kl_divergence, reconstruction_loss
-from adni_ldm.training.optimization import averaged_weights, learning_rate_at
+from adni_ldm.training.optimization import (
+    average,
+    averaged_weights,
+    build_optimizer,
+    learning_rate_at,
+    set_learning_rate,
+    update_average,
+)
+from adni_ldm.training.record import hash_slices, record_start, run_identity
 from adni_ldm.training.setup import describe, load_training_slices, on_gpu, start_accelerator
+from adni_ldm.training.sharding import whole
+from adni_ldm.training.updates import UpdateCheck, exit_code, ignore_stop_signals, stop_nonfinite
 
-COLUMNS = ("loss", "reconstruction_loss", "kl", "learning_rate", "val_psnr", "val_ssim", "val_kl")
+COLUMNS = ("loss", "reconstruction_loss", "kl", "learning_rate", "skipped", "val_psnr", "val_ssim", "val_kl")
 
 
-def main() -> None:
+def main() -> int:
     cfg = parse_config(TrainVAEConfig, __doc__)
     output_dir = Path(cfg.output_dir)
 
     # ---- Processes and data --------------------------------------------------------------------------------
     refuse_earlier_run(output_dir, cfg.resume_from_checkpoint)
+    refuse_missing_kernels(cfg.attention, cfg.optimizer)
     accelerator = start_accelerator(
-        output_dir, cfg.mixed_precision, cfg.gradient_accumulation_steps, cfg.report_to, cfg.seed
+        output_dir,
+        cfg.mixed_precision,
+        cfg.gradient_accumulation_steps,
+        cfg.report_to,
+        cfg.seed,
+        cfg.batch_size,
+        cfg.deterministic,
     )
     train, val, data = load_training_slices(
         accelerator, cfg.data_dir, cfg.image_size, cfg.val_fraction, class_names(cfg.classes), cfg.table
@@ -69,21 +91,31 @@ def main() -> None:
     channels_last = cfg.channels_last if cfg.channels_last is not None else on_gpu(accelerator)
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=cfg.learning_rate, betas=(0.9, 0.99), weight_decay=cfg.weight_decay, fused=True
+    set_kernels(
+        [vae],
+        [vae.encoder, vae.decoder],
+        gradient_checkpointing=cfg.gradient_checkpointing,
+        attention=cfg.attention,
+        compile=cfg.compile,
+    )
+    optimizer = build_optimizer(
+        cfg.optimizer, model.parameters(), cfg.learning_rate, cfg.weight_decay, betas=(0.9, 0.99)
     )
     model, optimizer = accelerator.prepare(model, optimizer)
     ema = None
     if cfg.use_ema:
-        ema = EMAModel(vae.parameters(), decay=cfg.ema_decay)
-        accelerator.register_for_checkpointing(ema)
-    step = load_checkpoint(accelerator, output_dir, cfg.resume_from_checkpoint)
-    if ema:
-        ema.to(accelerator.device)  # a checkpoint is read onto the CPU
+        ema = average(vae.parameters(), cfg.ema_decay, "cpu" if cfg.offload_ema else accelerator.device)
 
-    # ---- Run folder ----------------------------------------------------------------------------------------
+    # ---- Resume and run folder -----------------------------------------------------------------------------
+    pixels = hash_slices(train, val) if accelerator.is_main_process else ""
+    identity = run_identity(accelerator, settings_to_keep(cfg), data.hash, pixels=pixels)
+    state = {"identity": identity, "ema": ema}
+    resumed = load_checkpoint(accelerator, output_dir, cfg.resume_from_checkpoint, **state)
+    step = resumed.pop("step")
+    check = UpdateCheck(accelerator, cfg.max_nonfinite, **resumed)
     if accelerator.is_main_process:
         save_config(cfg, output_dir)
+        record_start(output_dir, step, identity)
     if cfg.report_to != "none":
         accelerator.init_trackers("logs")
     log = RunLog(accelerator, output_dir, COLUMNS, resumed_at=step)
@@ -95,59 +127,77 @@ def main() -> None:
         len(train), cfg.batch_size, cfg.seed, step * accumulation, cfg.max_steps * accumulation, **rows
     )
     workers = cfg.num_workers if cfg.num_workers is not None else 2 * on_gpu(accelerator)
-    loader = DataLoader(train, batch_sampler=batches, num_workers=workers)
+    loader = DataLoader(train, batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_stop_signals)
     epoch_steps = max(1, len(train) // (cfg.batch_size * accumulation * accelerator.num_processes))
     progress = tqdm(
         total=cfg.max_steps, initial=step, desc="training VAE", disable=not accelerator.is_main_process
     )
+    check.listen()
     for number, batch in enumerate(loader, start=step * accumulation):
         images = batch["image"].to(accelerator.device)  # (B, 1, H, W)
         if channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         noise = BatchNoise(cfg.seed, number, cfg.batch_size, **rows, device=accelerator.device)
 
+        learning_rate = learning_rate_at(step, cfg.learning_rate, cfg.warmup_steps, cfg.max_steps)
         with accelerator.accumulate(model):
+            set_learning_rate(optimizer, learning_rate)
             reconstruction, mean, logvar = model(images, noise.normal(*shape))
             distance = reconstruction_loss(reconstruction, images, cfg.reconstruction_loss)
             kl = kl_divergence(mean, logvar)
             loss = distance + cfg.kl_weight * kl
             accelerator.backward(loss)
             log.add(loss=loss, reconstruction_loss=distance, kl=kl)
+            check.add(loss, images=images, mean=mean, logvar=logvar)
             if not accelerator.sync_gradients:
                 continue
-            accelerator.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
-            learning_rate = learning_rate_at(step, cfg.learning_rate, cfg.warmup_steps, cfg.max_steps)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
+            norm = accelerator.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+            if not check.passes(norm):
+                optimizer.zero_grad()  # without gradients the step below changes nothing
             optimizer.step()
             optimizer.zero_grad()
         step += 1
-        if ema:
-            ema.step(vae.parameters())
+        if ema and check.taken:
+            update_average(ema, vae.parameters())
         progress.update()
 
         # Log, look at held-out slices each epoch, and save.
         last = step == cfg.max_steps
         if step % cfg.log_steps == 0 or last:
-            line = log.write_means(step, learning_rate=learning_rate)
+            line = log.write_means(step, learning_rate=learning_rate, skipped=check.skipped)
             progress.set_postfix(loss=f"{line['loss']:.4f}")
         if step % epoch_steps == 0 or last:
             with averaged_weights(ema, vae.parameters()):
+                whole_vae = whole(vae)
                 indices = spread(len(val), len(val) if last else cfg.eval_images)
-                quality = measure(vae, val, indices, cfg.batch_size, accelerator)
+                quality = measure(whole_vae, val, indices, cfg.batch_size, accelerator)
                 if accelerator.is_main_process:
-                    draw_reconstructions(vae, val, output_dir / "reconstructions.png", accelerator.device)
+                    draw_reconstructions(
+                        whole_vae, val, output_dir / "reconstructions.png", accelerator.device
+                    )
             log.write(step, **quality)
             if accelerator.is_main_process:
                 text = "step {}: held-out PSNR {val_psnr:.2f} dB, SSIM {val_ssim:.3f}"
                 progress.write(text.format(step, **quality))
-        if cfg.checkpointing_steps and step % cfg.checkpointing_steps == 0 and not last:
-            save_checkpoint(accelerator, output_dir, step, cfg.keep_checkpoints)
+        due = cfg.checkpointing_steps and step % cfg.checkpointing_steps == 0
+        if (due or check.stop) and not last:
+            save_checkpoint(accelerator, output_dir, step, cfg.keep_checkpoints, **state, **check.counts)
+        if check.exhausted:
+            diagnostic = output_dir / "nonfinite"
+            write_state(accelerator, diagnostic, step, **state, **check.counts)
+            stop_nonfinite(
+                accelerator, diagnostic, step, check, model.parameters(), learning_rate=learning_rate
+            )
+        if check.stop and not last:
+            accelerator.end_training()
+            accelerator.print(f"{check.stop.name}: stopped after step {step}, whose checkpoint is written")
+            return exit_code(check.stop)
     progress.close()
 
     # ---- Measure the latents and save ----------------------------------------------------------------------
     if ema:
         ema.copy_to(vae.parameters())
+    vae = whole(vae)
     mean, std = encode_posteriors(vae, train, cfg.batch_size, accelerator).channel_statistics()
     vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0, shift_factor=None)
     vae.register_to_config(_trained_on=trained_on(data, vae.config.get("_trained_on")))
@@ -156,6 +206,7 @@ def main() -> None:
     log.draw()
     accelerator.end_training()
     accelerator.print(f"VAE in {output_dir}: reconstructions.png shows what it keeps")
+    return 0
 
 
 def spread(total: int, count: int) -> list[int]:

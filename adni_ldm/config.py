@@ -85,6 +85,27 @@ class TrainingConfig:
         "Keep images and weights in channels-last order: faster in half precision on a GPU, half as fast on "
         "CPU. Default: on a GPU.",
     )
+    gradient_checkpointing: bool = setting(
+        False, "Compute activations again in the backward pass: less memory, about a third slower."
+    )
+    attention: str = setting(
+        "sdpa", "Attention kernel: torch's own, or xformers' (CUDA).", ["sdpa", "xformers"]
+    )
+    compile: bool = setting(False, "Compile the networks with torch.compile: minutes to start, then faster.")
+    optimizer: str = setting(
+        "adamw",
+        "AdamW, or bitsandbytes' with its moments in 8 bits: a quarter of their memory (CUDA).",
+        ["adamw", "adamw8bit"],
+    )
+    offload_ema: bool = setting(False, "Keep the moving average of the weights in the host's memory.")
+    deterministic: bool = setting(
+        False,
+        "Only kernels that give the same bits each time, slower: a resume on a GPU then repeats the "
+        "uninterrupted run bit for bit, as it does on CPU without this.",
+    )
+    max_nonfinite: int = setting(
+        20, "Updates in a row that may be skipped because loss or gradient is not finite; then the run ends."
+    )
     init_from: str | None = setting(
         None, "Fine-tune: folder or Hub name of a model of the kind that this recipe writes."
     )
@@ -103,7 +124,8 @@ class TrainingConfig:
     )
 
     def __post_init__(self):
-        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_steps", "image_size"):
+        counts = ("max_steps", "batch_size", "gradient_accumulation_steps", "log_steps", "image_size")
+        for name in (*counts, "keep_checkpoints", "max_nonfinite"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)} must be at least 1")
         if not 0 < self.val_fraction < 1:
@@ -341,6 +363,26 @@ def _read_yaml(path: Path, config_class: type) -> dict:
         if isinstance(known[name].default, float):
             values[name] = float(value)  # YAML reads 2e-3 as a word
     return values
+
+
+# Of the training settings, these may differ when a run is resumed: they say where things lie and how often to
+# look, or a hash of the data and weights says it better.
+_FREE = {"data_dir", "table", "val_fraction", "output_dir", "vae", "init_from", "resume_from_checkpoint"}
+_FREE |= {"mixed_precision", "num_workers", "report_to", "log_steps", "checkpointing_steps"}
+_FREE |= {"keep_checkpoints", "max_nonfinite", "eval_images", "sample_steps", "num_inference_steps"}
+_FREE |= {"guidance_scale"}
+# These change the rounding and not the method: a resume says that they differ, and goes on.
+_ROUNDING = {"channels_last", "gradient_checkpointing", "attention", "compile"}
+_ROUNDING |= {"offload_ema", "deterministic"}
+
+
+def settings_to_keep(config: TrainingConfig) -> dict[str, dict[str, object]]:
+    """Settings that a resumed run "must" share with the one it goes on from, and those it "should"."""
+    values = dataclasses.asdict(config)
+    return {
+        "must": {f"--{name}": values[name] for name in values.keys() - _FREE - _ROUNDING},
+        "should": {f"--{name}": values[name] for name in values.keys() & _ROUNDING},
+    }
 
 
 def save_config(config, folder: str | Path) -> None:

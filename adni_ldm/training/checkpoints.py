@@ -1,85 +1,346 @@
-"""Checkpoints: everything that the next step depends on, on disk whole or not at all."""
+"""Checkpoints: everything that the next step depends on, on disk whole or not at all.
+
+    checkpoints/step-00001000/
+        progress.json           step, what the run is, and the SHA-256 of every other file; written last
+        model.safetensors       weights
+        ema.safetensors         their moving average, where there is one
+        optimizer.bin, random_states_0.pkl, scaler.pt      accelerate's; torch reads them with weights_only
+
+The folder is written under another name, flushed to the disk and renamed: a kill or a power cut at any moment
+leaves the last one whole. Under FSDP the weights are accelerate's pytorch_model_fsdp.bin, read with
+weights_only as well, and each process has an EMA file; DeepSpeed's files are read by DeepSpeed, in its way.
+"""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import logging
 import os
+import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from adni_ldm.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+PROGRESS = "progress.json"
+Identity = Mapping[str, Mapping[str, object]]
+
 
 def refuse_earlier_run(output_dir: str | Path, resume_from: str | None) -> None:
-    """Refuse to start afresh over the checkpoints of an earlier run: a later resume would take up that one.
+    """Refuse to write over checkpoints that a later resume would take for this run's.
 
     Raises:
-        UserError: there are some, and the run does not resume.
+        UserError: there are some and the run does not resume, or it resumes from one before them.
     """
     found = _checkpoints(Path(output_dir) / "checkpoints")
-    if found and resume_from is None:
+    if not found or resume_from == "latest":
+        return
+    if resume_from is None:
         raise UserError(
             f"{found[-1]} is of an earlier run: go on with --resume_from_checkpoint latest, "
             f"remove {found[-1].parent}, or choose another --output_dir"
         )
+    start = Path(resume_from)
+    if re.fullmatch(r"step-\d+", start.name) and found[-1].name > start.name:
+        raise UserError(
+            f"{found[-1]} is later than {start}, and `latest` would go on from it: remove it, "
+            "or choose another --output_dir"
+        )
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: str | Path, step: int, keep: int) -> None:
+def save_checkpoint(
+    accelerator: Accelerator,
+    output_dir: str | Path,
+    step: int,
+    keep: int,
+    identity: Identity | None = None,
+    ema: EMAModel | None = None,
+    **counts: int,
+) -> None:
     """Write `output_dir/checkpoints/step-00001000`, drop all but the newest `keep`. Every process calls it.
 
-    Written under another name and renamed, so that a kill at any moment leaves the last one whole.
+    Args:
+        identity: what a resume is held against, as `record.run_identity` gives it.
+        counts: further numbers that `load_checkpoint` gives back.
+
+    Raises:
+        UserError: it cannot be written, as on a full disk; the earlier ones stay.
     """
     folder = Path(output_dir) / "checkpoints"
-    target, partial = folder / f"step-{step:08d}", folder / f"step-{step:08d}.partial"
     if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in folder.glob("*.partial"):  # by a kill while writing
+            shutil.rmtree(left, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
+    write_state(accelerator, folder / f"step-{step:08d}", step, identity, ema, **counts)
     if accelerator.is_main_process:
-        (partial / "progress.json").write_text(json.dumps({"step": step}) + "\n")
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
         for old in _checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(accelerator: Accelerator, output_dir: str | Path, resume_from: str | None) -> int:
-    """Load a checkpoint into what was prepared; returns its step, 0 where there is none to load.
+def write_state(
+    accelerator: Accelerator,
+    target: Path,
+    step: int,
+    identity: Identity | None = None,
+    ema: EMAModel | None = None,
+    **counts: int,
+) -> None:
+    """Write the state of the run as the folder `target`, whole or not at all. Every process calls it."""
+    partial = target.with_name(f"{target.name}.partial")
+    problem = None
+    try:
+        accelerator.save_state(str(partial))
+        _save_average(accelerator, partial, ema)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        problem = error
+    problems = _gathered(problem)
+    if not problems and accelerator.is_main_process:
+        progress = {"step": step, **counts, "identity": identity or {}}
+        try:
+            _seal(partial, target, progress)
+        except OSError as error:
+            problem = error
+    if problems := problems or _gathered(problem):
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        if problem and not _is_of_the_disk(problem):
+            raise problem
+        last = _checkpoints(target.parent)
+        raise UserError(
+            f"{target} could not be written ({problems[0]}); "
+            + (f"the last good checkpoint is {last[-1].name}: " if last else "there is no earlier one: ")
+            + "make room and start again with --resume_from_checkpoint latest"
+        ) from problem
+
+
+def load_checkpoint(
+    accelerator: Accelerator,
+    output_dir: str | Path,
+    resume_from: str | None,
+    identity: Identity | None = None,
+    ema: EMAModel | None = None,
+) -> dict[str, int]:
+    """Load a checkpoint into what was prepared and into `ema`. Every process calls it.
+
+    The main process verifies the files' SHA-256. Of `latest`, a damaged checkpoint is set aside under the
+    name `….damaged`, with a warning, and the one before it is taken.
 
     Args:
         resume_from: a checkpoint's folder, "latest" of `output_dir` (a first start if there is none),
             or None.
+        identity: what this run is. A difference in `identity["must"]` is refused, one in
+            `identity["should"]` warned of.
+
+    Returns:
+        The step, 0 where there is nothing to load, and the `counts` it was saved with.
 
     Raises:
-        UserError: the folder named is no checkpoint.
+        UserError: the folder named is no checkpoint, all are damaged, or it is another run's.
     """
     if resume_from is None:
-        return 0
-    if resume_from == "latest":
-        found = _checkpoints(Path(output_dir) / "checkpoints")
-        if not found:
-            return 0
-        path = found[-1]
-    else:
+        return {"step": 0}
+    choice = [None, None]
+    if accelerator.is_main_process:
+        try:
+            choice[0] = _choose(Path(output_dir) / "checkpoints", resume_from, identity or {})
+        except UserError as error:
+            choice[1] = str(error)
+    path, refusal = broadcast_object_list(choice)
+    if refusal:
+        raise UserError(refusal)
+    if path is None:
+        return {"step": 0}
+    if not all(gather_object([(path / PROGRESS).is_file()])):
+        raise UserError(f"{path} is not seen by every process: --output_dir must lie on a disk they share")
+    accelerator.load_state(str(path))
+    _load_average(accelerator, path, ema)
+    progress = json.loads((path / PROGRESS).read_text())
+    return {name: value for name, value in progress.items() if isinstance(value, int)}
+
+
+def _choose(folder: Path, resume_from: str, identity: Identity) -> Path | None:
+    """The checkpoint to load, whole and of this run; None where there is none yet."""
+    if resume_from != "latest":
         path = Path(resume_from)
-        if not (path / "progress.json").is_file():
+        if not (path / PROGRESS).is_file():
             raise UserError(
                 f"--resume_from_checkpoint {path}: no checkpoint there; give its folder, or latest"
             )
-    accelerator.load_state(str(path))
-    logger.info("resumed from %s", path)
-    return json.loads((path / "progress.json").read_text())["step"]
+        if damage := _damage(path):
+            raise UserError(f"--resume_from_checkpoint {path} is damaged: {damage}; give another, or latest")
+        _hold_against(path, identity)
+        return path
+    damages = []
+    for path in reversed(_checkpoints(folder)):
+        damage = _damage(path)
+        if not damage:
+            _hold_against(path, identity)
+            return path
+        aside = path.with_name(f"{path.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(path, aside)
+        logger.warning("checkpoint %s is damaged (%s): passed over, kept as %s", path, damage, aside.name)
+        damages.append(f"{aside.name}: {damage}")
+    if damages:
+        raise UserError(
+            f"no whole checkpoint is left in {folder} ({'; '.join(damages)}): "
+            "start again without them, or with another --output_dir"
+        )
+    return None
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with the checkpoint's files, in words; None where each is what was written."""
+    try:
+        progress = json.loads((path / PROGRESS).read_text())
+        written, files = progress.pop("sha256"), progress["files"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{PROGRESS} cannot be read or lists no files"
+    if written != _sha256_of(progress):
+        return f"{PROGRESS} is not what was written, by its SHA-256"
+    for name, written in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != written["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes of {written['bytes']}"
+        if _sha256(file) != written["sha256"]:
+            return f"{name} is not what was written, by its SHA-256"
+    return None
+
+
+def _hold_against(path: Path, identity: Identity) -> None:
+    """Refuse a checkpoint of a run that was another in what matters."""
+    saved = json.loads((path / PROGRESS).read_text())["identity"]
+    if differences := _differences(saved.get("must", {}), identity.get("must", {})):
+        raise UserError(
+            f"{path} is of another run: {'; '.join(differences)}. Give what it was started with, "
+            "or another --output_dir"
+        )
+    if differences := _differences(saved.get("should", {}), identity.get("should", {})):
+        logger.warning(
+            "%s: %s. The run goes on, and may not repeat the uninterrupted one bit for bit",
+            path,
+            "; ".join(differences),
+        )
+
+
+def _differences(saved: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
+    names = sorted(saved.keys() | now.keys()) if saved and now else []
+    return [
+        f"{name} was {saved.get(name, 'not there')}, is {now.get(name, 'not there')}"
+        for name in names
+        if saved.get(name) != now.get(name)
+    ]
+
+
+def _seal(partial: Path, target: Path, progress: dict) -> None:
+    """Flush the files to the disk, note their SHA-256 in progress.json, and give the folder its name."""
+    inside = sorted(partial.rglob("*"))
+    files = {
+        str(path.relative_to(partial)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in inside
+        if path.is_file()
+    }
+    progress = progress | {"files": files}
+    (partial / PROGRESS).write_text(json.dumps(progress | {"sha256": _sha256_of(progress)}, indent=1) + "\n")
+    for path in (*inside, partial / PROGRESS, partial):
+        _flush(path)
+    old = target.with_name(f"{target.name}.old.partial")
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(target, old)
+    os.replace(partial, target)
+    _flush(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _sha256_of(progress: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(progress, sort_keys=True).encode()).hexdigest()
+
+
+def _average_file(accelerator: Accelerator, folder: Path) -> Path:
+    if accelerator.distributed_type == DistributedType.FSDP:  # each process has its shard
+        return folder / f"ema_{accelerator.process_index}.safetensors"
+    return folder / "ema.safetensors"
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """What of a tensor lies on this process: all of it, but for FSDP."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _save_average(accelerator: Accelerator, folder: Path, ema: EMAModel | None) -> None:
+    path = _average_file(accelerator, folder)
+    if ema is None or not (accelerator.is_main_process or "_" in path.stem):
+        return
+    tensors = {
+        f"{index:05d}": _local(tensor).detach().cpu().contiguous()
+        for index, tensor in enumerate(ema.shadow_params)
+    }
+    save_file(tensors, path, metadata={"optimization_step": str(ema.optimization_step)})
+
+
+def _load_average(accelerator: Accelerator, folder: Path, ema: EMAModel | None) -> None:
+    if ema is None:
+        return
+    with safe_open(_average_file(accelerator, folder), "pt") as file:
+        ema.optimization_step = int(file.metadata()["optimization_step"])
+        for index, tensor in enumerate(ema.shadow_params):
+            _local(tensor).copy_(file.get_tensor(f"{index:05d}"))
+
+
+def _gathered(problem: Exception | None) -> list[str]:
+    """What went wrong on any process, in a line each; all processes get the same list."""
+    line = None
+    if problem is not None:
+        line = " ".join((getattr(problem, "strerror", None) or str(problem)).split())[:200]
+    return [line for line in gather_object([line]) if line is not None]
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    """Whether a full or failing disk raised this; torch and safetensors have words of their own for it."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+    text = str(error)
+    return any(words in text for words in ("PytorchStreamWriter", "inline_container", "os error"))
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
+    """Checkpoints under their final names, oldest first."""
     return sorted(
-        path.parent for path in folder.glob("step-*/progress.json") if path.parent.suffix != ".partial"
+        path.parent
+        for path in folder.glob(f"step-*/{PROGRESS}")
+        if re.fullmatch(r"step-\d+", path.parent.name)
     )

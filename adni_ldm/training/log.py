@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 
 import torch
@@ -28,25 +29,40 @@ class RunLog:
         self.pending: list[dict[str, torch.Tensor]] = []  # of batches since the last line
         if not accelerator.is_main_process:
             return
-        kept = []
-        if resumed_at and self.path.is_file():
-            with self.path.open(newline="") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= resumed_at]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("w", newline="") as file:
+        partial = self.path.with_name("metrics.csv.partial")
+        with partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
-            writer.writerows(kept)
+            writer.writerows(self._earlier_lines(resumed_at))
+        os.replace(partial, self.path)
+
+    def _earlier_lines(self, resumed_at: int) -> list[dict[str, str]]:
+        """Lines up to the step resumed at, but for a last one that a kill or a full disk cut off."""
+        if not resumed_at or not self.path.is_file():
+            return []
+        lines = self.path.read_text().splitlines(keepends=True)
+        rows = csv.DictReader(line for line in lines if line.endswith("\n"))
+        columns = self.columns
+        return [
+            {name: row.get(name, "") for name in columns} for row in rows if int(row["step"]) <= resumed_at
+        ]
 
     def add(self, **values: torch.Tensor) -> None:
         """Keep scalars of one batch for the next `write_means`; waits for no device."""
         self.pending.append({name: value.detach() for name, value in values.items()})
 
     def write_means(self, step: int, **values: float) -> dict[str, float]:
-        """Add a line with the means of what was added since the last, over batches and processes."""
+        """Add a line with the means of what was added since the last, over batches and processes.
+
+        Values that are not finite are left out; where there is no other, the mean is NaN.
+        """
         names = list(self.pending[0])
         stacked = torch.stack([torch.stack([batch[name] for name in names]) for batch in self.pending])
-        means = self.accelerator.reduce(stacked.mean(dim=0), "mean").tolist()
+        finite = stacked.isfinite()
+        sums = torch.stack([stacked.nan_to_num(0, 0, 0).sum(dim=0), finite.sum(dim=0).to(stacked)])
+        total, count = self.accelerator.reduce(sums, "sum")
+        means = (total / count).tolist()
         self.pending.clear()
         line = dict(zip(names, means, strict=True)) | values
         self.write(step, **line)

@@ -1,0 +1,32 @@
+"""A recipe under FSDP on CPU, which accelerate itself starts on GPUs alone: for the tests of what is ours.
+
+accelerate launch --config_file configs/accelerate/fsdp.yaml tests/faults/fsdp_on_cpu.py train_vae --config …
+"""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+use_fsdp = os.environ.pop("ACCELERATE_USE_FSDP", "false") == "true"
+
+from accelerate import FullyShardedDataParallelPlugin, PartialState  # noqa: E402
+from accelerate.utils import DistributedType  # noqa: E402
+
+from adni_ldm.errors import run_recipe  # noqa: E402
+
+recipe = importlib.import_module(sys.argv.pop(1))
+start = recipe.start_accelerator
+
+
+def start_sharded(*arguments):
+    accelerator = start(*arguments)
+    # both, since every new AcceleratorState takes up what PartialState holds
+    PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    return accelerator
+
+
+recipe.start_accelerator = start_sharded
+run_recipe(recipe.main)

@@ -1,0 +1,95 @@
+"""What two processes compute, for test_processes.py: started there by `accelerate launch`.
+
+    python tests/training/ranks.py OUTPUT_DIR MIXED_PRECISION
+
+Writes the averaged gradients of both recipes' modules, and what the processes agreed on, of the main process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from diffusers import DDPMScheduler
+from safetensors.torch import save_file
+
+from adni_ldm.models.autoencoder import ReconstructingVAE, build_autoencoder
+from adni_ldm.models.class_embedding import ClassEmbedding
+from adni_ldm.models.denoiser import ConditionalDenoiser, build_denoiser
+from adni_ldm.training.batches import BatchNoise
+from adni_ldm.training.losses import diffusion_loss, kl_divergence, reconstruction_loss
+from adni_ldm.training.setup import start_accelerator
+from adni_ldm.training.updates import UpdateCheck
+
+TOTAL = 8  # rows of an update, over all processes and accumulated batches
+
+
+def build(which: str) -> torch.nn.Module:
+    """The module that a recipe trains, small, with the same weights on every process."""
+    torch.manual_seed(0)
+    if which == "vae":
+        return ReconstructingVAE(build_autoencoder(16, widths=(8, 16)))
+    return ConditionalDenoiser(build_denoiser(4, 8, (32, 32), 16, 1), ClassEmbedding(token_dim=16))
+
+
+def loss_of(which: str, model: torch.nn.Module, rows: slice) -> torch.Tensor:
+    """The recipe's loss on some rows of one fixed batch of 8."""
+    noise = BatchNoise(0, 0, TOTAL, 0, 1, torch.device("cpu"))
+    if which == "vae":
+        images, draws = noise.normal(1, 16, 16).tanh(), noise.normal(4, 8, 8)
+        reconstruction, mean, logvar = model(images[rows], draws[rows])
+        return reconstruction_loss(reconstruction, images[rows], "l2") + 0.1 * kl_divergence(mean, logvar)
+    scheduler = DDPMScheduler(prediction_type="v_prediction")
+    clean, draws = noise.normal(4, 8, 8)[rows], noise.normal(4, 8, 8)[rows]
+    timesteps, labels = noise.integers(1000)[rows], noise.integers(3)[rows]
+    prediction = model(scheduler.add_noise(clean, draws, timesteps), timesteps, labels)
+    return diffusion_loss(prediction, clean, draws, timesteps, scheduler, 5.0)
+
+
+def gradients(accelerator, which: str, accumulation: int) -> dict[str, torch.Tensor]:
+    """Gradients of one update, each process and accumulated batch with its rows."""
+    model = accelerator.prepare(build(which))
+    size = TOTAL // (accelerator.num_processes * accumulation)
+    for batch in range(accumulation):
+        first = (batch * accelerator.num_processes + accelerator.process_index) * size
+        with accelerator.accumulate(model):
+            accelerator.backward(loss_of(which, model, slice(first, first + size)))
+    module = accelerator.unwrap_model(model)
+    assert all(parameter.dtype == torch.float32 for parameter in module.parameters())
+    return {f"{which}.{name}": parameter.grad.clone() for name, parameter in module.named_parameters()}
+
+
+def agreements(accelerator) -> dict[str, list]:
+    """What each process decides where the last one alone meets a NaN, an infinite gradient, and SIGTERM."""
+    check = UpdateCheck(accelerator, max_nonfinite=2)
+    check.listen()
+    alone = accelerator.process_index == accelerator.num_processes - 1
+    good, decisions = torch.tensor(1.0), []
+    for loss, norm in ((good, good), (good / 0 * 0, good), (good, good / 0), (good, good)):
+        check.add(loss if alone else good)
+        decisions.append(check.passes(norm if alone else good))
+        decisions.append(check.exhausted)
+    if alone:
+        os.kill(os.getpid(), signal.SIGTERM)
+    check.add(good)
+    check.passes(good)
+    return {"decisions": decisions, "skipped": check.skipped, "stop": check.stop}
+
+
+def main(output_dir: Path, precision: str) -> None:
+    accelerator = start_accelerator(output_dir, precision, 2, "none", seed=0)
+    found = gradients(accelerator, "vae", 2) | gradients(accelerator, "ldm", 2)
+    agreed = gather_object([agreements(accelerator)])
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        save_file(found, output_dir / "gradients.safetensors")
+        (output_dir / "agreed.json").write_text(json.dumps(agreed))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
