@@ -26,8 +26,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-
-from runs import (
+from tiny_runs import (
     ROOT,
     Run,
     arguments,
