@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import re
 import secrets
 import shutil
 import signal
@@ -201,8 +202,10 @@ class Faults:
         folder, process = self.launch(recipe, "one-told")
         os.kill(rank_of(process.pid, 1), signal.SIGTERM)
         assert process.wait(240) == 0, (folder / "log").read_text()[-4000:]
-        assert "SIGTERM: stopped after step" in (folder / "log").read_text()
-        self.note("SIGTERM to one of two ranks", weights_of(recipe, folder) == whole, 0)
+        stopped = re.search(r"SIGTERM: stopped after step (\d+)", (folder / "log").read_text())
+        assert stopped, "the run did not stop on the signal"
+        lost = int(stopped[1]) - resumed_at(folder)
+        self.note("SIGTERM to one of two ranks", weights_of(recipe, folder) == whole, lost)
 
         # The launcher is told: it tells its ranks, waits for their checkpoint, and ends.
         folder, process = self.launch(recipe, "launcher-told")
