@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 
 # The pair of constraints.txt, which a test compares. torch 2.15 needs Python 3.11.
@@ -23,10 +25,12 @@ def check_torch_pair() -> None:
     try:
         import torchvision  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:
+        found = {"torch": "(not installed)", "torchvision": "(not installed)"}
+        found |= installed_versions(found)
         pip = f"pip install --force-reinstall torch=={TESTED_PAIR[0]} torchvision=={TESTED_PAIR[1]}"
         cause = " ".join(str(error).split())  # one line
         raise SystemExit(
-            f"error: torch {_installed('torch')} and torchvision {_installed('torchvision')} do not work "
+            f"error: torch {found['torch']} and torchvision {found['torchvision']} do not work "
             f"together ({cause}); install a pair that does: {pip}"
         ) from error
 
@@ -42,8 +46,12 @@ def processes_without_gpu() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
 
 
-def _installed(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "(not installed)"
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Version of Python and of those packages that are installed."""
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions

@@ -13,13 +13,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path, PurePath, PureWindowsPath
 
 from adni_ldm.data.folder import Scan, SliceFile, classes_in, scan_folder
 from adni_ldm.data.splits import SPLITS, DataError
+from adni_ldm.environment import installed_versions
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -51,7 +50,7 @@ def write_manifest(data_dir: str | Path, settings: Mapping) -> str:
         ),
         "hash_of": "subjects and content of files (SHA-256)",
         "settings": _without_places(dict(settings)),
-        "versions": {"python": platform.python_version()} | _versions(),
+        "versions": installed_versions(_LIBRARIES),
         "splits": splits,
     }
     partial = scan.root / f".{MANIFEST}.partial"
@@ -190,13 +189,3 @@ def _without_places(value):
         absolute = text.startswith(("~", "..")) or PurePath(text).is_absolute() or PureWindowsPath(text).drive
         return PureWindowsPath(text).name if absolute else text
     return value if value is None or isinstance(value, (bool, int, float)) else str(value)
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions

@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -18,6 +16,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from adni_ldm.data.slices import SliceTensors
+from adni_ldm.environment import installed_versions
 
 LIBRARIES = ("adni-ldm", "torch", "diffusers", "accelerate", "transformers", "datasets", "safetensors")
 
@@ -88,7 +87,7 @@ def record_start(output_dir: str | Path, step: int, identity: Mapping[str, objec
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "git": git_commit(Path(__file__).parents[2]),
-        "versions": {"python": platform.python_version()} | _versions(),
+        "versions": installed_versions(LIBRARIES),
         **identity,
     }
     partial = path.with_name("run.json.partial")
@@ -111,13 +110,3 @@ def git_commit(clone: Path) -> str | None:
         return commit + ("+changes" if ask("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in LIBRARIES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
