@@ -29,7 +29,7 @@ from adni_ldm.models.autoencoder import latent_shape
 from adni_ldm.models.class_embedding import ClassEmbedding
 from adni_ldm.models.denoiser import ConditionalDenoiser, build_denoiser
 from adni_ldm.pipeline import ClassConditionalLDMPipeline, normalize_latents
-from adni_ldm.sampling import draw_images, image_seed
+from adni_ldm.sampling import draw_images, hash_weights, image_seed
 from adni_ldm.training.batches import BatchIndices, BatchNoise
 from adni_ldm.training.checkpoints import (
     load_checkpoint,
@@ -49,7 +49,7 @@ from adni_ldm.training.optimization import (
     set_learning_rate,
     update_average,
 )
-from adni_ldm.training.record import hash_slices, hash_weights, record_start, run_identity
+from adni_ldm.training.record import hash_slices, record_start, run_identity
 from adni_ldm.training.setup import describe, load_training_slices, on_gpu, start_accelerator
 from adni_ldm.training.sharding import whole
 from adni_ldm.training.updates import UpdateCheck, exit_code, stop_nonfinite

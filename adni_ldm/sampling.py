@@ -86,10 +86,15 @@ def draw_trajectory(
 
 
 def weights_hash(pipeline: ClassConditionalLDMPipeline) -> str:
-    """SHA-256 over all weights, first 16 hex digits: tells which model an image came from."""
+    """`hash_weights` of all that is trained: tells which model an image came from."""
+    return hash_weights(pipeline.vae, pipeline.unet, pipeline.class_embedding)
+
+
+def hash_weights(*modules: torch.nn.Module) -> str:
+    """SHA-256 over the names and values of the modules' weights, first 16 hex digits."""
     digest = hashlib.sha256()
-    for component in (pipeline.vae, pipeline.unet, pipeline.class_embedding):
-        for name, tensor in sorted(component.state_dict().items()):
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

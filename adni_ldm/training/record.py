@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from adni_ldm.data.slices import SliceTensors
 from adni_ldm.environment import installed_versions
@@ -31,15 +30,6 @@ def hash_slices(*parts: SliceTensors) -> str:
         digest.update(part.labels.numpy().tobytes())
         for batch in part.arrays.iter(batch_size=256):
             digest.update(batch["image"].tobytes())
-    return digest.hexdigest()[:16]
-
-
-def hash_weights(module: nn.Module) -> str:
-    """SHA-256 over the names and values of a module's weights, first 16 hex digits."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
