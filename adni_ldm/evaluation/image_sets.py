@@ -1,0 +1,106 @@
+"""What is compared: real slices by split, and samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from adni_ldm.data.slices import prepare_image, read_image, to_arrays
+from adni_ldm.errors import UserError
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Slices with their classes and subjects, kept in 8 bits.
+
+    A sample is nobody's: each is a subject of its own, "sample 0" ….
+    """
+
+    images: torch.Tensor  # uint8 (N, 1, H, W), 0 to 255
+    labels: np.ndarray  # int64 (N,)
+    subjects: np.ndarray  # str (N,)
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> ImageSet:
+        """The rows at `indices`, or where a boolean mask is true."""
+        rows = np.arange(len(self))[indices]
+        return ImageSet(
+            self.images[torch.from_numpy(rows)], self.labels[rows], self.subjects[rows], self.class_names
+        )
+
+    def of_class(self, name: str) -> ImageSet:
+        """The rows of one class."""
+        return self.take(self.labels == self.class_names.index(name))
+
+    def floats(self, indices: Sequence[int] | slice = slice(None)) -> torch.Tensor:
+        """Float32 (n, 1, H, W) in [-1, 1], the range that every network here reads."""
+        return self.images[indices].float().div_(127.5).sub_(1)
+
+
+def real_set(slices: Dataset, image_size: int, most: int | None = None, seed: int = 0) -> ImageSet:
+    """A split of `load_slices` at `image_size` pixels.
+
+    Args:
+        most: keep about this many slices, the same share of every subject's, none of a subject's all dropped.
+    """
+    arrays = to_arrays(slices, image_size)
+    subjects = np.asarray(arrays["subject"][:])
+    chosen = np.arange(len(subjects))
+    if most is not None and len(chosen) > most:
+        chosen = _thin(subjects, most, seed)
+        arrays = arrays.select(chosen)
+    pixels = arrays.select_columns(["image"]).with_format("numpy", dtype=np.uint8)["image"][:]
+    labels = np.asarray(arrays["label"][:], dtype=np.int64)
+    names = tuple(slices.features["label"].names)
+    return ImageSet(torch.from_numpy(np.array(pixels))[:, None], labels, subjects[chosen], names)
+
+
+def sample_set(
+    folder: str | Path, class_names: Sequence[str], image_size: int, most: int | None = None
+) -> ImageSet:
+    """The samples below `folder`, one subfolder a class, as sample.py writes them.
+
+    Args:
+        most: keep the first so many of each class.
+
+    Raises:
+        UserError: no such folder, no sample of any class, or samples of another size.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"--samples {folder}: no such folder; python sample.py --class all writes one")
+    images, labels = [], []
+    for label, name in enumerate(class_names):
+        for path in sorted((folder / name).glob("*.png"))[:most]:
+            picture = read_image(path)
+            if picture.size != (image_size, image_size):
+                raise UserError(
+                    f"{path}: {picture.width} x {picture.height} pixels, where the real slices are compared at "
+                    f"{image_size} x {image_size}; give --image_size {picture.height} if the samples are right"
+                )
+            images.append(torch.from_numpy(prepare_image(picture, image_size).copy()))
+            labels.append(label)
+    if not images:
+        wanted = ", ".join(f"{name}/*.png" for name in class_names)
+        raise UserError(f"--samples {folder}: no samples in it (looked for {wanted})")
+    subjects = np.array([f"sample {index}" for index in range(len(labels))])
+    return ImageSet(torch.stack(images)[:, None], np.array(labels), subjects, tuple(class_names))
+
+
+def _thin(subjects: np.ndarray, most: int, seed: int) -> np.ndarray:
+    """About `most` row indices, in order: of each subject the same share, and one at least."""
+    share = most / len(subjects)
+    order = np.random.default_rng(seed).permutation(len(subjects))
+    kept = []
+    for subject in np.unique(subjects):
+        rows = order[subjects[order] == subject]
+        kept.append(rows[: max(1, round(share * len(rows)))])
+    return np.sort(np.concatenate(kept))
