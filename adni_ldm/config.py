@@ -231,8 +231,8 @@ class EvaluateConfig:
     output_dir: str = setting("report", "Folder that report.html, metrics.json and figures/ are written to.")
     model: str | None = setting(
         None,
-        "Pipeline that drew the samples, for what needs it: agreement by guidance scale, the membership test, "
-        "reconstructions and the U-Net's own view. Not loaded unless asked for.",
+        "Pipeline that drew the samples, for what needs it: agreement by guidance scale, the membership "
+        "test, reconstructions and the U-Net's own view. Not loaded unless asked for.",
     )
     features: str = setting(
         "classifier",
@@ -247,8 +247,8 @@ class EvaluateConfig:
     )
     max_slices: int = setting(
         5000,
-        "Most real slices of a split that are compared, the same share of every subject's, and most samples of a "
-        "class.",
+        "Most real slices of a split that are compared, the same share of every subject's, and most samples "
+        "of a class.",
     )
     guidance_scales: list[float] = setting(
         [1.0, 1.5, 2.5, 4.0], "Guidance scales at which --model's agreement with the class is measured."

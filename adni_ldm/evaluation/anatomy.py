@@ -148,7 +148,7 @@ def ventricle_weights(image: np.ndarray, brain: np.ndarray, pixel_mm: float) -> 
 
 
 def _border_length(image: np.ndarray, brain: np.ndarray, ventricle: np.ndarray) -> float:
-    """Length in pixels of the line between tissue and what is darker than half of it, the ventricle filled."""
+    """Length in pixels of the line at half of the tissue's intensity, the ventricle filled."""
     if not brain.any():
         return 0.0
     tissue = np.median(image[brain])

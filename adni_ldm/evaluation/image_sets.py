@@ -82,8 +82,8 @@ def sample_set(folder: str | Path, class_names: Sequence[str], most: int | None 
             picture = read_image(path)
             if picture.size != (image_size, image_size):
                 raise UserError(
-                    f"{path}: {picture.width} x {picture.height} pixels, not {image_size} x {image_size}; samples "
-                    "must be of one size, which real slices are brought to"
+                    f"{path}: {picture.width} x {picture.height} pixels, not {image_size} x {image_size}; "
+                    "samples must be of one size, which real slices are brought to"
                 )
             images.append(torch.from_numpy(prepare_image(picture, image_size).copy()))
             labels.append(label)

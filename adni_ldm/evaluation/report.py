@@ -36,33 +36,33 @@ WORDS = {
     "real": "real, mean",
     "synthetic": "synthetic, mean",
     "copies": "Samples nearer to a training slice than other people's slices are",
-    "membership_auc": "Membership: AUC of telling training subjects from others by the model's own loss (0.5 is none)",
+    "membership_auc": "AUC of telling training subjects from others by the model's loss (0.5: it cannot)",
 }
 QUESTIONS = {  # section: (heading, what it asks and how to read it)
     "fidelity": (
         "Do the samples look like real slices?",
-        "Both are turned into features, and the two clouds of features are compared. The floor is what other real "
-        "people's slices, as many, reach in the samples' place: no sample set can be expected to do better.",
+        "Both are turned into features, and the two clouds of features are compared. The floor is what other "
+        "real people's slices, as many, reach in the samples' place: no sample set can be expected to do better.",
     ),
     "usefulness": (
         "Can a classifier be trained on them?",
-        "One network is trained three times, on real slices, on samples, and on both, and tested on people that "
-        "neither it nor the generator has seen.",
+        "One network is trained three times, on real slices, on samples, and on both, and tested on people "
+        "that neither it nor the generator has seen.",
     ),
     "faithfulness": (
         "Does AD look like AD?",
-        "A classifier trained on real slices alone says what it takes each sample for. The floor is how often it is "
-        "right about real slices of people it has not seen.",
+        "A classifier trained on real slices alone says what it takes each sample for. The floor is how "
+        "often it is right about real slices of people it has not seen.",
     ),
     "anatomy": (
         "Does the disease change the same anatomy by as much?",
-        "Areas measured in the pictures by one plain segmentation, real and synthetic alike. The effect is the "
-        "difference of the first class and the last in units of their spread.",
+        "Areas measured in the pictures by one plain segmentation, real and synthetic alike. The effect is "
+        "the difference of the first class and the last in units of their spread.",
     ),
     "privacy": (
         "Is somebody's brain in them?",
-        "For each sample the nearest training slice is looked up. It counts as a copy when it lies nearer than slices "
-        "of people who were not trained on ever lie, but for the share that the floor states.",
+        "For each sample the nearest training slice is looked up. It counts as a copy when it lies nearer "
+        "than slices of people who were not trained on ever lie, but for the share that the floor states.",
     ),
 }
 

@@ -74,8 +74,8 @@ def _faithfulness(agreement: Estimate, anatomy: Mapping[str, Estimate]) -> dict:
         return gap
     shown = agreement.value >= agreement.floor - FAITHFUL
     said = (
-        f"An independent classifier takes {_with_interval(agreement, '.0%')} of the samples for the class asked "
-        f"for, and is right about {agreement.floor:.0%} of real slices it has not seen. "
+        f"An independent classifier takes {_with_interval(agreement, '.0%')} of the samples for the class "
+        f"asked for, and is right about {agreement.floor:.0%} of real slices it has not seen. "
     )
     ratio = anatomy["effect_ratio"]
     if ratio.value is None:
@@ -98,14 +98,14 @@ def _privacy(figures: Mapping[str, Estimate]) -> dict:
         return gap
     good = copies.low <= copies.floor
     said = (
-        f"{_with_interval(copies, '.1%')} of the samples lie nearer to a training slice than the rule allows; of "
-        f"slices of people who were not trained on, {copies.floor:.1%} do. "
+        f"{_with_interval(copies, '.1%')} of the samples lie nearer to a training slice than the rule "
+        f"allows; of slices of people who were not trained on, {copies.floor:.1%} do. "
     )
     if membership is not None and membership.value is not None:
         hidden = membership.low <= 0.5
         said += (
-            f"The model's loss tells training subjects from others with AUC {_with_interval(membership, '.2f')}"
-            f"{', no better than chance' if hidden else ': it remembers them'}. "
+            f"The model's loss tells training subjects from others with AUC {_with_interval(membership, "
+            f"'.2f')}{', no better than chance' if hidden else ': it remembers them'}. "
         )
         good = good and hidden
     else:
