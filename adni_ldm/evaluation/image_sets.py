@@ -55,7 +55,7 @@ def real_set(slices: Dataset, image_size: int, most: int | None = None, seed: in
     subjects = np.asarray(arrays["subject"][:])
     chosen = np.arange(len(subjects))
     if most is not None and len(chosen) > most:
-        chosen = _thin(subjects, most, seed)
+        chosen = thin(subjects, most, seed)
         arrays = arrays.select(chosen)
     pixels = arrays.select_columns(["image"]).with_format("numpy", dtype=np.uint8)["image"][:]
     labels = np.asarray(arrays["label"][:], dtype=np.int64)
@@ -95,7 +95,7 @@ def sample_set(
     return ImageSet(torch.stack(images)[:, None], np.array(labels), subjects, tuple(class_names))
 
 
-def _thin(subjects: np.ndarray, most: int, seed: int) -> np.ndarray:
+def thin(subjects: np.ndarray, most: int, seed: int) -> np.ndarray:
     """About `most` row indices, in order: of each subject the same share, and one at least."""
     share = most / len(subjects)
     order = np.random.default_rng(seed).permutation(len(subjects))
