@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 SIDE = 64  # pixels that pictures are compared at: what a copy shares with its original is not finer
-FINE, COARSE = 1 / 48, 1 / 16  # standard deviations of the two Gaussians, shares of the side
+FINE, COARSE = 1 / 48, 1 / 16  # standard deviations of the two Gaussians, as shares of the side
 SURROUNDINGS = 5  # subjects
 _CHUNK = 64  # rows that are searched at once
 _NEAREST, _SUBJECTS = 16, 32  # what the quick search leaves: the nearest images, and the nearest subjects'
@@ -34,7 +34,9 @@ class Neighbours:
     rows: np.ndarray  # int64 (N,), of the training set
     distances: np.ndarray  # float64 (N,), 0 is the same picture
     ratios: np.ndarray  # float64 (N,), to the distance of the next subjects; 1 where there is no other
-    shifts: np.ndarray | None = None  # int64 (N, 2): pixels down and right from the training image to the picture
+    shifts: np.ndarray | None = (
+        None  # int64 (N, 2): pixels down and right from the training image to the picture
+    )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -56,7 +58,8 @@ def nearest_in_pixels(images: torch.Tensor, train: torch.Tensor, train_subjects:
     train_thumbnails = _thumbnails(train_patterns)
     subjects = np.unique(train_subjects, return_inverse=True)[1]
 
-    found = []
+    nothing = np.zeros(0, np.int64), np.zeros(0), np.zeros(0), np.zeros((0, 2), np.int64)
+    found = [nothing]
     for first in tqdm(range(0, len(images), _CHUNK), desc="nearest training images", leave=False):
         some = patterns[first : first + _CHUNK]
         candidates = _candidates(_quick_similarity(some, train_thumbnails, reach), subjects)  # (B, K)
@@ -72,11 +75,12 @@ def nearest_in_features(features: np.ndarray, train: np.ndarray, train_subjects:
     """Nearest training image by Euclidean distance of feature vectors (N, D) and (M, D)."""
     subjects = np.unique(train_subjects, return_inverse=True)[1]
     every = np.arange(len(train))
-    found = []
+    found = [(np.zeros(0, np.int64), np.zeros(0), np.zeros(0))]
     for some in torch.as_tensor(features, dtype=torch.float64).split(_CHUNK):
         distances = torch.cdist(some, torch.as_tensor(train, dtype=torch.float64)).numpy()
         rows = np.broadcast_to(every, distances.shape)
-        found.append(_closest(distances, rows, subjects)[:3])
+        if len(rows):  # split gives one empty part of nothing
+            found.append(_closest(distances, rows, subjects)[:3])
     return Neighbours(*(np.concatenate(parts) for parts in zip(*found)))
 
 

@@ -14,8 +14,10 @@ import numpy as np
 from scipy import stats
 
 from adni_ldm.evaluation.estimates import Estimate, bootstrap, proportion, unknown
-from adni_ldm.evaluation.image_sets import ImageSet
-from adni_ldm.evaluation.nearest import SURROUNDINGS, Neighbours
+from adni_ldm.evaluation.image_sets import ImageSet, thin
+from adni_ldm.evaluation.nearest import SURROUNDINGS, Neighbours, nearest_in_features, nearest_in_pixels
+from adni_ldm.evaluation.probing import denoising_losses
+from adni_ldm.pipeline import ClassConditionalLDMPipeline
 
 FALSE_ALARMS = 0.01  # share of real slices of other people that may be called copies
 MOST_FALSE_ALARMS = 0.1  # where held-out slices are too few for 1 %, up to this
@@ -60,6 +62,55 @@ class Pair:
     label: int  # class that the sample was drawn as
 
 
+@dataclass(frozen=True)
+class Privacy:
+    """What was found: figures, and what the pictures are made of."""
+
+    figures: dict[str, Estimate]
+    rule: CopyRule | None  # None where copies cannot be told from others
+    samples: Neighbours
+    held_out: Neighbours
+    pairs: list[Pair]
+
+
+def examine(
+    samples: ImageSet,
+    train: ImageSet,
+    held_out: ImageSet,
+    features: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
+    pipeline: ClassConditionalLDMPipeline | None = None,
+    most: int = 300,
+    seed: int = 0,
+) -> Privacy:
+    """Copies among the samples, the nearest pairs, and a membership test.
+
+    Args:
+        train: all that the model was trained on; a slice that is left out cannot be found again.
+        held_out: real slices of subjects that it was not trained on.
+        features: (N, D) of samples, train and held_out: adds `copies_in_features`.
+        pipeline: the model that drew the samples: adds `membership_auc`.
+        most: slices of either side that the model's loss is taken of, the same share of every subject's.
+    """
+    near = nearest_in_pixels(samples.images, train.images, train.subjects)
+    near_held_out = nearest_in_pixels(held_out.images, train.images, train.subjects)
+    figures, rule = copy_figures(near, samples, near_held_out, held_out, train)
+    if features is not None:
+        of_samples, of_train, of_held_out = features
+        found, _ = copy_figures(
+            nearest_in_features(of_samples, of_train, train.subjects),
+            samples,
+            nearest_in_features(of_held_out, of_train, train.subjects),
+            held_out,
+            train,
+        )
+        figures["copies_in_features"] = found["copies"]
+    if pipeline is not None:
+        chosen = [one.take(thin(one.subjects, most, seed)) for one in (train, held_out)]
+        members, others = (denoising_losses(pipeline, one, seed=seed) for one in chosen)
+        figures["membership_auc"] = membership_auc(members, chosen[0].subjects, others, chosen[1].subjects)
+    return Privacy(figures, rule, near, near_held_out, nearest_pairs(near, samples, train, rule))
+
+
 def calibrate(ratios: np.ndarray, subjects: np.ndarray, false_alarms: float = FALSE_ALARMS) -> CopyRule:
     """The limit that new people's slices fall below at a rate of `false_alarms` at most.
 
@@ -84,7 +135,11 @@ def false_alarms(ratios: np.ndarray, subjects: np.ndarray) -> np.ndarray:
 
 
 def copy_figures(
-    samples: Neighbours, sample_set: ImageSet, held_out: Neighbours, held_out_set: ImageSet, train_set: ImageSet
+    samples: Neighbours,
+    sample_set: ImageSet,
+    held_out: Neighbours,
+    held_out_set: ImageSet,
+    train_set: ImageSet,
 ) -> tuple[dict[str, Estimate], CopyRule | None]:
     """Share of copies among the samples, its floor the share among held-out real slices.
 

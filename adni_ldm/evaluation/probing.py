@@ -35,7 +35,7 @@ def denoising_losses(
     """
     known = np.array(pipeline.class_embedding.labels_of(images.class_names))
     labels = torch.from_numpy(known[images.labels])
-    losses = []
+    losses = [np.zeros(0)]
     for rows, latents in _latent_batches(pipeline, images, batch_size, "the model's loss"):
         tokens = pipeline.class_embedding(labels[rows].to(latents.device))  # (B, 2, D)
         of_levels = []
@@ -61,7 +61,9 @@ def bottleneck_features(
     classes apart is what the slices show, and not the label.
     """
     caught = []
-    hook = pipeline.unet.mid_block.register_forward_hook(lambda _module, _inputs, output: caught.append(output))
+    hook = pipeline.unet.mid_block.register_forward_hook(
+        lambda _module, _inputs, output: caught.append(output)
+    )
     features = []
     try:
         for rows, latents in _latent_batches(pipeline, images, batch_size, "the U-Net's bottleneck"):
