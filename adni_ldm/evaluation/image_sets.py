@@ -58,7 +58,7 @@ def image_set(slices: SliceTensors, most: int | None = None, seed: int = 0) -> I
     """
     chosen = np.arange(len(slices))
     if most is not None and len(chosen) > most:
-        chosen = _thin(slices.subjects, most, seed)
+        chosen = thin(slices.subjects, most, seed)
     pixels = torch.from_numpy(slices.arrays[chosen]["image"])[:, None]
     return ImageSet(pixels, slices.labels[chosen].numpy(), slices.subjects[chosen], slices.class_names)
 
@@ -99,7 +99,7 @@ def _first_size(folder: Path, class_names: Sequence[str]) -> int:
     raise UserError(f"--samples {folder}: no samples in it (looked for {wanted})")
 
 
-def _thin(subjects: np.ndarray, most: int, seed: int) -> np.ndarray:
+def thin(subjects: np.ndarray, most: int, seed: int) -> np.ndarray:
     """About `most` row indices, in order: of each subject the same share, and one at least."""
     share = most / len(subjects)
     order = np.random.default_rng(seed).permutation(len(subjects))
