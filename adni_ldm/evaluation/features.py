@@ -60,7 +60,9 @@ def load_extractor(
     """
     if name == "classifier":
         if classifier is None:
-            raise UserError("--features classifier: there is no classifier; it needs real slices of two classes")
+            raise UserError(
+                "--features classifier: there is no classifier; it needs real slices of two classes"
+            )
         penultimate = nn.Sequential(*list(classifier.children())[:-1], nn.Flatten())
         return Extractor(name, hash_weights(classifier), lambda images: penultimate(_floats(images, device)))
     if name == "vae":
@@ -132,6 +134,8 @@ def _load_vision_model(name: str, device: str | torch.device) -> Extractor:
         pixels = processor(list(_colours(images)), return_tensors="pt")["pixel_values"]
         output = model(pixels.to(device))
         pooled = getattr(output, "pooler_output", None)
-        return (output.last_hidden_state[:, 0] if pooled is None else pooled).flatten(1)  # else the class token
+        return (output.last_hidden_state[:, 0] if pooled is None else pooled).flatten(
+            1
+        )  # else the class token
 
     return Extractor(name, hash_weights(model), network)
