@@ -45,6 +45,16 @@ class ImageSet:
         return self.images[indices].float().div_(127.5).sub_(1)
 
 
+def join(first: ImageSet, second: ImageSet) -> ImageSet:
+    """The rows of both."""
+    return ImageSet(
+        torch.cat([first.images, second.images]),
+        np.concatenate([first.labels, second.labels]),
+        np.concatenate([first.subjects, second.subjects]),
+        first.class_names,
+    )
+
+
 def real_set(slices: Dataset, image_size: int, most: int | None = None, seed: int = 0) -> ImageSet:
     """A split of `load_slices` at `image_size` pixels; `most` as in `image_set`."""
     return image_set(SliceTensors(to_arrays(slices, image_size)), most, seed)
@@ -101,10 +111,10 @@ def _first_size(folder: Path, class_names: Sequence[str]) -> int:
 
 def thin(subjects: np.ndarray, most: int, seed: int) -> np.ndarray:
     """About `most` row indices, in order: of each subject the same share, and one at least."""
-    share = most / len(subjects)
+    share = min(1.0, most / max(1, len(subjects)))
     order = np.random.default_rng(seed).permutation(len(subjects))
     kept = []
     for subject in np.unique(subjects):
         rows = order[subjects[order] == subject]
         kept.append(rows[: max(1, round(share * len(rows)))])
-    return np.sort(np.concatenate(kept))
+    return np.sort(np.concatenate([np.zeros(0, dtype=int), *kept]))

@@ -14,7 +14,7 @@ from torch import nn
 
 from adni_ldm.evaluation.classifier import STEPS, probabilities, train_classifier
 from adni_ldm.evaluation.estimates import FEWEST_SUBJECTS, Estimate, bootstrap, unknown
-from adni_ldm.evaluation.image_sets import ImageSet
+from adni_ldm.evaluation.image_sets import ImageSet, join
 
 
 def usefulness(
@@ -54,7 +54,7 @@ def usefulness(
     classifiers = {
         "real": judge,
         "synthetic": fit(samples, "samples"),
-        "both": fit(_join(train, samples), "both"),
+        "both": fit(join(train, samples), "both"),
     }
     by_subject = {name: subject_probabilities(model, held_out) for name, model in classifiers.items()}
     _, labels, subjects = by_subject["real"]
@@ -126,12 +126,3 @@ def _too_few(samples: ImageSet, held_out: ImageSet) -> str:
         if subjects < FEWEST_SUBJECTS:
             return f"{subjects} held-out subjects of {name}, where {FEWEST_SUBJECTS} are needed"
     return ""
-
-
-def _join(first: ImageSet, second: ImageSet) -> ImageSet:
-    return ImageSet(
-        torch.cat([first.images, second.images]),
-        np.concatenate([first.labels, second.labels]),
-        np.concatenate([first.subjects, second.subjects]),
-        first.class_names,
-    )
