@@ -174,7 +174,9 @@ def kernel_distance(
         return Estimate(value)
     rng = np.random.default_rng(seed)
     u, v = (rng.multinomial(n, np.full(n, 1 / n), draws).astype(float) for n in (len(x_size), len(y_size)))
-    low, high = np.quantile(squared_mmd(u, v), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    with np.errstate(invalid="ignore"):  # a draw of one subject over and over has no pairs
+        values = squared_mmd(u, v)
+    low, high = np.nanquantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(value, low, high)
 
 
@@ -240,13 +242,10 @@ def structural_similarity(images: ImageSet, *, draws: int = 1000, seed: int = 0)
 
     scales = max(n for n in range(1, 6) if images.images.shape[-1] // max(1, n - 1) ** 2 > 10)
     betas = tuple(beta / sum(_BETAS[:scales]) for beta in _BETAS[:scales])
+    pixels = images.images.float() / 255  # black is 0: dark ground must not count as bright tissue does
     values = [
         multiscale_structural_similarity_index_measure(
-            images.floats(first[batch]),
-            images.floats(second[batch]),
-            data_range=2.0,
-            betas=betas,
-            reduction=None,
+            pixels[first[batch]], pixels[second[batch]], data_range=1.0, betas=betas, reduction=None
         )
         for batch in np.array_split(np.arange(len(first)), len(first) // 64 + 1)
     ]

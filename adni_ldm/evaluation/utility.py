@@ -103,7 +103,8 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float:
         NaN where a class is not shown.
     """
     areas = []
-    for label in range(scores.shape[1]):
+    classes = scores.shape[1]
+    for label in range(classes) if classes > 2 else [1]:
         cases, others = scores[labels == label, label], scores[labels != label, label]
         if not len(cases) or not len(others):
             return np.nan

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from discs import discs
+from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     BertModel,
@@ -84,8 +85,6 @@ def test_what_gives_no_features_is_refused_in_one_line(tmp_path, monkeypatch):
     ViTImageProcessor().save_pretrained(tmp_path / "bert")
     save_vision_model("vit", tmp_path / "broken")
     weights = tmp_path / "broken" / "model.safetensors"
-    from safetensors.torch import load_file, save_file
-
     kept = {
         key: value for key, value in load_file(weights).items() if "query" not in key and "q_proj" not in key
     }
