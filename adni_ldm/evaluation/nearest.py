@@ -1,14 +1,14 @@
 """The nearest training image of a slice: in pixels after alignment, or in features.
 
-In pixels: pictures are reduced to 64 pixels a side and band-passed (a difference of Gaussians), which takes out
-brightness, slow shading and the pixels' noise; what is left is compared by normalized cross-correlation, at its
-highest over small shifts (distance = 1 - correlation, so gain and offset do not matter either).
+In pixels: pictures are brought to 64 pixels a side and band-passed (a difference of Gaussians), which takes
+out brightness, slow shading and the noise of pixels; the rest is compared by normalized cross-correlation, at
+its highest over small shifts (distance = 1 - correlation, so gain and offset do not matter either).
 
-How near is near depends on the place: usual brains have many neighbours, unusual ones none. So the distance is
-also given relative to its surroundings, as a ratio: the distance to the nearest image, divided by the mean
-distance to the nearest images of the next five *subjects*. It is about 1 for a new person, whose picture is as
-far from one as from the other, and near 0 for a copy, which one person's image alone explains (the idea of
-Carlini et al. 2023, arXiv:2301.13188, section 5.1, and Yoon et al. 2023, with subjects for images).
+How near is near depends on the place: usual brains have many neighbours, unusual ones none. So the distance
+is also given relative to its surroundings, as a ratio: the distance to the nearest image, divided by the mean
+distance to the nearest images of the next five *subjects*. It is about 1 for a new person, whose picture is
+as far from one as from the other, and near 0 for a copy, which one person's image alone explains (the idea of
+Carlini et al. 2023, arXiv:2301.13188, section 5, with subjects for images).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Neighbours:
 
 
 def nearest_in_pixels(images: torch.Tensor, train: torch.Tensor, train_subjects: np.ndarray) -> Neighbours:
-    """Nearest training image in aligned pixels, by shifts of up to a sixteenth of the side (3 pixels at least).
+    """Nearest training image in aligned pixels: shifts of up to a sixteenth of the side, at least 3 pixels.
 
     A quick search over all training images at 16 pixels a side leaves some 48 that are compared finely.
 
@@ -85,7 +85,7 @@ def nearest_in_features(features: np.ndarray, train: np.ndarray, train_subjects:
 
 
 def band_pass(images: torch.Tensor, side: int = SIDE) -> torch.Tensor:
-    """Patterns float32 (N, S, S) of zero mean and unit norm, of uint8 (N, 1, H, W); 0 where nothing is shown."""
+    """Patterns float32 (N, S, S), zero mean, unit norm, of uint8 (N, 1, H, W); 0 where nothing is shown."""
     frequencies = torch.meshgrid(torch.fft.fftfreq(side), torch.fft.rfftfreq(side), indexing="ij")
     squared = 2 * (torch.pi * side) ** 2 * sum(one**2 for one in frequencies)  # of a Gaussian's transform
     band = torch.exp(-squared * FINE**2) - torch.exp(-squared * COARSE**2)
@@ -121,7 +121,7 @@ def _quick_similarity(patterns: torch.Tensor, train_thumbnails: torch.Tensor, re
 
 
 def _candidates(similarity: torch.Tensor, subjects: np.ndarray) -> np.ndarray:
-    """(B, K) rows: the most similar images, then the most similar one of each of the most similar subjects."""
+    """Rows (B, K): the most similar images, then the best image of each of the most similar subjects."""
     order = similarity.argsort(dim=1, descending=True).numpy()
     # of each subject, where in the order it comes first
     firsts = [np.sort(np.unique(subjects[row], return_index=True)[1])[:_SUBJECTS] for row in order]
@@ -144,7 +144,7 @@ def _aligned_distances(
 
 
 def _closest(distances: np.ndarray, rows: np.ndarray, subjects: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Of each picture: row of the nearest training image, distance, ratio, and which candidate it was; (B,)."""
+    """Row of the nearest training image, distance, ratio, and which candidate it was; each (B,)."""
     order = np.argsort(distances, axis=1, kind="stable")
     ratios = np.ones(len(order))
     for index, places in enumerate(order):

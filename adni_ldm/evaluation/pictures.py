@@ -45,7 +45,7 @@ def save_pairs(
     """
     pairs = list(pairs)
     bands = -(-len(pairs) // columns)
-    figure = Figure(figsize=(2.1 * columns + 1.2, 7.1 * bands), facecolor="black", layout="constrained")
+    figure = Figure(figsize=(2.1 * columns + 1.2, 6.9 * bands), facecolor="black", layout="constrained")
     axes = figure.subplots(3 * bands, columns, squeeze=False)
     for axis in axes.flat:
         _bare(axis)
@@ -57,7 +57,7 @@ def save_pairs(
         top.imshow(sample, cmap="gray", vmin=0, vmax=255)
         middle.imshow(training, cmap="gray", vmin=0, vmax=255)
         shown = bottom.imshow(difference / 255 * 100, cmap="RdBu_r", vmin=-40, vmax=40)
-        verdict = "COPY" if pair.is_copy else "no copy"
+        verdict = "called a copy" if pair.is_copy else "no copy"
         colour = "#ff6b6b" if pair.is_copy else "white"
         name = samples.class_names[pair.label]
         top.set_title(
@@ -89,8 +89,8 @@ def save_nearest_histogram(
         axis.axvspan(0, rule.threshold, color="#ff6b6b", alpha=0.12, label="called a copy")
     axis.set(
         title="How near does the nearest training slice come?",
-        xlabel=f"distance to the nearest training slice ÷ mean distance to the next {SURROUNDINGS} subjects'\n"
-        "(0: the same picture, 1: no nearer to one person than to others)",
+        xlabel="distance to the nearest training slice ÷ mean distance to those of the next "
+        f"{SURROUNDINGS} subjects\n(0: the same picture, 1: no nearer to one person than to others)",
         ylabel="share of slices (%)",
         xlim=(0, edges[-1]),
     )
@@ -105,7 +105,7 @@ def save_class_difference(path: str | Path, real: ImageSet, samples: ImageSet) -
     differences = {"real": _difference(real, first, last), "synthetic": _difference(samples, first, last)}
     known = [np.abs(one).max() for one in differences.values() if one is not None]
     limit = max([*known, 1.0])
-    figure = Figure(figsize=(8.4, 4.4), layout="constrained")
+    figure = Figure(figsize=(8.4, 4.1), layout="constrained")
     axes = figure.subplots(1, 2)
     for axis, (title, difference), images in zip(axes, differences.items(), (real, samples)):
         _bare(axis)
@@ -268,6 +268,6 @@ def _bare(axis: Axes) -> None:
 
 
 def _bar(figure: Figure, shown, axes, title: str, colour: str) -> None:
-    bar = figure.colorbar(shown, ax=axes, shrink=0.6, aspect=30)
+    bar = figure.colorbar(shown, ax=axes, shrink=0.6, aspect=25)
     bar.set_label(title, color=colour)
     bar.ax.tick_params(colors=colour)

@@ -62,7 +62,9 @@ def usefulness(
 
     def estimate(statistic: Callable[[np.ndarray], float]) -> Estimate:
         everyone = np.arange(len(labels))
-        return Estimate(statistic(everyone), *bootstrap(statistic, subjects, count=draws, seed=seed))
+        low, high = bootstrap(statistic, subjects, count=draws, seed=seed)
+        certain = f"alike in every draw: {len(labels)} subjects are too few to show the doubt that is left"
+        return Estimate(statistic(everyone), low, high, note=certain if low == high else "")
 
     def figures(name: str) -> dict[str, Estimate]:
         return {
@@ -80,7 +82,7 @@ def usefulness(
 
 
 def subject_probabilities(model: nn.Module, images: ImageSet) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean probabilities (S, K), label (S,) and subject (S,) of each subject; of two diagnoses, one row each."""
+    """Mean probabilities (S, K), label (S,) and subject (S,) of each subject; one row for each diagnosis."""
     means = pd.DataFrame(probabilities(model, images)).groupby([images.subjects, images.labels]).mean()
     return (
         means.to_numpy(),
@@ -90,8 +92,8 @@ def subject_probabilities(model: nn.Module, images: ImageSet) -> tuple[np.ndarra
 
 
 def auc(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Area under the ROC curve, the chance that a case of a class scores higher than another; of more than two
-    classes the mean of each against the rest.
+    """Area under the ROC curve, the chance that a case of a class scores higher than another; of more than
+    two classes the mean of each against the rest.
 
     Args:
         labels: (N,), each one of 0 … K - 1.
@@ -101,7 +103,8 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float:
         NaN where a class is not shown.
     """
     areas = []
-    for label in range(scores.shape[1]):
+    classes = scores.shape[1]
+    for label in range(classes) if classes > 2 else [1]:
         cases, others = scores[labels == label, label], scores[labels != label, label]
         if not len(cases) or not len(others):
             return np.nan
