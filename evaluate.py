@@ -14,7 +14,7 @@ from adni_ldm.environment import check_torch_pair
 check_torch_pair()  # before diffusers and transformers meet a broken pair and say something else
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ from adni_ldm.evaluation.effects import compare_anatomy
 from adni_ldm.evaluation.faithfulness import agreement, agreement_by_guidance
 from adni_ldm.evaluation.features import load_extractor
 from adni_ldm.evaluation.fidelity import fidelity
-from adni_ldm.evaluation.image_sets import ImageSet, join, real_set, sample_set, thin
+from adni_ldm.evaluation.image_sets import ImageSet, drawn_set, join, real_set, sample_set, thin
 from adni_ldm.evaluation.privacy import examine
 from adni_ldm.evaluation.probing import bottleneck_features, reconstruct
 from adni_ldm.evaluation.report import Gallery, write_metrics, write_page
@@ -43,7 +43,7 @@ from adni_ldm.evaluation.verdicts import verdicts
 from adni_ldm.figures import save_rows
 from adni_ldm.loading import load_pipeline
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
-from adni_ldm.sampling import draw_images, draw_trajectory, image_seed, weights_hash
+from adni_ldm.sampling import draw_trajectory, image_seed, weights_hash
 
 
 def main() -> None:
@@ -88,7 +88,11 @@ def main() -> None:
     # ---- The questions -------------------------------------------------------------------------------------
     faithfulness = {"agreement": agreement(judge, samples, test)}
     if pipeline and cfg.curve_images:
-        draw = sampler(pipeline, cfg.curve_images, cfg.curve_steps, cfg.seed, names)
+
+        def draw(guidance_scale: float) -> ImageSet:
+            options = {"num_inference_steps": cfg.curve_steps, "guidance_scale": guidance_scale}
+            return drawn_set(pipeline, cfg.curve_images, cfg.seed, **options)
+
         faithfulness["by_guidance"] = agreement_by_guidance(judge, draw, cfg.guidance_scales, test)
     privacy = examine(samples, everyone_trained_on, unseen, pipeline=pipeline, seed=cfg.seed)
     questions = {
@@ -199,22 +203,6 @@ def find_pixel_mm(root: Path, size: int) -> float:
             with Image.open(path.parent / table.file_name[0]) as image:
                 return float(table.pixel_mm[0]) * max(image.size) / size
     return 256 / size
-
-
-def sampler(
-    pipeline: ClassConditionalLDMPipeline, count: int, steps: int, seed: int, names: tuple[str, ...]
-) -> Callable[[float], ImageSet]:
-    """A function that draws `count` slices of each class at the guidance scale it is given."""
-    labels = np.repeat(np.arange(len(names)), count)
-    seeds = [image_seed(seed, index) for index in range(count)] * len(names)
-    subjects = np.array([f"sample {index}" for index in range(len(labels))])
-
-    def draw(guidance_scale: float) -> ImageSet:
-        options = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
-        images = torch.cat(list(draw_images(pipeline, labels.tolist(), seeds, 2 * count, **options)))
-        return ImageSet(images.mul(255).round().to(torch.uint8), labels, subjects, names)
-
-    return draw
 
 
 def draw_comparisons(

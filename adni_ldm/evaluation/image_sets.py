@@ -12,6 +12,8 @@ from datasets import Dataset
 
 from adni_ldm.data.slices import SliceTensors, prepare_image, read_image, to_arrays
 from adni_ldm.errors import UserError
+from adni_ldm.pipeline import ClassConditionalLDMPipeline
+from adni_ldm.sampling import draw_images, image_seed
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,22 @@ def sample_set(folder: str | Path, class_names: Sequence[str], most: int | None 
             labels.append(label)
     subjects = np.array([f"sample {index}" for index in range(len(labels))])
     return ImageSet(torch.stack(images)[:, None], np.array(labels), subjects, tuple(class_names))
+
+
+def drawn_set(
+    pipeline: ClassConditionalLDMPipeline, count: int, seed: int, batch_size: int = 50, **options
+) -> ImageSet:
+    """`count` slices of each class drawn anew, image k of each class from the same noise.
+
+    Args:
+        options: further arguments of the pipeline's call.
+    """
+    names = tuple(pipeline.class_embedding.config.class_names)
+    labels = np.repeat(np.arange(len(names)), count)
+    seeds = [image_seed(seed, index) for index in range(count)] * len(names)
+    images = torch.cat(list(draw_images(pipeline, labels.tolist(), seeds, batch_size, **options)))
+    subjects = np.array([f"sample {index}" for index in range(len(labels))])
+    return ImageSet(images.mul(255).round().to(torch.uint8), labels, subjects, names)
 
 
 def _first_size(folder: Path, class_names: Sequence[str]) -> int:
