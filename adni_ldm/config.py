@@ -206,12 +206,17 @@ class SampleConfig:
     guidance_scale: float = setting(
         1.5, "Strength of the class; 1 is no guidance. More exaggerates what sets the class apart."
     )
+    guidance_interval: list[float] = setting(
+        [0.0, 1.0],
+        "LOW HIGH: part of the noise schedule that is guided, 0 the clean image and 1 pure noise. The rest "
+        "costs half, and diversity lasts longer without guidance at high noise.",
+    )
     eta: float = setting(0.0, "Stochasticity of DDIM: 0 is deterministic, 1 is as random as DDPM.")
     scheduler: str = setting(
         "ddim", "Sampler.", ["ddim", "ddpm", "dpm++", "dpm++_sde", "euler", "heun", "unipc"]
     )
-    seed: int = setting(0, "Slice k of seed s is the same whatever the batch size.")
-    batch_size: int = setting(16, "Slices drawn at once.")
+    seed: int = setting(0, "Slice k of seed s is the same whatever the batch size, up to rounding.")
+    batch_size: int = setting(16, "Slices that a process draws at once.")
     mixed_precision: str | None = setting(
         None,
         "Precision of the U-Net; the VAE decodes in float32. Default: bf16 where the hardware has it.",
@@ -220,6 +225,15 @@ class SampleConfig:
     trajectory: bool = setting(
         False, "Also draw trajectory.png: one brain of each class coming out of the noise."
     )
+
+    def __post_init__(self):
+        for name in ("num_images", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)} must be at least 1")
+        interval = self.guidance_interval
+        if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+            told = " ".join(map(str, interval))
+            raise UserError(f"--guidance_interval {told}: give LOW HIGH within 0 and 1, such as 0.2 0.8")
 
 
 @dataclass(frozen=True)
