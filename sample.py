@@ -166,15 +166,13 @@ def refuse_other_run(folder: Path, settings: Mapping[str, object]) -> None:
 
 
 def open_folder(folder: Path, names: Iterable[str], settings: Mapping[str, object]) -> None:
-    """Make the folders, note the settings, and remove what a killed run left half written."""
+    """Make the folders and note the settings."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{SETTINGS}.partial"
     partial.write_text(json.dumps(settings, indent=1) + "\n")
     os.replace(partial, folder / SETTINGS)
     for name in names:
         (folder / name).mkdir(exist_ok=True)
-        for left in (folder / name).glob(".*.partial"):
-            left.unlink()
 
 
 def file_name(class_name: str, index: int) -> str:
@@ -183,7 +181,10 @@ def file_name(class_name: str, index: int) -> str:
 
 
 def write_png(image: torch.Tensor, path: Path) -> None:
-    """Write a slice (1, H, W) in [0, 1], whole or not at all; one that is there stays as it is."""
+    """Write a slice (1, H, W) in [0, 1], whole or not at all; one that is there stays as it is.
+
+    What a kill left half written has the name that is written to here.
+    """
     if not path.is_file():
         partial = path.with_name(f".{path.name}.partial")
         to_pil_image(image).save(partial, format="png")

@@ -2,7 +2,7 @@
 
 This file travels with every saved pipeline as `pipeline.py`, so that
 `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` works where adni_ldm is not installed.
-It therefore imports nothing but torch, diffusers and huggingface_hub.
+It therefore imports nothing but torch, diffusers and huggingface_hub; loading a LoRA file needs peft as well.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -54,7 +55,7 @@ def denormalize_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tens
     return latents.float() * std + mean
 
 
-class ClassConditionalLDMPipeline(DiffusionPipeline):
+class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     """Draws slices (B, 1, H, W) of the class asked for with a latent diffusion model.
 
     Args:
@@ -66,6 +67,7 @@ class ClassConditionalLDMPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "class_embedding->unet->vae"
     _callback_tensor_inputs = ["latents"]
+    text_encoder_name = "class_embedding"  # in a LoRA file: the class tokens take the text encoder's place
 
     def __init__(
         self,
@@ -228,6 +230,47 @@ class ClassConditionalLDMPipeline(DiffusionPipeline):
         if dtype != torch.float32:
             self.vae.to(dtype)
         return self.image_processor.postprocess(images, output_type=output_type)
+
+    # ---- LoRA --------------------------------------------------------------------------------------------
+
+    def load_lora_weights(
+        self, source: str | Path | dict[str, torch.Tensor], adapter_name: str | None = None, **kwargs
+    ) -> None:
+        """Lay a LoRA of train_ldm.py --lora_rank over the U-Net, and take its class tokens and classes.
+
+        `set_adapters`, `disable_lora` and `fuse_lora` are diffusers' own and are about the U-Net. Of several
+        files, the last one's class tokens count; `unload_lora_weights` gives the pipeline's own back.
+
+        Args:
+            source: folder, file or Hub name of pytorch_lora_weights.safetensors, or its tensors.
+            kwargs: of diffusers' `lora_state_dict`, as `revision` or `token`.
+        """
+        kwargs |= {"use_safetensors": True, "return_lora_metadata": True}
+        weights, _, told = self.lora_state_dict(source, **kwargs)
+        tokens = {
+            name.removeprefix("class_embedding."): tensor
+            for name, tensor in weights.items()
+            if name.startswith("class_embedding.")
+        }
+        self.load_lora_into_unet(weights, None, self.unet, adapter_name=adapter_name, _pipeline=self)
+        own, records = self.class_embedding, self.unet.config.get("_trained_on")
+        if getattr(self, "_before_lora", None) is None:
+            self._before_lora = (own, records)
+        if tokens:
+            names = (told or {}).get("class_embedding.class_names", own.config.class_names)
+            tuned = type(own)(list(names), own.config.token_dim, own.config.tokens_per_class)
+            tuned.load_state_dict(tokens)
+            self.register_modules(class_embedding=tuned.to(own.device, own.dtype))
+        self.unet.register_to_config(_trained_on=(told or {}).get("class_embedding.trained_on", records))
+
+    def unload_lora_weights(self) -> None:
+        """Take all LoRA files off again: U-Net, classes and class tokens are the pipeline's own."""
+        super().unload_lora_weights()
+        if getattr(self, "_before_lora", None) is not None:
+            embedding, records = self._before_lora
+            self.register_modules(class_embedding=embedding)
+            self.unet.register_to_config(_trained_on=records)
+            self._before_lora = None
 
     # ---- Saving and loading ------------------------------------------------------------------------------
 

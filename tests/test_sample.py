@@ -1,4 +1,4 @@
-"""sample.py: shared among processes, stopped and gone on with, and refused where the folder is another run's."""
+"""sample.py: shared among processes, stopped and gone on with, refused where the folder is another run's."""
 
 import os
 import signal
