@@ -260,7 +260,9 @@ class PhantomConfig:
 
     output_dir: str = setting("data/phantom", "Folder that the cohort is written to.")
     subjects: int = setting(200, "Subjects, half of them AD.")
-    slices: int = setting(10, "Sagittal slices per subject.")
+    slices: int = setting(10, "Slices per subject.")
+    plane: str = setting("sagittal", "Direction of the slices.", ["sagittal", "coronal"])
+    contrast: str = setting("t1", "t1, or t2: fluid bright, white matter dark.", ["t1", "t2"])
     image_size: int = setting(64, "Side of the square slice, pixels.")
     seed: int = setting(0, "The same seed makes the same cohort, whatever the number of workers.")
     workers: int | None = setting(None, "Processes. Default: one a core.")
