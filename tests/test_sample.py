@@ -110,7 +110,9 @@ def test_a_killed_run_goes_on_and_ends_as_the_undisturbed_one(model, whole, draw
     # Slices lost out of the middle of batches are drawn again, as they were; what is there is not touched.
     for lost in ("AD/000001.png", "NC/000006.png", "metadata.csv", "grid.png"):
         (whole / lost).rename(tmp_path / lost.replace("/", "-"))
+    kept = {path: path.stat().st_mtime_ns for path in whole.glob("*/*.png")}
     draw(whole)
+    assert len(kept) == 12 and all(path.stat().st_mtime_ns == written for path, written in kept.items())
     assert (whole / "AD/000001.png").read_bytes() == (tmp_path / "AD-000001.png").read_bytes()
     assert (whole / "NC/000006.png").read_bytes() == (tmp_path / "NC-000006.png").read_bytes()
     assert (whole / "metadata.csv").read_bytes() == (tmp_path / "metadata.csv").read_bytes()

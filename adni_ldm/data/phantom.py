@@ -286,8 +286,8 @@ def write_phantom_cohort(
 
     Pictures are 8-bit grey, image_size pixels and 208 mm a side, brain only, 0 outside, superior up, anterior
     (coronal: the subject's right) to the left. Subjects alternate AD, NC and stay within one split.
-    metadata.csv: file_name (relative to its folder), label, subject, slice, slice_mm (x; coronal: y), age, sex,
-    pixel_mm, ventricle_mm2, brain_mm2 (the truth).
+    metadata.csv: file_name (relative to its folder), label, subject, slice, slice_mm (x; coronal: y), age,
+    sex, pixel_mm, ventricle_mm2, brain_mm2 (the truth).
     Bytes depend on the seed and the sizes, never on `workers` (None: one a CPU). Returns the rows of all
     splits, with a column `split`.
 
