@@ -12,6 +12,9 @@ import torch
 
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
 
+# Noise schedule, prediction type and trailing timesteps come from the pipeline's own scheduler. DPM-Solver++
+# ends with a step of first order to the clean image, by default. Its steps are even in time: even in log(SNR)
+# (use_lu_lambdas) they are better on Gaussian latents and worse on brains, where many see only noise.
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),
