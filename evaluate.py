@@ -263,7 +263,7 @@ def draw_insides(
 
 
 def run_folders(model: Path) -> dict[str, Path]:
-    """The runs that left loss curves: of the diffusion model, and of its autoencoder if that is still there."""
+    """Runs that left loss curves: the diffusion model, and its autoencoder if that is still there."""
     found = {"diffusion model": model}
     if (model / "training_config.json").is_file():
         vae = json.loads((model / "training_config.json").read_text()).get("vae")

@@ -25,6 +25,8 @@ from tqdm.auto import tqdm
 from adni_ldm.config import TrainLDMConfig, class_names, parse_config, save_config, settings_to_keep
 from adni_ldm.data.lineage import refuse_leak, trained_on
 from adni_ldm.errors import UserError, run_recipe
+from adni_ldm.evaluation.image_sets import image_set
+from adni_ldm.evaluation.watch import Watch, keep_best
 from adni_ldm.figures import save_rows
 from adni_ldm.loading import load_autoencoder, load_pipeline
 from adni_ldm.models.autoencoder import latent_shape
@@ -65,7 +67,7 @@ from adni_ldm.training.setup import describe, load_training_slices, on_gpu, star
 from adni_ldm.training.sharding import whole
 from adni_ldm.training.updates import UpdateCheck, exit_code, stop_nonfinite
 
-COLUMNS = ("loss", "learning_rate", "skipped", "val_loss")
+COLUMNS = ("loss", "learning_rate", "skipped", "val_loss", "kid", "agreement", "copies")
 
 
 def main() -> int:
@@ -168,6 +170,15 @@ def main() -> int:
     if cfg.report_to != "none":
         accelerator.init_trackers("logs")
     log = RunLog(accelerator, output_dir, COLUMNS, resumed_at=step)
+    if cfg.evaluate_every and accelerator.is_main_process:
+        watch = Watch(
+            *(image_set(part, cfg.evaluate_slices, cfg.seed) for part in (train, val)),
+            count=cfg.evaluate_images,
+            steps=cfg.num_inference_steps,
+            guidance_scale=cfg.guidance_scale,
+            seed=cfg.seed,
+            device=accelerator.device,
+        )
 
     # ---- Train ---------------------------------------------------------------------------------------------
     null_label = denoiser.class_embedding.null_label
@@ -218,6 +229,15 @@ def main() -> int:
                     held_out = held_out_loss(sampled, val_latents, vae, scheduler, cfg)
                     draw_samples(build_pipeline(vae, sampled, scheduler), output_dir / "samples.png", cfg)
                     log.write(step, val_loss=held_out)
+        if cfg.evaluate_every and (step % cfg.evaluate_every == 0 or last):
+            with averaged_weights(ema, denoiser.parameters()), accelerator.autocast():
+                sampled = whole_denoiser(denoiser)
+                if accelerator.is_main_process:
+                    judged = build_pipeline(vae, sampled, scheduler)
+                    judged.set_progress_bar_config(disable=True)
+                    figures = watch(judged)
+                    log.write(step, **figures)
+                    keep_best(judged, output_dir, step, figures)
         due = cfg.checkpointing_steps and step % cfg.checkpointing_steps == 0
         if (due or check.stop) and not last:
             save_checkpoint(accelerator, output_dir, step, cfg.keep_checkpoints, **state, **check.counts)

@@ -194,6 +194,15 @@ class TrainLDMConfig(TrainingConfig):
     sample_steps: int = setting(
         1000, "Updates between pictures of samples and held-out losses; 0 draws none."
     )
+    evaluate_every: int = setting(
+        0,
+        "Updates between small reports: KID against held-out slices, agreement with the class, share of "
+        "copies. The pipeline with the lowest KID is kept in OUTPUT_DIR/best. 0 makes none.",
+    )
+    evaluate_images: int = setting(64, "Slices of each class drawn for such a report.")
+    evaluate_slices: int = setting(
+        5000, "Most training and most held-out slices that they are compared with."
+    )
     num_inference_steps: int = setting(50, "DDIM steps of those pictures.")
     guidance_scale: float = setting(1.5, "Guidance of those pictures; 1 is none.")
 
@@ -450,6 +459,7 @@ def _read_yaml(path: Path, config_class: type) -> dict:
 _FREE = {"data_dir", "table", "val_fraction", "output_dir", "vae", "init_from", "resume_from_checkpoint"}
 _FREE |= {"mixed_precision", "num_workers", "report_to", "log_steps", "checkpointing_steps"}
 _FREE |= {"keep_checkpoints", "max_nonfinite", "eval_images", "sample_steps", "num_inference_steps"}
+_FREE |= {"evaluate_every", "evaluate_images", "evaluate_slices"}
 _FREE |= {"guidance_scale"}
 # These change the rounding and not the method: a resume says that they differ, and goes on.
 _ROUNDING = {"channels_last", "gradient_checkpointing", "attention", "compile"}

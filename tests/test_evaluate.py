@@ -1,4 +1,4 @@
-"""evaluate.py by its command line: what a set of samples is worth, and what it says of sets that are worth nothing."""
+"""evaluate.py by its command line: what a set of samples is worth, and what it says of worthless ones."""
 
 import json
 import shutil
@@ -87,7 +87,9 @@ def test_the_report_answers_every_question(report):
     assert all("value" in figure for figure in figures)
     told = [figure for figure in figures if figure["value"] is not None]
     assert all(figure["low"] <= figure["high"] for figure in told if "low" in figure)
-    assert all(figure.get("note") for figure in figures if figure["value"] is None), "a gap without its reason"
+    assert all(figure.get("note") for figure in figures if figure["value"] is None), (
+        "a gap without its reason"
+    )
     page = (folder / "report.html").read_text()
     assert "http://" not in page and "https://" not in page and 'src="data:image/png' in page
     for verdict in metrics["verdicts"].values():

@@ -131,7 +131,7 @@ def save_anatomy(
     """Distribution of each measure {name: (N,)} by class, real slices left and samples right of each line."""
     figure = Figure(figsize=(3.1 * len(real_values), 3.9), layout="constrained")
     for axis, measure in zip(figure.subplots(1, len(real_values), squeeze=False)[0], real_values):
-        for label, name in enumerate(real.class_names):
+        for label in range(len(real.class_names)):
             sides = ((real, real_values, "low", "#888888"), (samples, sample_values, "high", COLOURS[0]))
             for images, values, side, colour in sides:
                 shown = values[measure][images.labels == label]

@@ -33,13 +33,13 @@ WORDS = {
     "copies_AD": "of AD",
     "copies_NC": "of NC",
     "subjects_copied": "Training subjects of whom a sample is a copy",
-    "membership_auc": "AUC of telling training subjects from others by the model's loss (0.5: it cannot)",
+    "membership_auc": "AUC of telling training subjects by the model's loss (0.5: it cannot)",
 }
 QUESTIONS = {  # section: (heading, what it asks and how to read it)
     "fidelity": (
         "Do the samples look like real slices?",
         "Both are turned into features, and the two clouds of features are compared. The floor is what other "
-        "real people's slices, as many, reach in the samples' place: no sample set can be expected to do better.",
+        "real people's slices, as many, reach in their place: no samples can be expected to do better.",
     ),
     "usefulness": (
         "Can a classifier be trained on them?",
