@@ -39,11 +39,10 @@ def save_real_beside_samples(path: str | Path, real: ImageSet, samples: ImageSet
 def save_pairs(
     path: str | Path, pairs: Sequence[Pair], samples: ImageSet, train: ImageSet, columns: int = 5
 ) -> None:
-    """The nearest pairs: sample, training slice, and their difference after alignment, as the search sees it.
+    """The nearest pairs, one at least: sample, training slice, and their difference after alignment.
 
     Alignment moves the training slice by the pair's shift and fits its gain and offset.
     """
-    pairs = list(pairs)
     bands = -(-len(pairs) // columns)
     figure = Figure(figsize=(2.1 * columns + 1.2, 6.9 * bands), facecolor="black", layout="constrained")
     axes = figure.subplots(3 * bands, columns, squeeze=False)
@@ -65,8 +64,7 @@ def save_pairs(
         )
         middle.set_title(f"training subject {pair.person}\nslice {pair.place}", color="white", fontsize=10)
         bottom.set_title("difference", color="white", fontsize=10)
-    if pairs:
-        _bar(figure, shown, axes, "sample − training slice, aligned (% of full brightness)", colour="white")
+    _bar(figure, shown, axes, "sample − training slice, aligned (% of full brightness)", colour="white")
     figure.savefig(path, dpi=DPI)
 
 

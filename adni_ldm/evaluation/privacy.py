@@ -33,7 +33,7 @@ class CopyRule:
     """A picture is a copy where its ratio is below `threshold`."""
 
     threshold: float
-    false_alarms: float  # at most this share of new people's slices is called a copy
+    false_alarms: float  # share of new people's slices that the limit was set to call copies, at most
     slices: int  # held-out, that the threshold was set by
     subjects: int
 
@@ -45,8 +45,8 @@ class CopyRule:
             "A picture is called a copy when its distance to the nearest training slice is less than "
             f"{self.threshold:.2f} of the mean distance to the next {SURROUNDINGS} subjects' nearest slices. "
             f"The limit was set by {self.slices} real slices of {self.subjects} subjects held out of "
-            f"training, so that at most {self.false_alarms:.1%} of a new person's slices are called copies. "
-            "The floor is the share called so among them, each subject judged by the limit the others set."
+            f"training, so that at most {self.false_alarms:.1%} of such slices are below it. The floor is "
+            "the share of them called copies when each subject is judged by the limit that the others set."
         )
 
 
@@ -119,8 +119,9 @@ def calibrate(ratios: np.ndarray, subjects: np.ndarray, false_alarms: float = FA
     """The limit that new people's slices fall below at a rate of `false_alarms` at most.
 
     The k-th smallest of n held-out ratios, k = ⌊rate · (n + 1)⌋: split conformal prediction (Vovk et al.
-    2005), exact on average over cohorts where slices are exchangeable. Fewer slices than 1 / rate - 1 give
-    the smallest ratio as limit, and the rate 1 / (n + 1).
+    2005). Fewer slices than 1 / rate - 1 give the smallest ratio as limit, and the rate 1 / (n + 1). It holds
+    on average over cohorts where slices are exchangeable. Those of one subject are more alike than that,
+    which is why the floor is measured by subject: see `falsely_called`.
     """
     count = len(ratios)
     rank = max(1, int(false_alarms * (count + 1)))
@@ -129,7 +130,7 @@ def calibrate(ratios: np.ndarray, subjects: np.ndarray, false_alarms: float = FA
     return CopyRule(float(limit), rate, count, len(np.unique(subjects)))
 
 
-def false_alarms(ratios: np.ndarray, subjects: np.ndarray) -> np.ndarray:
+def falsely_called(ratios: np.ndarray, subjects: np.ndarray) -> np.ndarray:
     """Which held-out slices (N,) are called copies, each subject by the limit that the other subjects set."""
     called = np.zeros(len(ratios), dtype=bool)
     for subject in np.unique(subjects):
@@ -164,7 +165,7 @@ def copy_figures(
         return {key: unknown(gap) for key in keys}, None
 
     called = rule.calls(samples.ratios)
-    falsely = false_alarms(held_out.ratios, held_out_set.subjects)
+    falsely = falsely_called(held_out.ratios, held_out_set.subjects)
     figures = {"copies": _share(called, falsely, "no samples")}
     for label, name in enumerate(names):
         of_class = sample_set.labels == label
