@@ -43,6 +43,7 @@ from adni_ldm.evaluation.verdicts import verdicts
 from adni_ldm.figures import save_rows
 from adni_ldm.loading import load_pipeline
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
+from adni_ldm.precision import choose_precision
 from adni_ldm.sampling import draw_trajectory, image_seed, weights_hash
 
 
@@ -90,7 +91,8 @@ def main() -> None:
     if pipeline and cfg.curve_images:
 
         def draw(guidance_scale: float) -> ImageSet:
-            options = {"num_inference_steps": cfg.curve_steps, "guidance_scale": guidance_scale}
+            options = {"num_inference_steps": cfg.curve_steps, "precision": choose_precision(None)}
+            options["guidance_scale"] = guidance_scale
             return drawn_set(pipeline, cfg.curve_images, cfg.seed, **options)
 
         faithfulness["by_guidance"] = agreement_by_guidance(judge, draw, cfg.guidance_scales, test)
@@ -241,7 +243,7 @@ def draw_insides(
 ) -> None:
     """Pictures of the model itself."""
     path = gallery.add("pictures", "denoising", "One brain of each class coming out of the same noise")
-    options = {"num_inference_steps": cfg.curve_steps}
+    options = {"num_inference_steps": cfg.curve_steps, "precision": choose_precision(None)}
     labels = range(len(unseen.class_names))
     rows = [
         draw_trajectory(pipeline, label, image_seed(cfg.seed, 0), frames=9, **options) for label in labels
@@ -253,7 +255,7 @@ def draw_insides(
     pictures.save_reconstructions(path, some, reconstruct(pipeline.vae, some))
 
     path = gallery.add("pictures", "bottleneck", "The slices as the U-Net's middle sees them (UMAP)")
-    chosen = [part.take(thin(part.subjects, 500, cfg.seed)) for part in (unseen, samples)]
+    chosen = [part.take(thin(part.subjects, 300, cfg.seed)) for part in (unseen, samples)]
     shown = [(bottleneck_features(pipeline, part, seed=cfg.seed), part) for part in chosen]
     pictures.save_umap(path, "the U-Net's bottleneck", *shown, seed=cfg.seed)
 

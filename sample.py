@@ -115,7 +115,9 @@ def main() -> None:
         save_rows(output_dir / "grid.png", rows, columns=8)
         if cfg.trajectory:
             rows = {
-                name: draw_trajectory(pipeline, label, image_seed(cfg.seed, 0), frames=9, **options)
+                name: draw_trajectory(
+                    pipeline, label, image_seed(cfg.seed, 0), frames=9, precision=precision, **options
+                )
                 for label, name in labels.items()
             }
             save_rows(output_dir / "trajectory.png", rows)

@@ -292,7 +292,7 @@ class EvaluateConfig:
         "of a class.",
     )
     classifier_steps: int = setting(
-        300, "Batches of 64 slices that each of the report's three classifiers is trained on."
+        200, "Batches of 64 slices that each of the report's three classifiers is trained on."
     )
     guidance_scales: list[float] = setting(
         [1.0, 1.5, 2.5, 4.0], "Guidance scales at which --model's agreement with the class is measured."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import diffusers
 import numpy as np
@@ -54,13 +54,11 @@ def draw_images(
         precision: "no", "fp16" or "bf16", of the U-Net alone.
         options: further arguments of the pipeline's call.
     """
-    device = pipeline.device
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
     for first in range(0, len(labels), batch_size):
         batch = slice(first, first + batch_size)
         # seeded on the CPU: a seed means the same noise on every machine
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[batch]]
-        with torch.autocast(device.type, dtype=dtype) if dtype else nullcontext():
+        with _autocast(pipeline.device, precision):
             yield (
                 pipeline(list(labels[batch]), generator=generators, output_type="pt", **options)
                 .images.float()
@@ -69,11 +67,17 @@ def draw_images(
 
 
 def draw_trajectory(
-    pipeline: ClassConditionalLDMPipeline, label: int, seed: int, frames: int, **options
+    pipeline: ClassConditionalLDMPipeline,
+    label: int,
+    seed: int,
+    frames: int,
+    precision: str = "no",
+    **options,
 ) -> torch.Tensor:
     """One image coming out of the noise: (frames, 1, H, W) in [0, 1], from pure noise to the image.
 
     Args:
+        precision: "no", "fp16" or "bf16", of the U-Net alone.
         options: further arguments of the pipeline's call.
     """
     shape = (1, pipeline.unet.config.in_channels, *[pipeline.unet.config.sample_size] * 2)
@@ -83,9 +87,15 @@ def draw_trajectory(
         latents.append(tensors["latents"])
         return {}
 
-    pipeline(label, latents=latents[0], output_type="latent", callback_on_step_end=keep, **options)
+    with _autocast(pipeline.device, precision):
+        pipeline(label, latents=latents[0], output_type="latent", callback_on_step_end=keep, **options)
     chosen = torch.linspace(0, len(latents) - 1, min(frames, len(latents))).round().int()
     return pipeline.decode_latents(torch.cat([latents[index] for index in chosen])).float().cpu()
+
+
+def _autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+    return torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()
 
 
 def weights_hash(pipeline: ClassConditionalLDMPipeline) -> str:

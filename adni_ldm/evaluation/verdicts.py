@@ -114,7 +114,7 @@ def _privacy(figures: Mapping[str, Estimate]) -> dict:
     else:
         said += "Whether the model's loss gives its training subjects away was not tested (--model). "
     said += (
-        "No sample was found to show a training subject; that is no proof that none can be drawn."
+        "No more copies than other people's slices would be taken for: no proof that none can be drawn."
         if good
         else "Look at the nearest pairs, and do not publish these samples or this model."
     )
