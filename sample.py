@@ -67,12 +67,13 @@ def main() -> None:
         "data_hash": "+".join(data["hash"] for data in pipeline.unet.config.get("_trained_on", ())),
         "guidance_interval": " ".join(map(str, cfg.guidance_interval)),
     }
-    sizes = {"class": list(labels.values()), "num_images": cfg.num_images, "batch_size": cfg.batch_size}
-    settings = {name: value for name, value in columns.items() if name != "model"} | sizes
-    refuse_other_run(output_dir, settings | {"seed": cfg.seed})
+    settings = {name: value for name, value in columns.items() if name != "model"}
+    settings |= {"class": list(labels.values()), "seed": cfg.seed}
+    settings |= {"num_images": cfg.num_images, "batch_size": cfg.batch_size}
+    refuse_other_run(output_dir, settings)
     state.wait_for_everyone()  # until all have looked
     if state.is_main_process:
-        open_folder(output_dir, labels.values(), settings | {"seed": cfg.seed})
+        open_folder(output_dir, labels.values(), settings)
     state.wait_for_everyone()
 
     # ---- Draw: batches of fixed slices, dealt out to the processes -----------------------------------------

@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from adni_ldm.data.phantom import write_phantom_cohort  # noqa: E402
 from adni_ldm.data.slices import open_folder, read_slices  # noqa: E402
+from adni_ldm.evaluation.estimates import Estimate  # noqa: E402
 from adni_ldm.evaluation.features import Extractor, load_extractor  # noqa: E402
 from adni_ldm.evaluation.fidelity import kernel_distance  # noqa: E402
 from adni_ldm.evaluation.image_sets import ImageSet, real_set, sample_set  # noqa: E402
@@ -47,9 +48,15 @@ def start(*words: object) -> float:
     return time.perf_counter() - begin
 
 
-def kid(features: Extractor, real: ImageSet, drawn: ImageSet) -> float:
-    """Kernel distance of two sets of slices."""
-    return kernel_distance(features(real), features(drawn), real.subjects, drawn.subjects, draws=0).value
+def kid(features: Extractor, real: ImageSet, drawn: ImageSet) -> Estimate:
+    """Kernel distance of two sets of slices, with its interval over subjects and samples."""
+    return kernel_distance(features(real), features(drawn), real.subjects, drawn.subjects)
+
+
+def told(found: list[Estimate]) -> str:
+    """The middle one of several runs' distances."""
+    one = sorted(found, key=lambda estimate: estimate.value)[len(found) // 2]
+    return f"{one.value:.3f} ({one.low:.3f} to {one.high:.3f})"
 
 
 def main() -> None:
@@ -85,16 +92,8 @@ def main() -> None:
         splits = read_slices(open_folder(work / "data"), val_fraction=0.1)
         train, test = (real_set(splits[split], size) for split in ("train", "test"))
         start(*draw, "--model", model, "--output_dir", work / "model")
-        rows = [
-            ("training slices", "–", "–", "–", f"{kid(features, test, train):.4f}"),
-            (
-                "the model, not trained on",
-                "–",
-                "–",
-                "–",
-                f"{kid(features, test, samples(work / 'model')):.4f}",
-            ),
-        ]
+        before = {"training slices": train, "the model, before": samples(work / "model")}
+        rows = [(title, "–", "–", "–", told([kid(features, test, drawn)])) for title, drawn in before.items()]
         common = ["--data_dir", work / "data", "--image_size", size, "--max_steps", options.steps]
         common += ["--batch_size", options.batch_size, "--learning_rate", options.learning_rate]
         common += ["--warmup_steps", options.steps // 20, "--snr_gamma", 0, "--checkpointing_steps", 0]
@@ -112,7 +111,7 @@ def main() -> None:
             if not written.is_file():
                 written = folder / "ldm/unet/diffusion_pytorch_model.safetensors"
             row = [title, f"{statistics.median(seconds):.0f}", f"{written.stat().st_size / 2**20:.1f}"]
-            row += [f"{statistics.median(values):.4f}" for values in (losses, distances)]
+            row += [f"{statistics.median(losses):.4f}", told(distances)]
             rows.append(tuple(row))
             print(" | ".join(row), flush=True)
 

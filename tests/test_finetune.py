@@ -208,6 +208,14 @@ def test_nothing_is_frozen_without_a_model_to_go_on_from(phantom_dir, run, tmp_p
 
 # ---- LoRA --------------------------------------------------------------------------------------------------
 
+
+def test_a_lora_without_peft_is_refused_with_the_command(phantom_dir, base, run, tmp_path, monkeypatch):
+    monkeypatch.setattr("adni_ldm.training.finetuning.find_spec", lambda name: None)
+    words = ("--data_dir", phantom_dir, "--output_dir", tmp_path / "out", *LDM, "--lora_rank", 2)
+    with pytest.raises(UserError, match=r"pip install 'adni-ldm\[lora\]'"):
+        run(train_ldm, "--init_from", base, *words)
+
+
 WITHOUT_PEFT = """
 import sys
 for name in ("adni_ldm", "peft", "accelerate", "transformers", "datasets"):
