@@ -69,7 +69,7 @@ def perfect(others, tmp_path_factory):
     return as_samples(others, tmp_path_factory.mktemp("samples") / "perfect")
 
 
-QUICK = ("--classifier_steps", 40)
+QUICK = ("--classifier_steps", 12)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_other_people_pass_for_samples(report):
     metrics, _ = report
     whole = metrics["fidelity"]["all"]
     assert whole["precision"]["value"] > 0.7 * whole["precision"]["floor"]
-    assert whole["coverage"]["value"] > 0.7 * whole["coverage"]["floor"]
+    assert whole["recall"]["value"] > 0.7 * whole["recall"]["floor"]
     assert metrics["privacy"]["copies"]["value"] < 0.08
     ratio = metrics["anatomy"]["ventricle_ratio"]["effect_ratio"]
     assert ratio["low"] < 1 < ratio["high"]
@@ -115,26 +115,20 @@ def test_the_same_seed_gives_the_same_figures(report, real, perfect, tmp_path, m
     assert again == metrics
 
 
-def test_training_slices_among_the_samples_are_called_copies(real, others, tmp_path, monkeypatch):
-    folder = as_samples(others, tmp_path / "samples")
-    for index, path in enumerate(sorted((real / "train/AD").glob("*.png"))[:30]):
-        shutil.copy(path, folder / "AD" / f"9{index:05d}.png")
+def test_copies_and_an_ignored_label_are_found_out(real, others, tmp_path, monkeypatch):
+    """Samples of AD that are NC, as real as can be, and thirty training slices among them."""
+    folder = as_samples(others, tmp_path / "samples", shown_as={"AD": "NC"})
+    for index, path in enumerate(sorted((real / "train/NC").glob("*.png"))[:30]):
+        shutil.copy(path, folder / "NC" / f"9{index:05d}.png")
     metrics = run(monkeypatch, "--real", real, "--samples", folder, "--output_dir", tmp_path / "out", *QUICK)
     copies = metrics["privacy"]["copies"]
     assert copies["value"] * (120 + 30) >= 30 and copies["low"] > copies["floor"]
     assert metrics["verdicts"]["privacy"]["good"] is False
-
-
-def test_a_model_that_ignores_its_label_is_found_out(real, others, tmp_path, monkeypatch):
-    """Samples of AD that are NC: as real as can be, and of the wrong class."""
-    folder = as_samples(others, tmp_path / "samples", shown_as={"AD": "NC"})
-    metrics = run(monkeypatch, "--real", real, "--samples", folder, "--output_dir", tmp_path / "out", *QUICK)
     assert metrics["verdicts"]["faithfulness"]["good"] is False
-    ratio = metrics["anatomy"]["ventricle_ratio"]["effect_ratio"]
-    assert ratio["value"] < 0.5
+    assert metrics["anatomy"]["ventricle_ratio"]["effect_ratio"]["value"] < 0.5
 
 
-@pytest.mark.parametrize("kind", ["one class", "constant", "identical", "few"])
+@pytest.mark.parametrize("kind", ["one class", "all alike", "few"])
 def test_sets_that_cannot_be_judged_leave_gaps(kind, real, others, tmp_path, monkeypatch):
     """No traceback and no NaN: a figure is given, or the reason why there is none."""
     folder = tmp_path / "samples"
@@ -145,12 +139,14 @@ def test_sets_that_cannot_be_judged_leave_gaps(kind, real, others, tmp_path, mon
             (folder / name).mkdir(parents=True)
             pixels = np.asarray(Image.open(next((others / "train" / name).glob("*.png"))))
             for index in range(3 if kind == "few" else 30):
-                picture = np.full_like(pixels, 0) if kind == "constant" else pixels
-                Image.fromarray(picture).save(folder / name / f"{index:06d}.png")
+                black = kind == "all alike" and name == "NC"
+                Image.fromarray(np.zeros_like(pixels) if black else pixels).save(
+                    folder / name / f"{index:06d}.png"
+                )
     metrics = run(monkeypatch, "--real", real, "--samples", folder, "--output_dir", tmp_path / "out", *QUICK)
     figures = list(leaves({name: metrics[name] for name in QUESTIONS}))
     assert all(figure.get("note") for figure in figures if figure["value"] is None)
-    assert not any(verdict["good"] for verdict in metrics["verdicts"].values())
+    assert not metrics["verdicts"]["fidelity"]["good"] and not metrics["verdicts"]["faithfulness"]["good"]
 
 
 def test_a_single_subject_a_class_leaves_gaps(others, perfect, tmp_path, monkeypatch):
@@ -163,7 +159,7 @@ def test_a_single_subject_a_class_leaves_gaps(others, perfect, tmp_path, monkeyp
     words = ("--real", tmp_path / "real", "--samples", perfect, "--output_dir", tmp_path / "out", *QUICK)
     metrics = run(monkeypatch, *words)
     assert metrics["anatomy"]["ventricle_ratio"]["effect_real"]["value"] is None
-    assert not any(verdict["good"] for verdict in metrics["verdicts"].values())
+    assert all(metrics["verdicts"][name]["good"] is None for name in ("fidelity", "usefulness"))
 
 
 def test_what_cannot_be_compared_is_refused(real, perfect, others, tmp_path, monkeypatch):
@@ -199,5 +195,5 @@ def test_people_the_model_was_trained_on_are_no_test(real, perfect, tmp_path, mo
     names = [f"{path.parent.name}/{path.name}" for path in sorted(folder.glob("*/*.png"))]
     table = pd.DataFrame({"file_name": names}).assign(model=str(tmp_path / "model"), model_hash="0")
     table.to_csv(folder / "metadata.csv", index=False)
-    with pytest.raises(UserError, match="was trained on 8 of the test subjects"):
+    with pytest.raises(UserError, match="was trained on 10 of the test subjects"):
         run(monkeypatch, "--real", real, "--samples", folder, "--output_dir", tmp_path / "out")

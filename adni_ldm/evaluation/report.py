@@ -37,7 +37,7 @@ WORDS = {
 }
 QUESTIONS = {  # section: (heading, what it asks and how to read it)
     "fidelity": (
-        "Do the samples look like real slices?",
+        "Do the samples match real slices?",
         "Both are turned into features, and the two clouds of features are compared. The floor is what other "
         "real people's slices, as many, reach in their place: no samples can be expected to do better.",
     ),
@@ -57,7 +57,7 @@ QUESTIONS = {  # section: (heading, what it asks and how to read it)
         "the difference of the first class and the last in units of their spread.",
     ),
     "privacy": (
-        "Is somebody's brain in them?",
+        "Are patients' brains kept out of them?",
         "For each sample the nearest training slice is looked up. It counts as a copy when it lies nearer "
         "than slices of people who were not trained on ever lie, but for the share that the floor states.",
     ),

@@ -76,7 +76,7 @@ def usefulness(
     for name in ("synthetic", "both"):
         results[name] = {key: e.with_floor(results["real"][key].value) for key, e in results[name].items()}
     results["auc_ratio"] = estimate(
-        lambda rows: auc(labels[rows], scores["synthetic"][rows]) / auc(labels[rows], scores["real"][rows])
+        lambda rows: ratio(auc(labels[rows], scores["synthetic"][rows]), auc(labels[rows], scores["real"][rows]))
     )
     return results
 
@@ -111,6 +111,11 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float:
         difference = cases[:, None] - others
         areas.append((difference > 0).mean() + (difference == 0).mean() / 2)
     return float(np.mean(areas))
+
+
+def ratio(one: float, other: float) -> float:
+    """NaN where there is nothing to divide by."""
+    return one / other if other else np.nan
 
 
 def balanced_accuracy(labels: np.ndarray, scores: np.ndarray) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from adni_ldm.evaluation.estimates import Estimate
 
-NEAR_FLOOR = 0.8  # of the floor: precision and coverage from which samples pass for real slices
+NEAR_FLOOR = 0.8  # of the floor: precision and recall from which samples match real slices
 FAITHFUL = 0.03  # below the classifier's own accuracy
 USEFUL = 0.95  # of the AUC reached by training on real slices
 MEMBERSHIP = 0.6  # AUC that the membership test must surely exceed before the model is said to remember
@@ -30,14 +30,14 @@ def verdicts(metrics: Mapping[str, Mapping]) -> dict[str, dict]:
 
 
 def _fidelity(figures: Mapping[str, Estimate]) -> dict:
-    kid, precision, coverage = (figures[name] for name in ("kid", "precision", "coverage"))
-    if gap := _gap(kid, precision, coverage):
+    kid, precision, recall = (figures[name] for name in ("kid", "precision", "recall"))
+    if gap := _gap(kid, precision, recall):
         return gap
-    near = [figure.value >= NEAR_FLOOR * figure.floor for figure in (precision, coverage)]
+    near = [figure.value >= NEAR_FLOOR * figure.floor for figure in (precision, recall)]
     said = (
         f"KID {_with_interval(kid, '.3f')} where other real people reach {kid.floor:.3f}. "
         f"{precision.value:.0%} of the samples lie among real slices (real ones: {precision.floor:.0%}), and "
-        f"{coverage.value:.0%} of the real slices have a sample near them (real ones: {coverage.floor:.0%}). "
+        f"{recall.value:.0%} of the real slices lie among samples (real ones: {recall.floor:.0%}). "
     )
     if all(near):
         said += "In these features a sample passes for a slice of another person."
