@@ -220,6 +220,37 @@ class SampleConfig:
     trajectory: bool = setting(
         False, "Also draw trajectory.png: one brain of each class coming out of the noise."
     )
+    from_image: str | None = setting(
+        None, "Draw this slice, a picture file, as it would look in the class --to, and nothing else."
+    )
+    morph: int = setting(
+        0, "Draw one brain going from class --from to --to in so many frames, PNG and GIF, and nothing else."
+    )
+    source: str | None = setting(
+        None,
+        "Class that the slice has, or the morph begins with. Default: as the slice's metadata.csv says.",
+        aliases=["--from"],
+    )
+    target: str | None = setting(None, "Class that the slice gets, or the morph ends with.", aliases=["--to"])
+    strength: float = setting(
+        0.8,
+        "Share of the noise schedule that --from_image goes back, 0 to 1. More lets the class change more, "
+        "and keeps less of the person.",
+    )
+
+    def __post_init__(self):
+        if self.from_image and self.morph:
+            raise UserError(f"--from_image {self.from_image} and --morph {self.morph}: give one of them")
+        if self.morph and self.morph < 2:
+            raise UserError(f"--morph {self.morph} must be at least 2 frames")
+        if not 0 <= self.strength <= 1:
+            raise UserError(f"--strength {self.strength} must lie in [0, 1]")
+        if (self.from_image or self.morph) and not self.target:
+            raise UserError("--to is missing: the class to end with, such as --to AD")
+        if self.morph and not self.source:
+            raise UserError("--from is missing: the class to begin with, such as --from NC")
+        if (self.from_image or self.morph) and (self.scheduler != "ddim" or self.eta):
+            raise UserError("--from_image and --morph take --scheduler ddim and --eta 0 only")
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,38 @@ def draw_trajectory(
     return pipeline.decode_latents(torch.cat([latents[index] for index in chosen])).float().cpu()
 
 
+@torch.no_grad()
+def draw_morph(
+    pipeline: ClassConditionalLDMPipeline,
+    source: str | int,
+    target: str | int,
+    seed: int,
+    frames: int,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 1.5,
+) -> torch.Tensor:
+    """One brain going from a class to another: (frames, 1, H, W) in [0, 1], of one noise.
+
+    The class tokens go from the one class's to the other's in a straight line; the first and the last frame
+    are what DDIM draws of the two classes from that seed.
+
+    Raises:
+        ValueError: a class that the model does not know.
+    """
+    embedding, config = pipeline.class_embedding, pipeline.unet.config
+    labels = [*embedding.labels_of([source, target]), embedding.null_label]
+    first, last, null = embedding(torch.tensor(labels, device=pipeline.device)).split(1)  # (1, 2, D) each
+    tokens = torch.cat([first.lerp(last, share) for share in torch.linspace(0, 1, frames).tolist()])
+    if guidance_scale != 1:
+        tokens = torch.cat([null.expand_as(tokens), tokens])  # (2 · frames, 2, D)
+    shape = (1, config.in_channels, config.sample_size, config.sample_size)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(pipeline.device)
+    train_steps = len(pipeline.scheduler.alphas_cumprod)
+    timesteps = torch.linspace(0, train_steps, num_inference_steps + 1)[1:].round().int() - 1
+    latents = pipeline.ddim(noise.expand(frames, -1, -1, -1), timesteps, tokens, guidance_scale)
+    return pipeline.decode_latents(latents).float().cpu()
+
+
 def weights_hash(pipeline: ClassConditionalLDMPipeline) -> str:
     """`hash_weights` of all that is trained: tells which model an image came from."""
     return hash_weights(pipeline.vae, pipeline.unet, pipeline.class_embedding)
