@@ -8,7 +8,7 @@ to AD and from AD to NC:
   grows, shrinks   share of subjects whose lateral ventricle, by the pictures and as a mean over some slices,
                    gets larger toward AD and smaller toward NC, with Wilson's 95 % interval
   change           mean change of that area, mm²; the groups' real difference stands above the table
-  same subject     share of counterfactuals whose nearest real slice, of the whole test set, is of their subject
+  same subject     share of counterfactuals whose nearest real slice, of the test set, is of their subject
   truth            mean correlation of the difference map with the true one: the phantom's subject drawn anew
                    with the disease that the groups differ by
   difference, error   mean over all pixels of the difference map and of the round trip's error; grey range 1
