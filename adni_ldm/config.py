@@ -254,6 +254,37 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class AppConfig:
+    """Settings of app.py."""
+
+    model: str = setting("runs/ldm", "Folder or Hub name of the pipeline that train_ldm.py wrote.")
+    report: str | None = setting(
+        None,
+        "Folder of evaluate.py's report on the model. Default: report/ in the model's folder or beside it.",
+    )
+    host: str | None = setting(
+        None,
+        "Address to listen at; 0.0.0.0 is all of this machine's. Default: this machine alone can see it.",
+    )
+    port: int = setting(7860, "Port to listen at; 0 takes a free one.")
+    max_images: int = setting(16, "Most slices that one visitor draws at once.")
+    max_steps: int = setting(100, "Most denoising steps.")
+    queue_size: int = setting(20, "Visitors who may wait; the next one is told that it is full.")
+    max_upload_mb: int = setting(10, "Largest file that is taken, MB.")
+    push_space: str | None = setting(
+        None, "Make a Space of this page on the Hub, ME/NAME, of a model that is on the Hub, and end."
+    )
+    public: bool = setting(False, "Everybody may see that Space; else it is private.")
+
+    def __post_init__(self):
+        for name in ("max_images", "queue_size", "max_upload_mb"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)} must be at least 1")
+        if self.max_steps < 2 or not 0 <= self.port < 65536:
+            raise UserError(f"--max_steps {self.max_steps} must be at least 2, --port {self.port} 0 to 65535")
+
+
+@dataclass(frozen=True)
 class PhantomConfig:
     """Settings of prepare_data.py phantom."""
 

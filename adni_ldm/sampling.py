@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from queue import Queue
+from threading import Event, Lock, Thread
 
 import diffusers
 import numpy as np
@@ -21,6 +23,8 @@ SCHEDULERS = {
     "heun": ("HeunDiscreteScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
+
+_one_drawing = Lock()  # the pipeline's scheduler counts the steps of one drawing
 
 
 def use_scheduler(pipeline: ClassConditionalLDMPipeline, name: str) -> None:
@@ -63,6 +67,50 @@ def draw_images(
                 .images.float()
                 .cpu()
             )
+
+
+def draw_step_by_step(
+    pipeline: ClassConditionalLDMPipeline,
+    labels: Sequence[int],
+    seeds: Sequence[int],
+    every: int,
+    precision: str = "no",
+    **options,
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """As `draw_images` in one batch, looked at on the way: (steps done, images (B, 1, H, W) in [0, 1]).
+
+    Comes every `every` steps, and last with the images themselves. Draws in a thread of its own, one at a
+    time in the whole process; closing the iterator ends it after the step it is at.
+    """
+    updates: Queue[tuple[int, torch.Tensor] | Exception | None] = Queue()
+    left = Event()
+
+    def look(_pipeline, step, _timestep, tensors):
+        if left.is_set():
+            raise InterruptedError("nobody waits for these images")
+        if (step + 1) % every == 0 and step + 1 < options["num_inference_steps"]:
+            updates.put((step + 1, pipeline.decode_latents(tensors["latents"]).float().cpu()))
+        return {}
+
+    def draw():
+        try:
+            with _one_drawing:
+                batches = draw_images(
+                    pipeline, labels, seeds, len(labels), precision, callback_on_step_end=look, **options
+                )
+                updates.put((options["num_inference_steps"], next(batches)))
+            updates.put(None)
+        except Exception as error:
+            updates.put(error)
+
+    Thread(target=draw, daemon=True).start()
+    try:
+        while (update := updates.get()) is not None:
+            if isinstance(update, Exception):
+                raise update
+            yield update
+    finally:
+        left.set()
 
 
 def draw_trajectory(
