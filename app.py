@@ -48,6 +48,10 @@ CSS = """
 a.download { display: inline-block; padding: .6rem 1rem; border: 1px solid currentColor; border-radius: 6px; }
 :focus-visible { outline: 3px solid #1565c0 !important; outline-offset: 2px; }
 """
+# gradio names no group of radio buttons, so that a screen reader would say "AD" and not of what
+HEAD = """<script>new MutationObserver(() => document.querySelectorAll('fieldset:not([aria-label])').forEach(
+  group => group.setAttribute('aria-label', group.querySelector('[data-testid=block-info]')?.innerText ?? ''))
+).observe(document, {childList: true, subtree: true})</script>"""
 ABOUT = """# Brain slices by diagnosis
 
 A latent diffusion model draws sagittal brain MRI slices of the class that you ask for. **For research.** It
@@ -69,6 +73,7 @@ def main() -> None:
             max_file_size=f"{cfg.max_upload_mb}mb",
             theme=gr.themes.Default(font="system-ui", font_mono="monospace"),  # nothing from elsewhere
             css=CSS,
+            head=HEAD,
             footer_links=[],
             ssr_mode=False,
             state_session_capacity=200,
