@@ -5,7 +5,8 @@
 
 Writes a diffusers AutoencoderKL folder with the latents' mean and standard deviation over the training set
 in its config.json; beside it metrics.csv, loss.png, reconstructions.png and training_config.json. Fine-tunes
-such a folder with --init_from. `python train_vae.py --help` lists every setting.
+any diffusers AutoencoderKL with --init_from, one of colour as well. `python train_vae.py --help` lists every
+setting.
 """
 
 from __future__ import annotations
@@ -104,7 +105,9 @@ def main() -> int:
     model, optimizer = accelerator.prepare(model, optimizer)
     ema = None
     if cfg.use_ema:
-        ema = average(vae.parameters(), cfg.ema_decay, "cpu" if cfg.offload_ema else accelerator.device)
+        images = cfg.batch_size * cfg.gradient_accumulation_steps * accelerator.num_processes
+        device = "cpu" if cfg.offload_ema else accelerator.device
+        ema = average(vae.parameters(), cfg.ema_halflife_images, images, device)
 
     # ---- Resume and run folder -----------------------------------------------------------------------------
     pixels = hash_slices(train, val) if accelerator.is_main_process else ""

@@ -32,6 +32,10 @@ def setting(default, help: str, choices: list | None = None, aliases: list | Non
 
 CLASSES_HELP = "Classes by the names of their folders, in the order of their labels: AD,NC or AD,MCI,NC."
 TABLE_HELP = "The archive's study table (CSV), for files named by image ID: the person in it is the subject."
+EMA_HELP = (
+    "Half-life of that average, images: what was learned so long ago has half the weight of what is learned "
+    "now. At first it is 8 %% of the images seen."
+)
 
 
 def class_names(classes: str) -> tuple[str, ...]:
@@ -107,7 +111,9 @@ class TrainingConfig:
         20, "Updates in a row that may be skipped because loss or gradient is not finite; then the run ends."
     )
     init_from: str | None = setting(
-        None, "Fine-tune: folder or Hub name of a model of the kind that this recipe writes."
+        None,
+        "Fine-tune: folder or Hub name of a model of the kind that this recipe writes; for train_vae.py any "
+        "diffusers AutoencoderKL, of colour as well.",
     )
     resume_from_checkpoint: str | None = setting(
         None,
@@ -147,7 +153,7 @@ class TrainVAEConfig(TrainingConfig):
     reconstruction_loss: str = setting("l1", "Distance between slice and reconstruction.", ["l1", "l2"])
     kl_weight: float = setting(1e-4, "Weight of the KL term (mean over the latent's elements, nats).")
     use_ema: bool = setting(False, "Save an exponential moving average of the weights.")
-    ema_decay: float = setting(0.999, "Decay of that average per update.")
+    ema_halflife_images: float = setting(11_000, EMA_HELP)
     eval_images: int = setting(256, "Held-out slices measured each epoch; the last measurement takes all.")
 
 
@@ -174,9 +180,28 @@ class TrainLDMConfig(TrainingConfig):
     )
     label_dropout: float = setting(0.1, "Share of labels replaced by the null class, for guidance; 0 to 1.")
     use_ema: bool = setting(True, "Sample from, and save, an exponential moving average of the weights.")
-    ema_decay: float = setting(0.9999, "Decay of that average per update, reached by (1 + n) / (10 + n).")
+    ema_halflife_images: float = setting(110_000, EMA_HELP)
+    freeze: list[str] = setting(
+        [],
+        "With --init_from: parts that stay as they are, by how the names of their weights begin: unet.down "
+        "unet.mid class_embedding. The VAE always does.",
+    )
+    lora_rank: int = setting(
+        0,
+        "With --init_from: train matrices of this rank beside the U-Net's weights, and the class tokens; "
+        "also saved alone, as pytorch_lora_weights.safetensors. 0 trains the weights themselves.",
+    )
     sample_steps: int = setting(
         1000, "Updates between pictures of samples and held-out losses; 0 draws none."
+    )
+    evaluate_every: int = setting(
+        0,
+        "Updates between small reports: KID against held-out slices, agreement with the class, share of "
+        "copies. The pipeline with the lowest KID is kept in OUTPUT_DIR/best. 0 makes none.",
+    )
+    evaluate_images: int = setting(64, "Slices of each class drawn for such a report.")
+    evaluate_slices: int = setting(
+        5000, "Most training and most held-out slices that they are compared with."
     )
     num_inference_steps: int = setting(50, "DDIM steps of those pictures.")
     guidance_scale: float = setting(1.5, "Guidance of those pictures; 1 is none.")
@@ -188,6 +213,8 @@ class TrainLDMConfig(TrainingConfig):
                 "--prediction_type epsilon cannot be learned where the last timestep is pure noise: "
                 "add --rescale_betas_zero_snr false, or take v_prediction"
             )
+        if self.lora_rank < 0:
+            raise UserError(f"--lora_rank {self.lora_rank} must be at least 0")
         if not 0 <= self.label_dropout < 1:
             raise UserError(f"--label_dropout {self.label_dropout} must lie in [0, 1)")
 
@@ -206,12 +233,17 @@ class SampleConfig:
     guidance_scale: float = setting(
         1.5, "Strength of the class; 1 is no guidance. More exaggerates what sets the class apart."
     )
+    guidance_interval: list[float] = setting(
+        [0.0, 1.0],
+        "LOW HIGH: part of the noise schedule that is guided, 0 the clean image and 1 pure noise. The rest "
+        "costs half, and diversity lasts longer without guidance at high noise.",
+    )
     eta: float = setting(0.0, "Stochasticity of DDIM: 0 is deterministic, 1 is as random as DDPM.")
     scheduler: str = setting(
         "ddim", "Sampler.", ["ddim", "ddpm", "dpm++", "dpm++_sde", "euler", "heun", "unipc"]
     )
-    seed: int = setting(0, "Slice k of seed s is the same whatever the batch size.")
-    batch_size: int = setting(16, "Slices drawn at once.")
+    seed: int = setting(0, "Slice k of seed s is the same whatever the batch size, up to rounding.")
+    batch_size: int = setting(16, "Slices that a process draws at once.")
     mixed_precision: str | None = setting(
         None,
         "Precision of the U-Net; the VAE decodes in float32. Default: bf16 where the hardware has it.",
@@ -239,6 +271,13 @@ class SampleConfig:
     )
 
     def __post_init__(self):
+        for name in ("num_images", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)} must be at least 1")
+        interval = self.guidance_interval
+        if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+            told = " ".join(map(str, interval))
+            raise UserError(f"--guidance_interval {told}: give LOW HIGH within 0 and 1, such as 0.2 0.8")
         if self.from_image and self.morph:
             raise UserError(f"--from_image {self.from_image} and --morph {self.morph}: give one of them")
         if self.morph and self.morph < 2:
@@ -285,12 +324,60 @@ class AppConfig:
 
 
 @dataclass(frozen=True)
+class EvaluateConfig:
+    """Settings of evaluate.py."""
+
+    real: str = setting("data/phantom", "Folder of real slices, AD_NC folder, or its zip.")
+    samples: str = setting("samples", "Folder of samples, one subfolder a class, as sample.py writes it.")
+    output_dir: str = setting("report", "Folder that report.html, metrics.json and figures/ are written to.")
+    model: str | None = setting(
+        None,
+        "Pipeline that drew the samples, for what needs it: agreement by guidance scale, the membership "
+        "test, reconstructions and the U-Net's own view. Not loaded unless asked for.",
+    )
+    features: str = setting(
+        "classifier",
+        "What pictures are compared by: `classifier`, trained here on the real slices; `vae` of --model; "
+        "`inception`; or a vision model of transformers by name or folder (DINOv2, RAD-DINO).",
+    )
+    classes: str = setting("AD,NC", CLASSES_HELP)
+    table: str | None = setting(None, TABLE_HELP)
+    val_fraction: float = setting(0.1, "As in training, where the data has no val folder.")
+    pixel_mm: float | None = setting(
+        None, "Side of a pixel, mm. Default: from the data's metadata.csv, else 256 mm over the slice's side."
+    )
+    max_slices: int = setting(
+        5000,
+        "Most real slices of a split that are compared, the same share of every subject's, and most samples "
+        "of a class.",
+    )
+    classifier_steps: int = setting(
+        200, "Batches of 64 slices that each of the report's three classifiers is trained on."
+    )
+    guidance_scales: list[float] = setting(
+        [1.0, 1.5, 2.5, 4.0], "Guidance scales at which --model's agreement with the class is measured."
+    )
+    curve_images: int = setting(24, "Slices of each class that are drawn for each of them; 0 draws none.")
+    curve_steps: int = setting(20, "Denoising steps of those.")
+    seed: int = setting(0, "The same seed gives the same figures on the same machine.")
+
+    def __post_init__(self):
+        class_names(self.classes)
+        if self.pixel_mm is not None and not self.pixel_mm > 0:
+            raise UserError(f"--pixel_mm {self.pixel_mm} must be above 0")
+        if self.max_slices < 1 or self.curve_images < 0 or self.curve_steps < 1:
+            raise UserError("--max_slices and --curve_steps must be at least 1, --curve_images at least 0")
+
+
+@dataclass(frozen=True)
 class PhantomConfig:
     """Settings of prepare_data.py phantom."""
 
     output_dir: str = setting("data/phantom", "Folder that the cohort is written to.")
     subjects: int = setting(200, "Subjects, half of them AD.")
-    slices: int = setting(10, "Sagittal slices per subject.")
+    slices: int = setting(10, "Slices per subject.")
+    plane: str = setting("sagittal", "Direction of the slices.", ["sagittal", "coronal"])
+    contrast: str = setting("t1", "t1, or t2: fluid bright, white matter dark.", ["t1", "t2"])
     image_size: int = setting(64, "Side of the square slice, pixels.")
     seed: int = setting(0, "The same seed makes the same cohort, whatever the number of workers.")
     workers: int | None = setting(None, "Processes. Default: one a core.")
@@ -432,6 +519,7 @@ def _read_yaml(path: Path, config_class: type) -> dict:
 _FREE = {"data_dir", "table", "val_fraction", "output_dir", "vae", "init_from", "resume_from_checkpoint"}
 _FREE |= {"mixed_precision", "num_workers", "report_to", "log_steps", "checkpointing_steps"}
 _FREE |= {"keep_checkpoints", "max_nonfinite", "eval_images", "sample_steps", "num_inference_steps"}
+_FREE |= {"evaluate_every", "evaluate_images", "evaluate_slices"}
 _FREE |= {"guidance_scale"}
 # These change the rounding and not the method: a resume says that they differ, and goes on.
 _ROUNDING = {"channels_last", "gradient_checkpointing", "attention", "compile"}

@@ -49,8 +49,9 @@ def write_counterfactual(
         what metadata.csv says; `difference` and `round_trip_error` are means, in shares of the grey range.
 
     Raises:
-        UserError: no such picture, or its class is not known, or what `redraw` raises.
+        UserError: no such picture, its class is not known, the folder is not empty, or as `redraw`.
     """
+    refuse_full(output_dir)
     source = source or class_in_metadata(Path(image))
     side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     pixels = torch.tensor(prepare_image(read_image(image), side))  # (H, W)
@@ -68,6 +69,12 @@ def write_counterfactual(
     row["model_hash"] = weights_hash(pipeline)
     pd.DataFrame([row]).to_csv(output_dir / "metadata.csv", index=False)
     return row
+
+
+def refuse_full(output_dir: Path) -> None:
+    """Raises UserError for a folder that holds something."""
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise UserError(f"--output_dir {output_dir} is not empty: remove it or choose another")
 
 
 def class_in_metadata(image: Path) -> str:
@@ -95,8 +102,9 @@ def write_morph(
         options: further arguments of `draw_morph`.
 
     Raises:
-        UserError: a class that the model does not know.
+        UserError: a class that the model does not know, or a folder that is not empty.
     """
+    refuse_full(output_dir)
     try:
         frames = draw_morph(pipeline, source, target, **options)
     except ValueError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from queue import Queue
 from threading import Event, Lock, Thread
 
@@ -14,6 +14,9 @@ import torch
 
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
 
+# Noise schedule, prediction type and trailing timesteps come from the pipeline's own scheduler. DPM-Solver++
+# ends with a step of first order to the clean image, by default. Its steps are even in time: even in log(SNR)
+# (use_lu_lambdas) they are better on Gaussian latents and worse on brains, where many see only noise.
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),
@@ -55,13 +58,11 @@ def draw_images(
         precision: "no", "fp16" or "bf16", of the U-Net alone.
         options: further arguments of the pipeline's call.
     """
-    device = pipeline.device
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
     for first in range(0, len(labels), batch_size):
         batch = slice(first, first + batch_size)
         # seeded on the CPU: a seed means the same noise on every machine
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[batch]]
-        with torch.autocast(device.type, dtype=dtype) if dtype else nullcontext():
+        with _autocast(pipeline.device, precision):
             yield (
                 pipeline(list(labels[batch]), generator=generators, output_type="pt", **options)
                 .images.float()
@@ -114,11 +115,17 @@ def draw_step_by_step(
 
 
 def draw_trajectory(
-    pipeline: ClassConditionalLDMPipeline, label: int, seed: int, frames: int, **options
+    pipeline: ClassConditionalLDMPipeline,
+    label: int,
+    seed: int,
+    frames: int,
+    precision: str = "no",
+    **options,
 ) -> torch.Tensor:
     """One image coming out of the noise: (frames, 1, H, W) in [0, 1], from pure noise to the image.
 
     Args:
+        precision: "no", "fp16" or "bf16", of the U-Net alone.
         options: further arguments of the pipeline's call.
     """
     shape = (1, pipeline.unet.config.in_channels, *[pipeline.unet.config.sample_size] * 2)
@@ -128,7 +135,8 @@ def draw_trajectory(
         latents.append(tensors["latents"])
         return {}
 
-    pipeline(label, latents=latents[0], output_type="latent", callback_on_step_end=keep, **options)
+    with _autocast(pipeline.device, precision):
+        pipeline(label, latents=latents[0], output_type="latent", callback_on_step_end=keep, **options)
     chosen = torch.linspace(0, len(latents) - 1, min(frames, len(latents))).round().int()
     return pipeline.decode_latents(torch.cat([latents[index] for index in chosen])).float().cpu()
 
@@ -165,6 +173,11 @@ def draw_morph(
     return pipeline.decode_latents(latents).float().cpu()
 
 
+def _autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+    return torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()
+
+
 def weights_hash(pipeline: ClassConditionalLDMPipeline) -> str:
     """`hash_weights` of all that is trained: tells which model an image came from."""
     return hash_weights(pipeline.vae, pipeline.unet, pipeline.class_embedding)
@@ -176,5 +189,5 @@ def hash_weights(*modules: torch.nn.Module) -> str:
     for module in modules:
         for name, tensor in sorted(module.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

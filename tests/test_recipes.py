@@ -95,7 +95,8 @@ def test_sample_writes_a_folder_that_load_dataset_reads(ldm_dir, tmp_path):
 
     # One class by its number, another batch size: the same pictures up to rounding.
     run("sample.py", "--class", 1, *options, "--batch_size", 2, "--output_dir", tmp_path / "nc")
-    assert sorted(path.name for path in (tmp_path / "nc").iterdir()) == ["NC", "grid.png", "metadata.csv"]
+    made = sorted(path.name for path in (tmp_path / "nc").iterdir())
+    assert made == [".settings.json", "NC", "grid.png", "metadata.csv"]
     for index in range(3):
         first, second = (
             torch.tensor(list(Image.open(place / f"NC/{index:06d}.png").tobytes()))
@@ -103,7 +104,7 @@ def test_sample_writes_a_folder_that_load_dataset_reads(ldm_dir, tmp_path):
         )
         assert (first - second).abs().max() <= 1
 
-    assert "not empty" in run("sample.py", *options, "--output_dir", folder, status=1)
+    assert "not empty" in run("sample.py", *options, "--output_dir", ldm_dir, status=1)
 
 
 def share_alike(one: Path, other: Path, start: Path, weights: str) -> float:

@@ -193,6 +193,8 @@ class SliceTensors(torch.utils.data.Dataset):
         # Unless told, the numpy format hands out int64.
         self.arrays = arrays.select_columns(["image"]).with_format("numpy", dtype=np.uint8)
         self.labels = torch.tensor(arrays["label"][:])  # int64 (N,)
+        self.subjects = np.array(arrays["subject"][:])  # str (N,)
+        self.class_names = tuple(arrays.features["label"].names)
 
     def __len__(self) -> int:
         return len(self.labels)

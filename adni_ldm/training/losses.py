@@ -46,12 +46,14 @@ def diffusion_loss(
     """Squared error of the prediction (B, C, h, w), weighted by timestep when `snr_gamma` > 0.
 
     min-SNR-γ (Hang et al. 2023, arXiv:2303.09556, equation 5): min(SNR, γ) / SNR for ε, and
-    min(SNR, γ) / (SNR + 1) for v, which is finite at zero terminal SNR as well.
+    min(SNR, γ) / (SNR + 1) for v. Both are finite at zero terminal SNR, where ε's 0 / 0 is 1, its limit.
     """
     target = diffusion_target(clean, noise, timesteps, scheduler)
     error = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))  # (B,)
     if snr_gamma > 0:
         snr = compute_snr(scheduler, timesteps)  # (B,)
-        divisor = snr if scheduler.config.prediction_type == "epsilon" else snr + 1
-        error = error * snr.clamp(max=snr_gamma) / divisor
+        if scheduler.config.prediction_type == "epsilon":
+            error = error * (snr_gamma / snr).clamp(max=1)
+        else:
+            error = error * snr.clamp(max=snr_gamma) / (snr + 1)
     return error.mean()

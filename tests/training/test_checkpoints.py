@@ -41,7 +41,7 @@ def damage(file):
 
 def test_weights_optimizer_average_and_counts_come_back(prepared, tmp_path):
     accelerator, model, optimizer = prepared
-    ema = average(model.parameters(), 0.9, "cpu")
+    ema = average(model.parameters(), 1, 8, "cpu")
     update(*prepared)
     update_average(ema, model.parameters())
     save_checkpoint(accelerator, tmp_path, step=1, keep=2, ema=ema, skipped=3)
@@ -105,7 +105,7 @@ def test_nothing_is_unpickled_but_weights(prepared, tmp_path):
         def __reduce__(self):
             return (flag.write_text, ("ran",))
 
-    ema = average([torch.nn.Parameter(torch.ones(2))], 0.9, "cpu")
+    ema = average([torch.nn.Parameter(torch.ones(2))], 1, 8, "cpu")
     save_checkpoint(accelerator, tmp_path, 1, keep=1, ema=ema)
     folder = tmp_path / "checkpoints/step-00000001"
     assert load_file(folder / "model.safetensors") and load_file(folder / "ema.safetensors")

@@ -54,8 +54,10 @@ def test_min_snr_caps_the_weight_of_easy_timesteps(prediction_type):
         assert ratio == pytest.approx(by_hand, rel=1e-4)
 
 
-def test_min_snr_is_finite_at_zero_terminal_snr():
-    scheduler = make_scheduler(zero_snr=True)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_min_snr_is_finite_at_zero_terminal_snr(prediction_type):
+    """min(SNR, γ) / SNR is 0 / 0 there for ε; its limit is 1. For v the weight is 0 / 1."""
+    scheduler = make_scheduler(prediction_type, zero_snr=True)
     prediction = torch.zeros(1, 4, 8, 8, requires_grad=True)
     loss = diffusion_loss(
         prediction,
