@@ -3,10 +3,14 @@
     python sample.py --class AD --num_images 64 --model runs/ldm --output_dir samples
     python sample.py --class all --steps 20 --scheduler dpm++ --guidance_scale 3
     accelerate launch sample.py --num_images 100000 --batch_size 256        # shared among the GPUs
+    python sample.py --from_image scan.png --from NC --to AD        # a real slice, as it would look in AD
+    python sample.py --morph 9 --from NC --to AD                    # one brain from NC to AD in 9 frames
 
 Writes samples/AD/000000.png …, and at the end metadata.csv (an `imagefolder` again), grid.png and, with
 --trajectory, trajectory.png. Image k of a class starts from the same noise in every class. A run that was
 stopped goes on by the same command line, on as many processes as you like: the pictures are the same.
+--from_image writes counterfactual.png, difference.png, side_by_side.png and metadata.csv; --morph writes
+morph.png and morph.gif.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ from adni_ldm.figures import save_rows
 from adni_ldm.loading import load_pipeline
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
 from adni_ldm.precision import choose_precision
+from adni_ldm.redrawing import write_counterfactual, write_morph
 from adni_ldm.sampling import draw_images, draw_trajectory, image_seed, use_scheduler, weights_hash
 
 PREVIEW = 16  # slices of each class in grid.png
@@ -54,6 +59,22 @@ def main() -> None:
     use_scheduler(pipeline, cfg.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(state.device)
+
+    # ---- A real slice in another class, or a brain on its way there: that and nothing else -----------------
+    options = {"num_inference_steps": cfg.steps, "guidance_scale": cfg.guidance_scale}
+    if cfg.from_image and state.is_main_process:
+        options["strength"] = cfg.strength
+        row = write_counterfactual(output_dir, pipeline, cfg.from_image, cfg.source, cfg.target, **options)
+        print(
+            f"{output_dir}/side_by_side.png: mean difference {row['difference']:.4f} of the grey range, "
+            f"mean round-trip error {row['round_trip_error']:.4f}; read nothing where the error reaches"
+        )
+    if cfg.morph and state.is_main_process:
+        options |= {"seed": image_seed(cfg.seed, 0), "frames": cfg.morph}
+        write_morph(output_dir, pipeline, cfg.source, cfg.target, **options)
+        print(f"{cfg.morph} frames in {output_dir}/morph.png and morph.gif")
+    if cfg.from_image or cfg.morph:
+        return
 
     # ---- Folder: empty, or of a run with the same settings -------------------------------------------------
     options = {"num_inference_steps": cfg.steps, "guidance_scale": cfg.guidance_scale, "eta": cfg.eta}

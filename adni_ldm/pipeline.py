@@ -13,7 +13,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel
@@ -53,6 +53,15 @@ def denormalize_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tens
     """The inverse of `normalize_latents`."""
     mean, std = _latent_statistics(vae, latents)
     return latents.float() * std + mean
+
+
+class Counterfactual(NamedTuple):
+    """Slices (B, 1, H, W) in [-1, 1], and differences between slices in shares of the grey range."""
+
+    images: torch.Tensor  # the slices given, under the other class
+    difference: torch.Tensor  # images − the slices given, -1 to 1
+    round_trip: torch.Tensor  # the slices given, brought back under their own class in the same way
+    error: torch.Tensor  # |round_trip − the slices given|: no difference below it means anything
 
 
 class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
@@ -230,6 +239,74 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         if dtype != torch.float32:
             self.vae.to(dtype)
         return self.image_processor.postprocess(images, output_type=output_type)
+
+    # ---- Counterfactuals -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def counterfactual(
+        self,
+        image: torch.Tensor,
+        source: str | int = "NC",
+        target: str | int = "AD",
+        strength: float = 0.8,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.5,
+    ) -> Counterfactual:
+        """Slices (B, 1, H, W) in [-1, 1] of the class `source` as they would look in the class `target`.
+
+        DDIM inversion under `source`, then DDIM under `target` and, to know the error, under `source` again.
+
+        Args:
+            strength: share of the noise schedule that is walked, 0 (the autoencoder alone) to 1 (to pure
+                noise). More lets the class change more, and keeps less of the person.
+            num_inference_steps: DDIM steps each way, two or more.
+            guidance_scale: w of ε = ε(source) + w (ε(target) − ε(source)).
+
+        Raises:
+            ValueError: an unknown class, slices of another shape or range, a number out of range.
+        """
+        size, size_given = self.unet.config.sample_size * self.vae_scale_factor, tuple(image.shape)
+        if image.ndim != 4 or size_given[1:] != (1, size, size) or not image.abs().max() <= 1.01:
+            raise ValueError(f"image {size_given} given where (B, 1, {size}, {size}) in [-1, 1] is needed")
+        if not 0 <= strength <= 1 or num_inference_steps < 2:
+            raise ValueError(f"{strength=} must lie in [0, 1], {num_inference_steps=} be 2 or more")
+        if self.scheduler.init_noise_sigma != 1:
+            raise ValueError(f"{type(self.scheduler).__name__} scales its latents: take a DDIMScheduler")
+        image = image.to(self._execution_device, torch.float32)
+        clean = self.vae.encode(image.to(self.vae.dtype)).latent_dist.mean
+        clean = normalize_latents(self.vae, clean)  # (B, C, h, w)
+        own, other = (self._tokens(self._labels(name, len(image)), 1) for name in (source, target))
+
+        highest = strength * len(self.scheduler.alphas_cumprod)
+        timesteps = torch.linspace(0, highest, num_inference_steps + 1).round().int().unique()[1:] - 1
+        noisy = self.ddim(clean, timesteps, own, invert=True)
+        tokens = other if guidance_scale == 1 else torch.cat([own, other])
+        there = self.ddim(noisy, timesteps, tokens, guidance_scale)
+        back = self.ddim(noisy, timesteps, own)
+        images, round_trip = (2 * self.decode_latents(latents) - 1 for latents in (there, back))
+        return Counterfactual(images, (images - image) / 2, round_trip, (round_trip - image).abs() / 2)
+
+    @torch.no_grad()
+    def ddim(self, latents, timesteps, tokens, guidance_scale: float = 1, invert: bool = False):
+        """Latents (B, C, h, w) from the last of the rising `timesteps` to clean ones, or `invert` that.
+
+        With ᾱ = cos²φ a step is a turn by δ, z' = cos δ z − sin δ v(z) (Salimans & Ho 2022,
+        arXiv:2202.00512, appendix D), which holds from pure noise as well. Its inverse needs v(z) at the z
+        it looks for, and finds both by fixed-point iteration (Pan et al. 2023, arXiv:2309.04907).
+        """
+        angles = self.scheduler.alphas_cumprod[timesteps].sqrt().arccos()
+        path = list(zip(timesteps, angles, angles.diff(prepend=torch.zeros(1))))
+        for timestep, angle, turn in path if invert else reversed(path):
+            start = latents
+            for _ in range(3 if invert else 1):
+                velocity = self._predict(latents, timestep, tokens, guidance_scale)
+                if self.scheduler.config.prediction_type == "epsilon":
+                    velocity = (velocity - angle.sin() * latents) / angle.cos()
+                if invert:
+                    latents = (start + turn.sin() * velocity) / turn.cos()
+                else:
+                    latents = turn.cos() * start - turn.sin() * velocity
+        return latents
 
     # ---- LoRA --------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from adni_ldm.models import ClassEmbedding, build_autoencoder, build_denoiser
+from adni_ldm.models import ClassEmbedding
 from adni_ldm.pipeline import ClassConditionalLDMPipeline, denormalize_latents
 from adni_ldm.sampling import (
     SCHEDULERS,
@@ -18,25 +18,6 @@ from adni_ldm.sampling import (
     use_scheduler,
     weights_hash,
 )
-
-
-@pytest.fixture
-def pipeline():
-    torch.manual_seed(0)
-    vae = build_autoencoder(16, widths=(16, 32))
-    vae.register_to_config(latents_mean=[0.5, 0.0, -0.5, 0.0], latents_std=[2.0, 1.0, 0.5, 1.0])
-    scheduler = DDIMScheduler(
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
-        clip_sample=False,
-    )
-    made = ClassConditionalLDMPipeline(
-        vae, build_denoiser(4, 8, widths=(32, 64), token_dim=16), ClassEmbedding(token_dim=16), scheduler
-    )
-    made.set_progress_bar_config(disable=True)
-    return made
 
 
 def seeded(*seeds):

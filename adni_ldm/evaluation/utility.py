@@ -76,7 +76,9 @@ def usefulness(
     for name in ("synthetic", "both"):
         results[name] = {key: e.with_floor(results["real"][key].value) for key, e in results[name].items()}
     results["auc_ratio"] = estimate(
-        lambda rows: ratio(auc(labels[rows], scores["synthetic"][rows]), auc(labels[rows], scores["real"][rows]))
+        lambda rows: ratio(
+            auc(labels[rows], scores["synthetic"][rows]), auc(labels[rows], scores["real"][rows])
+        )
     )
     return results
 
