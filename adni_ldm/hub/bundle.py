@@ -54,8 +54,8 @@ def open_data(
     if lacking := [one for one in wanted if one not in found]:
         given = ", ".join(map(str, data_dirs)) or "none"
         raise UserError(
-            f"--data_dir {given}: the model was trained on data with the hash {lacking[0][:16]}, which is not "
-            "among them; give every folder it was trained on (and --table), so that the push can be looked "
+            f"--data_dir {given}: the model was trained on data with the hash {lacking[0][:16]}, which is "
+            "not among them; give every folder it was trained on (and --table), for the push is looked "
             "through for them"
         )
     return scans
@@ -89,7 +89,7 @@ def bundle_model(
     val_fraction: float,
     report: Report,
     report_dir: Path,
-    license: str,
+    license: str | None,
     allow_real_images: bool = False,
 ) -> None:
     """Write into the new `folder` what is pushed of the model that train_ldm.py wrote to `run`."""
@@ -112,7 +112,7 @@ def bundle_model(
 
 
 def bundle_samples(
-    folder: Path, samples: Path, repo_id: str, scans: Sequence[Scan], report: Report, license: str
+    folder: Path, samples: Path, repo_id: str, scans: Sequence[Scan], report: Report, license: str | None
 ) -> None:
     """Write into the new `folder` what is pushed of the slices that sample.py wrote to `samples`.
 
@@ -141,7 +141,7 @@ def bundle_samples(
 
 
 def read_samples(samples: Path) -> list[dict[str, str]]:
-    """Rows of metadata.csv of drawn slices. Raises UserError where there is none, or it is of something else."""
+    """Rows of metadata.csv of drawn slices. Raises UserError where there is none, or it is another."""
     path = samples / "metadata.csv"
     if not path.is_file():
         raise UserError(f"{samples}: no metadata.csv there; give a folder that sample.py wrote")

@@ -83,9 +83,9 @@ def last_losses(folder: Path) -> dict[str, str]:
         return {}
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    last = {name: value for row in rows for name, value in row.items() if value}
+    last = {name: f"{float(value):.4g}" for row in rows for name, value in row.items() if value}
     if held_out := [float(row["val_loss"]) for row in rows if row.get("val_loss")]:
-        last["smallest val_loss"] = f"{min(held_out):.6g}"
+        last["smallest val_loss"] = f"{min(held_out):.4g}"
     return last
 
 
@@ -103,7 +103,7 @@ def write_model_card(
     split: Sequence[Mapping],  # rows of split, class, subjects, slices
     synthetic: bool,
     report: Report,
-    license: str,
+    license: str | None,
     previews: Sequence[str],
 ) -> None:
     """Write README.md of a model.
@@ -116,7 +116,7 @@ def write_model_card(
     data = pipeline.unet.config.get("_trained_on") or ()
     settings = {name: value for name, value in read_settings(run).items() if name not in _PLACES}
     card_data = ModelCardData(
-        **_licence(license),
+        **_licence(license, synthetic),
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
         tags=[*TAGS, *(["synthetic-data"] if synthetic else [])],
@@ -149,21 +149,15 @@ def write_dataset_card(
     count: Mapping[str, int],
     synthetic: bool,
     report: Report,
-    license: str,
+    license: str | None,
 ) -> None:
-    """Write README.md of drawn slices: `settings` of the drawing, `count` of slices by class."""
+    """Write README.md of drawn slices: `settings` of the drawing, `count` of the slices of each class."""
     card_data = DatasetCardData(
-        **_licence(license),
+        **_licence(license, synthetic),
         pretty_name=repo_id.split("/")[1],
         task_categories=["image-classification"],
         size_categories=_size_category(sum(count.values())),
         tags=[*TAGS[1:], "synthetic"],
-        configs=[
-            {
-                "config_name": "default",
-                "data_files": [{"split": "train", "path": ["metadata.csv", "*/*.png"]}],
-            }
-        ],
     )
     card = DatasetCard.from_template(
         card_data,
@@ -209,14 +203,12 @@ def _eval_result(name: str, figure: Mapping, data: Sequence[Mapping]) -> EvalRes
     )
 
 
-def _licence(license: str) -> dict:
+def _licence(license: str | None, synthetic: bool) -> dict:
+    license = license or ("apache-2.0" if synthetic else "other")
     if license != "other":
         return {"license": license}
-    return {
-        "license": "other",
-        "license_name": "adni-data-use-agreement",
-        "license_link": "https://adni.loni.usc.edu/data-samples/adni-data/",
-    }
+    link = "https://adni.loni.usc.edu"
+    return {"license": "other", "license_name": "adni-data-use-agreement", "license_link": link}
 
 
 def _sizes(pipeline: ClassConditionalLDMPipeline) -> dict[str, str]:
@@ -224,13 +216,13 @@ def _sizes(pipeline: ClassConditionalLDMPipeline) -> dict[str, str]:
     side, latent = unet.sample_size * pipeline.vae_scale_factor, unet.sample_size
 
     def count(module) -> str:
-        return f"{sum(tensor.numel() for tensor in module.parameters()) / 1e6:.2f} M weights"
+        return f"{sum(tensor.numel() for tensor in module.parameters()):,} weights"
 
     return {
         "slice": f"1 × {side} × {side}, grey",
         "latent": f"{unet.in_channels} × {latent} × {latent}",
         "autoencoder (AutoencoderKL)": f"{count(vae)}, channels {list(vae.config.block_out_channels)}",
-        "denoiser (UNet2DConditionModel)": f"{count(pipeline.unet)}, channels {list(unet.block_out_channels)}",
+        "U-Net (UNet2DConditionModel)": f"{count(pipeline.unet)}, channels {list(unet.block_out_channels)}",
         "class embedding": f"{count(pipeline.class_embedding)}, tokens {unet.cross_attention_dim} wide",
         "prediction": str(pipeline.scheduler.config.prediction_type),
     }

@@ -90,8 +90,8 @@ def _refuse_taken(repo_id: str, folder: Path, remote: list[RepoFile]) -> None:
             continue
         if not own.is_file() or (file.path.endswith(_IDENTITY) and not _is_same(own, file)):
             raise UserError(
-                f"{repo_id} is taken: it holds {file.path}, which is not of this push; choose another name, or "
-                "add --overwrite to replace all that is there"
+                f"{repo_id} is taken: it holds {file.path}, which is not of this push; choose another name, "
+                "or add --overwrite to replace all that is there"
             )
 
 

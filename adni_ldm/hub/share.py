@@ -32,7 +32,7 @@ def share_model(
     allow_real_images: bool = False,
     accept_privacy_risk: bool = False,
     overwrite: bool = False,
-    license: str = "other",
+    license: str | None = None,
     dry_run: str | None = None,
 ) -> None:
     """Push the pipeline in `folder` to `repo_id`; the settings are those of `config.PushConfig`.
@@ -76,7 +76,7 @@ def share_samples(
     public: bool = False,
     accept_privacy_risk: bool = False,
     overwrite: bool = False,
-    license: str = "other",
+    license: str | None = None,
     dry_run: str | None = None,
 ) -> None:
     """Push the drawn slices in `folder` to `repo_id`; the settings are those of `config.PushSamplesConfig`.

@@ -15,8 +15,10 @@ import pandas as pd
 import pytest
 import torch
 from hub_server import TOKEN, HubServer
+from huggingface_hub import constants
 from PIL import Image
 
+from adni_ldm.errors import UserError
 from adni_ldm.loading import load_pipeline
 from adni_ldm.sampling import weights_hash
 
@@ -58,7 +60,8 @@ from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained("me/brains", trust_remote_code=True)
 pipeline.set_progress_bar_config(disable=True)
 generator = torch.Generator().manual_seed(5)
-torch.save(pipeline(["AD", "NC"], num_inference_steps=3, generator=generator, output_type="pt").images, sys.argv[1])
+options = {"num_inference_steps": 3, "output_type": "pt"}
+torch.save(pipeline(["AD", "NC"], generator=generator, **options).images, sys.argv[1])
 """
 
 
@@ -113,3 +116,44 @@ def test_sample_draws_from_the_hub_and_what_it_drew_is_pushed_and_read(
     assert count == 4 and labels == ["AD", "AD", "NC", "NC"]
     assert {"image", "seed", "model_hash"} <= set(columns) and "model" not in columns
     assert np.array_equal(Image.open(tmp_path / "first.png"), Image.open(drawn / "AD/000000.png"))
+
+
+def test_training_ends_with_a_push(hub, trained, phantom_dir, pushed, tmp_path):
+    settings = {
+        "data_dir": phantom_dir,
+        "vae": trained / "vae",
+        "output_dir": tmp_path / "ldm",
+        "image_size": 32,
+    }
+    settings |= {
+        "max_steps": 1,
+        "batch_size": 2,
+        "sample_steps": 0,
+        "checkpointing_steps": 0,
+        "token_dim": 16,
+    }
+    settings |= {"layers_per_block": 1, "mixed_precision": "no", "report_to": "none"}
+    words = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    to_hub = ("--push_to_hub", "--hub_model_id", "me/trained", "--accept_privacy_risk")
+    train = ("train_ldm.py", *words, "--unet_widths", 32, 64, *to_hub)
+    printed = run(hub, tmp_path / "home", *train)
+    assert f"pushed to {hub.url}/me/trained" in printed
+    repo = hub.repos["model", "me/trained"]
+    assert repo.private and b"**which is not known**" in repo.files["README.md"]
+    assert {"model_index.json", "loss.png", "metrics.csv"} <= set(repo.files)
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "said"),
+    [
+        ("me/nothing", TOKEN, "404"),
+        ("me/brains", "hf_" + "wrong", "401"),
+        ("me/public", TOKEN, "model_index.json"),
+    ],
+)
+def test_what_cannot_be_pulled_is_one_line(hub, pushed, tmp_path, monkeypatch, name, token, said):
+    for constant, value in {"HF_HUB_OFFLINE": False, "ENDPOINT": hub.url}.items():
+        monkeypatch.setattr(constants, constant, value)
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(UserError, match=f"{name}: not a pipeline .*{said}"):
+        load_pipeline(name)
