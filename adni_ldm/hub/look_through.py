@@ -31,7 +31,7 @@ from adni_ldm.data.slices import prepare_image, read_image
 # Bits of 576 that a picture may differ in from one of the data and still be called nearly that. A model that
 # has memorized a slice draws it as its autoencoder keeps it: of the demo's cohort, at 64 px, 100 training
 # slices differ from their own reconstructions in 8 to 27 bits, and from any slice of another subject in 34 at
-# least; the nearest of 1000 drawn slices differs in 36. duplicates.py has the figures of copies and of 256 px.
+# least; the nearest of 1000 drawn slices differs in 36. duplicates.py has figures of copies, and at 256 px.
 NEAR = 28
 
 TEXTS = (".json", ".md", ".csv", ".py", ".txt", ".html")
