@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test faults gpu-check lint clean
+.PHONY: help demo test faults gpu-check lint audit clean
 
 PYTHON ?= python3
 VENV := .venv/bin/python
@@ -52,6 +52,10 @@ gpu-check: .venv  ## what only a CUDA machine can show: fp16, exact resume, kern
 lint: .venv  ## check style and format
 	$(VENV) -m ruff check .
 	$(VENV) -m ruff format --check .
+
+audit:  ## known holes in the versions of constraints.txt; needs pip-audit and the network, no part of CI
+	@command -v pip-audit > /dev/null || { echo "make: audit needs pip-audit: pipx install pip-audit" >&2; exit 1; }
+	pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 clean:  ## remove caches and build leftovers; .venv, data and runs stay
 	rm -rf build dist .pytest_cache .ruff_cache *.egg-info

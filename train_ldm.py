@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import DistributedType
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler
+from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 
 from adni_ldm.config import TrainLDMConfig, class_names, parse_config, save_config, settings_to_keep
@@ -28,6 +29,8 @@ from adni_ldm.errors import UserError, run_recipe
 from adni_ldm.evaluation.image_sets import image_set
 from adni_ldm.evaluation.watch import Watch, keep_best
 from adni_ldm.figures import save_rows
+from adni_ldm.hub.push import check_login
+from adni_ldm.hub.share import share_model
 from adni_ldm.loading import load_autoencoder, load_pipeline
 from adni_ldm.models.autoencoder import latent_shape
 from adni_ldm.models.class_embedding import ClassEmbedding
@@ -87,6 +90,8 @@ def main() -> int:
         cfg.batch_size,
         cfg.deterministic,
     )
+    if cfg.push_to_hub and accelerator.is_main_process:
+        check_login(HfApi(), cfg.hub_model_id)  # now, and not when training has ended
     pipeline = load_pipeline(cfg.init_from) if cfg.init_from else None
     vae = pipeline.vae if pipeline else load_autoencoder(cfg.vae)
     if vae.config.latents_mean is None:
@@ -265,6 +270,8 @@ def main() -> int:
     log.draw()
     accelerator.end_training()
     accelerator.print(f"pipeline in {output_dir}: python sample.py --class all --model {output_dir}")
+    if cfg.push_to_hub and accelerator.is_main_process:
+        share_model(output_dir, cfg.hub_model_id, [cfg.data_dir], cfg.table, accept_privacy_risk=True)
     return 0
 
 

@@ -205,9 +205,21 @@ class TrainLDMConfig(TrainingConfig):
     )
     num_inference_steps: int = setting(50, "DDIM steps of those pictures.")
     guidance_scale: float = setting(1.5, "Guidance of those pictures; 1 is none.")
+    push_to_hub: bool = setting(False, "Push the pipeline to --hub_model_id when training ends, as private.")
+    hub_model_id: str | None = setting(None, "Repository of the Hub, ME/NAME; made where there is none.")
+    accept_privacy_risk: bool = setting(
+        False, "Push although no report has judged privacy yet: a memorized scan may leave with the model."
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        if self.push_to_hub and not self.hub_model_id:
+            raise UserError("--push_to_hub: give --hub_model_id ME/NAME")
+        if self.push_to_hub and not self.accept_privacy_risk:
+            raise UserError(
+                "--push_to_hub: nothing has judged yet whether the model memorized scans. Evaluate it, then "
+                "push with python -m adni_ldm.hub push, or add --accept_privacy_risk"
+            )
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise UserError(
                 "--prediction_type epsilon cannot be learned where the last timestep is pure noise: "
@@ -459,6 +471,52 @@ class MergeConfig:
     output_dir: str = setting("data/adni", "Folder that all shards of prepare_data.py scans wrote to.")
 
 
+@dataclass(frozen=True)
+class ShareConfig:
+    """What both commands of python -m adni_ldm.hub ask."""
+
+    repo_id: str | None = setting(None, "Repository of the Hub, ME/NAME; made where there is none.")
+    data_dir: list[str] = setting(
+        [],
+        "Folders of the data that the model was trained on, which what is pushed is compared with. Default: "
+        "the one in its training_config.json.",
+    )
+    table: str | None = setting(None, TABLE_HELP)
+    report: str | None = setting(
+        None, "Folder of evaluate.py's report on the model. Default: report/ in the model's folder."
+    )
+    public: bool = setting(False, "Everybody may see it; else it is private.")
+    accept_privacy_risk: bool = setting(
+        False, "Push although the report's verdict on privacy is bad, or there is none."
+    )
+    overwrite: bool = setting(False, "Replace all that is in a repository that holds something else.")
+    license: str | None = setting(
+        None,
+        "Licence of what is pushed, by the Hub's word for it. Default: apache-2.0 where the data are the "
+        "phantom cohort; else `other`, the agreement of ADNI, which covers what is derived from its data.",
+    )
+    dry_run: str | None = setting(
+        None, "Folder that what would be pushed is written to, after it was looked through; nothing leaves."
+    )
+
+
+@dataclass(frozen=True)
+class PushConfig(ShareConfig):
+    """Settings of python -m adni_ldm.hub push."""
+
+    folder: str = setting("runs/ldm", "Folder that train_ldm.py wrote; may stand without the flag.")
+    allow_real_images: bool = setting(
+        False, "Pictures of real scans may leave: the report's page and figures are pushed as well."
+    )
+
+
+@dataclass(frozen=True)
+class PushSamplesConfig(ShareConfig):
+    """Settings of python -m adni_ldm.hub push-samples."""
+
+    folder: str = setting("samples", "Folder that sample.py wrote; may stand without the flag.")
+
+
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """Defaults behind each setting, and the recipe's own lines as they are written."""
 
@@ -519,8 +577,8 @@ def _read_yaml(path: Path, config_class: type) -> dict:
 _FREE = {"data_dir", "table", "val_fraction", "output_dir", "vae", "init_from", "resume_from_checkpoint"}
 _FREE |= {"mixed_precision", "num_workers", "report_to", "log_steps", "checkpointing_steps"}
 _FREE |= {"keep_checkpoints", "max_nonfinite", "eval_images", "sample_steps", "num_inference_steps"}
-_FREE |= {"evaluate_every", "evaluate_images", "evaluate_slices"}
-_FREE |= {"guidance_scale"}
+_FREE |= {"evaluate_every", "evaluate_images", "evaluate_slices", "guidance_scale"}
+_FREE |= {"push_to_hub", "hub_model_id", "accept_privacy_risk"}
 # These change the rounding and not the method: a resume says that they differ, and goes on.
 _ROUNDING = {"channels_last", "gradient_checkpointing", "attention", "compile"}
 _ROUNDING |= {"offload_ema", "deterministic"}

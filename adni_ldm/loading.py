@@ -76,8 +76,8 @@ def _load(from_pretrained: Callable[[str], Model], name: str, kind: str, recipe:
         raise UserError(f"{name}: no such folder; give {kind} that {recipe} wrote, or a Hub name ME/NAME")
     logging.disable_progress_bar()
     try:
-        return from_pretrained(name)
-    except (OSError, ValueError) as error:
+        return from_pretrained(name, use_safetensors=True)  # a pickle runs code
+    except (OSError, ValueError) as error:  # those of the Hub's client are OSErrors
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{name}: not {kind} that {recipe} wrote ({reason})") from error
     finally:

@@ -391,4 +391,9 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         """Fetch a pipeline of the Hub, leaving its code files where they are."""
         passed_on = ("cache_dir", "proxies", "local_files_only", "token", "revision", "force_download")
         options = {name: kwargs[name] for name in passed_on if kwargs.get(name) is not None}
-        return snapshot_download(pretrained_model_name, allow_patterns=["*.json", "*.safetensors"], **options)
+        folder = snapshot_download(
+            pretrained_model_name, allow_patterns=["*.json", "*.safetensors"], **options
+        )
+        if not (Path(folder) / cls.config_name).is_file():
+            raise OSError(f"there is no {cls.config_name} in it")
+        return folder

@@ -37,6 +37,8 @@ class ClassEmbedding(ModelMixin, ConfigMixin):
         super().__init__()
         if len(set(class_names)) != len(class_names):
             raise ValueError(f"class_names={list(class_names)} names a class twice")
+        if any(not name or name.startswith(".") or set(name) & set("/\\\0") for name in class_names):
+            raise ValueError(f"class_names={list(class_names)}: each must be able to name a folder")
         self.table = nn.Embedding(len(class_names) + 1, tokens_per_class * token_dim)
 
     @property
