@@ -38,7 +38,7 @@ from adni_ldm.training.checkpoints import (
     write_state,
 )
 from adni_ldm.training.kernels import refuse_missing_kernels, set_kernels
-from adni_ldm.training.latents import encode_posteriors
+from adni_ldm.training.latents import channel_statistics, encode_slices
 from adni_ldm.training.log import RunLog
 from adni_ldm.training.losses import kl_divergence, reconstruction_loss
 from adni_ldm.training.optimization import (
@@ -107,8 +107,8 @@ def main() -> int:
         ema = average(vae.parameters(), cfg.ema_decay, "cpu" if cfg.offload_ema else accelerator.device)
 
     # ---- Resume and run folder -----------------------------------------------------------------------------
-    pixels = hash_slices(train, val) if accelerator.is_main_process else ""
-    identity = run_identity(accelerator, settings_to_keep(cfg), data.hash, pixels=pixels)
+    hashes = hash_slices(accelerator, data, cfg.image_size, train=train, val=val)
+    identity = run_identity(accelerator, settings_to_keep(cfg), data.hash, **hashes)
     state = {"identity": identity, "ema": ema}
     resumed = load_checkpoint(accelerator, output_dir, cfg.resume_from_checkpoint, **state)
     step = resumed.pop("step")
@@ -198,7 +198,7 @@ def main() -> int:
     if ema:
         ema.copy_to(vae.parameters())
     vae = whole(vae)
-    mean, std = encode_posteriors(vae, train, cfg.batch_size, accelerator).channel_statistics()
+    mean, std = channel_statistics(encode_slices(vae, train, accelerator))
     vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0, shift_factor=None)
     vae.register_to_config(_trained_on=trained_on(data, vae.config.get("_trained_on")))
     if accelerator.is_main_process:

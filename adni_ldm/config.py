@@ -159,6 +159,16 @@ class TrainLDMConfig(TrainingConfig):
         "runs/ldm", "Folder that the pipeline, its log and its pictures are written to."
     )
     vae: str = setting("runs/vae", "Folder or Hub name of the VAE that train_vae.py wrote.")
+    latent_cache: str | None = setting(
+        None,
+        "Folder that the slices' latents are kept in, for this run's resume and for others on the same VAE "
+        "and slices. Default: adni_ldm/latents in the Hugging Face cache.",
+    )
+    latent_variants: int = setting(
+        0,
+        "Augmented variants of each slice beside it: turned by up to 5 degrees, shifted by up to 3 % of the "
+        "side, brighter or darker by up to 10 %; never flipped. Each takes the disk that the slices take.",
+    )
     unet_widths: list[int] = setting([128, 256, 384, 512], "Channels per level of the U-Net, fine to coarse.")
     layers_per_block: int = setting(2, "Residual blocks per level of the U-Net.")
     token_dim: int = setting(256, "Width of a class token.")
@@ -188,6 +198,8 @@ class TrainLDMConfig(TrainingConfig):
                 "--prediction_type epsilon cannot be learned where the last timestep is pure noise: "
                 "add --rescale_betas_zero_snr false, or take v_prediction"
             )
+        if self.latent_variants < 0:
+            raise UserError(f"--latent_variants {self.latent_variants} must be at least 0")
         if not 0 <= self.label_dropout < 1:
             raise UserError(f"--label_dropout {self.label_dropout} must lie in [0, 1)")
 
@@ -370,7 +382,7 @@ def _read_yaml(path: Path, config_class: type) -> dict:
 _FREE = {"data_dir", "table", "val_fraction", "output_dir", "vae", "init_from", "resume_from_checkpoint"}
 _FREE |= {"mixed_precision", "num_workers", "report_to", "log_steps", "checkpointing_steps"}
 _FREE |= {"keep_checkpoints", "max_nonfinite", "eval_images", "sample_steps", "num_inference_steps"}
-_FREE |= {"guidance_scale"}
+_FREE |= {"guidance_scale", "latent_cache"}
 # These change the rounding and not the method: a resume says that they differ, and goes on.
 _ROUNDING = {"channels_last", "gradient_checkpointing", "attention", "compile"}
 _ROUNDING |= {"offload_ema", "deterministic"}

@@ -1,6 +1,7 @@
 """The recipes by their real command lines, for a few steps on a small cohort."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -145,9 +146,13 @@ def test_two_processes_take_the_step_of_one_ldm(presets, vae_dir, tmp_path):
 
 
 def test_a_resumed_run_repeats_the_uninterrupted_one(presets, vae_dir, tmp_path):
-    """Mid-epoch, with accumulation, EMA and latents drawn anew: bit for bit."""
+    """Mid-epoch, with accumulation, EMA, augmented variants and latents drawn anew: bit for bit.
+
+    From the cache that the first run left, and from one that is made anew.
+    """
     command = ("train_ldm.py", "--config", presets / "ldm.yaml", "--vae", vae_dir, "--report_to", "none")
     command += ("--gradient_accumulation_steps", 2, "--checkpointing_steps", 2, "--keep_checkpoints", 1)
+    command += ("--latent_variants", 1, "--latent_cache", tmp_path / "latents")
     run(*command, "--output_dir", tmp_path / "whole")
     checkpoint = tmp_path / "whole/checkpoints/step-00000004"
     assert [path.name for path in checkpoint.parent.iterdir()] == [checkpoint.name], "one is kept"
@@ -156,6 +161,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(presets, vae_dir, tmp_path)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
     # `latest` of a folder without any is a first start.
+    shutil.rmtree(tmp_path / "latents")
     run(*command, "--output_dir", tmp_path / "first", "--resume_from_checkpoint", "latest")
     first = load_file(tmp_path / "first" / UNET_WEIGHTS)
     assert all(torch.equal(whole[name], first[name]) for name in whole)

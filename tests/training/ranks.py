@@ -17,11 +17,13 @@ import torch
 from accelerate.utils import gather_object
 from diffusers import DDPMScheduler
 from safetensors.torch import save_file
+from torch.utils.data import Dataset
 
 from adni_ldm.models.autoencoder import ReconstructingVAE, build_autoencoder
 from adni_ldm.models.class_embedding import ClassEmbedding
 from adni_ldm.models.denoiser import ConditionalDenoiser, build_denoiser
 from adni_ldm.training.batches import BatchNoise
+from adni_ldm.training.latents import LatentPosteriors, encode_posteriors
 from adni_ldm.training.losses import diffusion_loss, kl_divergence, reconstruction_loss
 from adni_ldm.training.setup import start_accelerator
 from adni_ldm.training.updates import UpdateCheck
@@ -81,8 +83,26 @@ def agreements(accelerator) -> dict[str, list]:
     return {"decisions": decisions, "skipped": check.skipped, "stop": check.stop}
 
 
+class Slices(Dataset):
+    """Forty slices: over two processes no whole number of what is encoded together."""
+
+    labels = torch.arange(40) % 2
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"image": torch.rand(1, 16, 16, generator=torch.Generator().manual_seed(index)) * 2 - 1}
+
+
+def cached(accelerator, folder: Path) -> LatentPosteriors:
+    """Latents of all slices and a variant of each, by way of a cache."""
+    return encode_posteriors(build("vae").vae, Slices(), accelerator, folder, "slices", variants=1)
+
+
 def main(output_dir: Path, precision: str) -> None:
     accelerator = start_accelerator(output_dir, precision, 2, "none", seed=0)
+    cached(accelerator, output_dir / "latents")
     found = gradients(accelerator, "vae", 2) | gradients(accelerator, "ldm", 2)
     agreed = gather_object([agreements(accelerator)])
     if accelerator.is_main_process:

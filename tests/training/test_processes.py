@@ -66,6 +66,15 @@ def test_the_rows_of_a_process_alone_give_other_gradients(one_process):
     assert difference > 0.1 * whole[f"ldm.{name}"].abs().max()
 
 
+def test_latents_encoded_by_two_processes_are_those_of_one(two_processes, one_process, tmp_path):
+    """Bit for bit: in order, each once, whoever encoded it."""
+    ranks.cached(one_process, tmp_path)
+    (one,), (two,) = (
+        list(folder.glob("*/posteriors.npy")) for folder in (tmp_path, two_processes / "latents")
+    )
+    assert one.read_bytes() == two.read_bytes() and one.parent.name == two.parent.name
+
+
 def test_processes_agree_on_what_only_one_of_them_met(two_processes):
     first, second = json.loads((two_processes / "agreed.json").read_text())
     assert first == second
