@@ -146,9 +146,39 @@ class TrainVAEConfig(TrainingConfig):
     mid_attention: bool = setting(False, "Self-attention at the coarsest level.")
     reconstruction_loss: str = setting("l1", "Distance between slice and reconstruction.", ["l1", "l2"])
     kl_weight: float = setting(1e-4, "Weight of the KL term (mean over the latent's elements, nats).")
+    spectral_weight: float = setting(
+        0.0, "Weight of the spectral term: amplitudes of the slices' frequencies (arXiv:2005.00341)."
+    )
+    perceptual: str = setting(
+        "none",
+        "Features of the perceptual term: none, vgg (ImageNet), radimagenet, medicalnet, or a file or folder "
+        "of their weights.",
+    )
+    perceptual_weight: float = setting(0.1, "Weight of the perceptual term.")
+    discriminator_weight: float = setting(
+        0.0,
+        "Train against a patch discriminator, whose gradient weighs this share of the other terms' "
+        "(VQGAN's adaptive weight, arXiv:2012.09841); 0: without.",
+    )
+    discriminator_start: int | None = setting(
+        None, "Updates before the discriminator begins. Default: half of --max_steps."
+    )
+    discriminator_width: int = setting(64, "Channels of its first layer.")
     use_ema: bool = setting(False, "Save an exponential moving average of the weights.")
     ema_decay: float = setting(0.999, "Decay of that average per update.")
     eval_images: int = setting(256, "Held-out slices measured each epoch; the last measurement takes all.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("kl_weight", "spectral_weight", "perceptual_weight", "discriminator_weight"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} {getattr(self, name)} must be at least 0")
+        if self.discriminator_weight and self.image_size < 32:
+            raise UserError(
+                f"--image_size {self.image_size}: a discriminator needs slices of 32 pixels or more"
+            )
+        if self.discriminator_width < 4 or self.discriminator_width % 4:
+            raise UserError(f"--discriminator_width {self.discriminator_width} must be a multiple of 4")
 
 
 @dataclass(frozen=True)
@@ -382,7 +412,7 @@ def _read_yaml(path: Path, config_class: type) -> dict:
 _FREE = {"data_dir", "table", "val_fraction", "output_dir", "vae", "init_from", "resume_from_checkpoint"}
 _FREE |= {"mixed_precision", "num_workers", "report_to", "log_steps", "checkpointing_steps"}
 _FREE |= {"keep_checkpoints", "max_nonfinite", "eval_images", "sample_steps", "num_inference_steps"}
-_FREE |= {"guidance_scale", "latent_cache"}
+_FREE |= {"guidance_scale", "latent_cache", "perceptual"}
 # These change the rounding and not the method: a resume says that they differ, and goes on.
 _ROUNDING = {"channels_last", "gradient_checkpointing", "attention", "compile"}
 _ROUNDING |= {"offload_ema", "deterministic"}
