@@ -21,6 +21,7 @@ import torch
 from accelerate.utils import DistributedType
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler
 from huggingface_hub import HfApi
+from huggingface_hub.constants import HF_HOME
 from tqdm.auto import tqdm
 
 from adni_ldm.config import TrainLDMConfig, class_names, parse_config, save_config, settings_to_keep
@@ -137,9 +138,10 @@ def main() -> int:
 
     # ---- Latents: encoded once, their posterior drawn anew each step ---------------------------------------
     vae.to(accelerator.device).requires_grad_(False).eval()
-    latents, val_latents = (
-        encode_posteriors(vae, part, cfg.batch_size, accelerator) for part in (train, val)
-    )
+    cache = cfg.latent_cache or Path(HF_HOME, "adni_ldm", "latents")
+    hashes = hash_slices(accelerator, data, cfg.image_size, train=train, val=val)
+    latents = encode_posteriors(vae, train, accelerator, cache, hashes["train"], cfg.latent_variants)
+    val_latents = encode_posteriors(vae, val, accelerator, cache, hashes["val"])
 
     # ---- Optimizer -----------------------------------------------------------------------------------------
     channels_last = cfg.channels_last if cfg.channels_last is not None else on_gpu(accelerator)
@@ -162,9 +164,9 @@ def main() -> int:
         ema = average(trained, cfg.ema_halflife_images, images, device)
 
     # ---- Resume and run folder -----------------------------------------------------------------------------
-    pixels = hash_slices(train, val) if accelerator.is_main_process else ""
-    hashes = {"pixels": pixels, "vae": hash_weights(vae), **start}
+    hashes |= {"vae": hash_weights(vae), **start}
     identity = run_identity(accelerator, settings_to_keep(cfg), data.hash, **hashes)
+    identity["should"]["latents"] = latents.sha256
     state = {"identity": identity, "ema": ema}
     resumed = load_checkpoint(accelerator, output_dir, cfg.resume_from_checkpoint, **state)
     step = resumed.pop("step")
@@ -288,8 +290,9 @@ def noise_latents(
     scheduler: DDPMScheduler,
 ) -> tuple[torch.Tensor, ...]:
     """Draw latents and noise them: clean, noise, noisy (B, C, h, w) and timesteps (B,)."""
-    shape = latents.mean.shape[1:]
-    clean = normalize_latents(vae, latents.draw(indices, random.normal(*shape)))
+    shape = latents.shape
+    variants = random.integers(latents.variants) if latents.variants > 1 else 0
+    clean = normalize_latents(vae, latents.draw(indices, random.normal(*shape), variants))
     noise = random.normal(*shape)
     timesteps = random.integers(scheduler.config.num_train_timesteps)
     return clean, noise, scheduler.add_noise(clean, noise, timesteps), timesteps
@@ -309,7 +312,7 @@ def held_out_loss(
         indices = [
             index % len(latents) for index in range(batch * cfg.batch_size, (batch + 1) * cfg.batch_size)
         ]
-        random = BatchNoise(cfg.seed, batch, cfg.batch_size, 0, 1, latents.mean.device)
+        random = BatchNoise(cfg.seed, batch, cfg.batch_size, 0, 1, latents.labels.device)
         clean, noise, noisy, timesteps = noise_latents(latents, indices, random, vae, scheduler)
         prediction = denoiser(noisy, timesteps, latents.labels[indices])
         losses.append(diffusion_loss(prediction, clean, noise, timesteps, scheduler, cfg.snr_gamma))

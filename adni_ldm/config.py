@@ -152,9 +152,39 @@ class TrainVAEConfig(TrainingConfig):
     mid_attention: bool = setting(False, "Self-attention at the coarsest level.")
     reconstruction_loss: str = setting("l1", "Distance between slice and reconstruction.", ["l1", "l2"])
     kl_weight: float = setting(1e-4, "Weight of the KL term (mean over the latent's elements, nats).")
+    spectral_weight: float = setting(
+        0.0, "Weight of the spectral term: amplitudes of the slices' frequencies (arXiv:2005.00341)."
+    )
+    perceptual: str = setting(
+        "none",
+        "Features of the perceptual term: none, vgg (ImageNet), radimagenet, medicalnet, or a file or folder "
+        "of their weights.",
+    )
+    perceptual_weight: float = setting(0.1, "Weight of the perceptual term.")
+    discriminator_weight: float = setting(
+        0.0,
+        "Train against a patch discriminator, whose gradient weighs this share of the other terms' "
+        "(VQGAN's adaptive weight, arXiv:2012.09841); 0: without.",
+    )
+    discriminator_start: int | None = setting(
+        None, "Updates before the discriminator begins. Default: half of --max_steps."
+    )
+    discriminator_width: int = setting(64, "Channels of its first layer.")
     use_ema: bool = setting(False, "Save an exponential moving average of the weights.")
     ema_halflife_images: float = setting(11_000, EMA_HELP)
     eval_images: int = setting(256, "Held-out slices measured each epoch; the last measurement takes all.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("kl_weight", "spectral_weight", "perceptual_weight", "discriminator_weight"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} {getattr(self, name)} must be at least 0")
+        if self.discriminator_weight and self.image_size < 32:
+            raise UserError(
+                f"--image_size {self.image_size}: a discriminator needs slices of 32 pixels or more"
+            )
+        if self.discriminator_width < 4 or self.discriminator_width % 4:
+            raise UserError(f"--discriminator_width {self.discriminator_width} must be a multiple of 4")
 
 
 @dataclass(frozen=True)
@@ -165,6 +195,16 @@ class TrainLDMConfig(TrainingConfig):
         "runs/ldm", "Folder that the pipeline, its log and its pictures are written to."
     )
     vae: str = setting("runs/vae", "Folder or Hub name of the VAE that train_vae.py wrote.")
+    latent_cache: str | None = setting(
+        None,
+        "Folder that the slices' latents are kept in, for this run's resume and for others on the same VAE "
+        "and slices. Default: adni_ldm/latents in the Hugging Face cache.",
+    )
+    latent_variants: int = setting(
+        0,
+        "Augmented variants of each slice beside it: turned by up to 5 degrees, shifted by up to 3 % of the "
+        "side, brighter or darker by up to 10 %; never flipped. Each takes the disk that the slices take.",
+    )
     unet_widths: list[int] = setting([128, 256, 384, 512], "Channels per level of the U-Net, fine to coarse.")
     layers_per_block: int = setting(2, "Residual blocks per level of the U-Net.")
     token_dim: int = setting(256, "Width of a class token.")
@@ -227,6 +267,8 @@ class TrainLDMConfig(TrainingConfig):
             )
         if self.lora_rank < 0:
             raise UserError(f"--lora_rank {self.lora_rank} must be at least 0")
+        if self.latent_variants < 0:
+            raise UserError(f"--latent_variants {self.latent_variants} must be at least 0")
         if not 0 <= self.label_dropout < 1:
             raise UserError(f"--label_dropout {self.label_dropout} must lie in [0, 1)")
 
@@ -579,6 +621,7 @@ _FREE |= {"mixed_precision", "num_workers", "report_to", "log_steps", "checkpoin
 _FREE |= {"keep_checkpoints", "max_nonfinite", "eval_images", "sample_steps", "num_inference_steps"}
 _FREE |= {"evaluate_every", "evaluate_images", "evaluate_slices", "guidance_scale"}
 _FREE |= {"push_to_hub", "hub_model_id", "accept_privacy_risk"}
+_FREE |= {"latent_cache", "perceptual"}
 # These change the rounding and not the method: a resume says that they differ, and goes on.
 _ROUNDING = {"channels_last", "gradient_checkpointing", "attention", "compile"}
 _ROUNDING |= {"offload_ema", "deterministic"}

@@ -6,7 +6,13 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from adni_ldm.training.losses import diffusion_loss, diffusion_target, kl_divergence, reconstruction_loss
+from adni_ldm.training.losses import (
+    diffusion_loss,
+    diffusion_target,
+    kl_divergence,
+    reconstruction_loss,
+    spectral_loss,
+)
 
 
 def make_scheduler(prediction_type="v_prediction", zero_snr=False):
@@ -69,6 +75,19 @@ def test_min_snr_is_finite_at_zero_terminal_snr(prediction_type):
     )
     loss.backward()
     assert loss.isfinite() and prediction.grad.isfinite().all()
+
+
+def test_spectral_loss_is_monais_and_has_a_gradient_where_that_has_none():
+    """A picture with an even border has frequencies of no amplitude, where the root has no slope."""
+    from monai.losses.spectral_loss import JukeboxLoss
+
+    images = torch.rand(2, 1, 16, 16) * 2 - 1
+    reconstruction = torch.rand(2, 1, 16, 16) * 2 - 1
+    expected = JukeboxLoss(spatial_dims=2)(reconstruction, images).item()
+    assert spectral_loss(reconstruction, images).item() == pytest.approx(expected, rel=1e-5)
+    even = torch.full_like(images, -1.0).requires_grad_()
+    spectral_loss(even, images).backward()
+    assert even.grad.isfinite().all() and even.grad.abs().sum() > 0
 
 
 def test_losses_are_float32_whatever_comes_in():
