@@ -17,7 +17,7 @@ def choose_precision(requested: str | None) -> str:
     Raises:
         UserError: fp16 without a GPU, where half-precision gradients can be neither computed nor scaled.
     """
-    precision = requested or os.environ.get("ACCELERATE_MIXED_PRECISION") or ("bf16" if _has_bf16() else "no")
+    precision = requested or os.environ.get("ACCELERATE_MIXED_PRECISION") or ("bf16" if has_bf16() else "no")
     if precision == "fp16" and not _has_gpu():
         raise UserError(
             "fp16 needs a GPU and none is visible here; run with --mixed_precision bf16 (or no), "
@@ -30,7 +30,7 @@ def _has_gpu() -> bool:
     return torch.accelerator.is_available()
 
 
-def _has_bf16() -> bool:
+def has_bf16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if _has_gpu():

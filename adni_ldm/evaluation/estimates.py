@@ -10,6 +10,7 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.95  # of every interval
+FEWEST_SUBJECTS = 5  # of a class; an interval over fewer says next to nothing
 
 
 @dataclass(frozen=True)
