@@ -120,6 +120,7 @@ def main() -> int:
         [denoiser.unet],
         gradient_checkpointing=cfg.gradient_checkpointing,
         attention=cfg.attention,
+        on_cpu=not on_gpu(accelerator),
         compile=cfg.compile,
     )
     optimizer = build_optimizer(cfg.optimizer, denoiser.parameters(), cfg.learning_rate, cfg.weight_decay)

@@ -96,6 +96,7 @@ def main() -> int:
         [vae.encoder, vae.decoder],
         gradient_checkpointing=cfg.gradient_checkpointing,
         attention=cfg.attention,
+        on_cpu=not on_gpu(accelerator),
         compile=cfg.compile,
     )
     optimizer = build_optimizer(

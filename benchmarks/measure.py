@@ -1,4 +1,4 @@
-"""What the benchmarks share: timings side by side, memory, the machine's peak, small models, and the table."""
+"""What the benchmarks share: timings side by side, the machine's peak, models of a preset, and the table."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 import yaml  # noqa: E402
-
 from diffusers import AutoencoderKL  # noqa: E402
 
 from adni_ldm.environment import installed_versions  # noqa: E402
@@ -51,9 +50,10 @@ class Preset:
         if name == "tiny":  # sizes for a test
             vae = {"widths": [16, 32], "latent_channels": 4, "batch_size": 2, "image_size": 32}
             return cls(name, 32, vae, {"unet_widths": [32, 64], "layers_per_block": 1, "batch_size": 2})
-        vae, ldm = (yaml.safe_load((ROOT / f"configs/{name}/{part}.yaml").read_text()) for part in ("vae", "ldm"))
+        vae, ldm = (
+            yaml.safe_load((ROOT / f"configs/{name}/{part}.yaml").read_text()) for part in ("vae", "ldm")
+        )
         return cls(name, vae["image_size"], vae, ldm)
-
 
     def batch_size(self, recipe: dict, on_cpu: int | None = None) -> int:
         """The recipe's; of the ADNI sizes, which are a GPU's, few slices on a CPU."""
@@ -61,7 +61,11 @@ class Preset:
 
     def build_vae(self) -> AutoencoderKL:
         """Its autoencoder, untrained, which takes the same time as a trained one."""
-        shape = {name: self.vae[name] for name in ("widths", "latent_channels", "layers_per_block") if name in self.vae}
+        shape = {
+            name: self.vae[name]
+            for name in ("widths", "latent_channels", "layers_per_block")
+            if name in self.vae
+        }
         vae = build_autoencoder(self.image_size, **shape)
         vae.register_to_config(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
         return vae.requires_grad_(False)
@@ -168,12 +172,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
     return [f"| {' | '.join(str(cell) for cell in line)} |" for line in lines]
 
 
-def report(name: str, title: str, lines: Sequence[str], folder: Path | None) -> None:
-    """Print the page, and write it to folder/NAME_MACHINE.md unless the folder is None."""
+def results_path(name: str, folder: Path) -> Path:
+    """folder/NAME_MACHINE.md, made of letters that every disk takes."""
+    words = "".join(letter if letter.isalnum() else " " for letter in machine()).split()
+    return folder / f"{name}_{'_'.join(words)}.md"
+
+
+def report(name: str, title: str, lines: Sequence[str], folder: Path) -> None:
+    """Print the page, and write it below the folder."""
     page = "\n".join([f"# {title}", "", conditions(), "", *lines]) + "\n"
     print(page)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{name}_{'_'.join(machine().split())}.md"
-        path.write_text(page)
-        print(f"written to {path}")
+    path = results_path(name, folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page)
+    print(f"written to {path}")

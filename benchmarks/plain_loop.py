@@ -44,13 +44,19 @@ def main() -> None:
     )
     dataset = load_slices(cfg.data_dir)["train"].select_columns(["image", "label"])
     dataset = dataset.with_transform(
-        lambda rows: {"image": [transform(image.convert("L")) for image in rows["image"]], "label": rows["label"]}
+        lambda rows: {
+            "image": [transform(image.convert("L")) for image in rows["image"]],
+            "label": rows["label"],
+        }
     )
     workers = 4 if device.type == "cuda" else 0
     loader = DataLoader(dataset, cfg.batch_size, shuffle=True, num_workers=workers, drop_last=True)
 
     vae = AutoencoderKL.from_pretrained(cfg.vae).to(device).requires_grad_(False)
-    channels, side = vae.config.latent_channels, cfg.image_size // 2 ** (len(vae.config.block_out_channels) - 1)
+    channels, side = (
+        vae.config.latent_channels,
+        cfg.image_size // 2 ** (len(vae.config.block_out_channels) - 1),
+    )
     unet = build_denoiser(channels, side, cfg.unet_widths, layers_per_block=cfg.layers_per_block)
     model = ConditionalDenoiser(unet, ClassEmbedding()).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)

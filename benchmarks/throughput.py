@@ -4,7 +4,7 @@
 
 The training steps are those of the recipes, run as they are (watched.py); beside them runs plain_loop.py, the
 same modules in a loop as example scripts usually write it. Runs alternate, and medians are given with the
-lowest and highest. FLOPs are counted (torch's FlopCounterMode), and their share is of the fastest matrix product
+lowest and highest. FLOPs are counted (torch's FlopCounterMode); their share is of the fastest matrix product
 measured here in the same precision. On a CPU the adni preset takes a small batch.
 """
 
@@ -79,7 +79,7 @@ class Bench:
         out = self.work / f"run{self.number}.json"
         return run_watched(out, name, common | settings, *more)
 
-    # ---- Rows ------------------------------------------------------------------------------------------------
+    # ---- Rows ----------------------------------------------------------------------------------------------
 
     def ldm_step(self) -> list[str]:
         """The recipe's step beside the plain loop's; returns the lines about their ratio."""
@@ -127,7 +127,9 @@ class Bench:
         results = [self.recipe("train_vae", settings) for _ in range(self.options.rounds)]
         images = [result["steps_per_second"] * batch for result in results]
         memory = max(result["GiB"] for result in results)
-        self.add(f"VAE step, train_vae.py, batch {batch}", images, self.gflop_of_vae_step(), PRECISION, memory)
+        self.add(
+            f"VAE step, train_vae.py, batch {batch}", images, self.gflop_of_vae_step(), PRECISION, memory
+        )
 
     def encoding(self) -> None:
         """As train_ldm.py fills its cache: in float32, with the reading of the slices."""
@@ -146,7 +148,9 @@ class Bench:
     def sampling(self) -> list[str]:
         """The pipeline beside its bare U-Net calls; returns the line about its overhead."""
         steps, batch = self.options.sampling_steps, self.preset.batch_size(self.preset.ldm, on_cpu=4)
-        scheduler = DDIMScheduler(prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False)
+        scheduler = DDIMScheduler(
+            prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False
+        )
         unet, embedding = self.denoiser.unet, self.denoiser.class_embedding
         pipeline = ClassConditionalLDMPipeline(self.vae, unet, embedding, scheduler)
         pipeline.set_progress_bar_config(disable=True)
@@ -174,7 +178,7 @@ class Bench:
         text = "the pipeline takes {} % more than its bare U-Net calls, beside them in the same round."
         return [f"- {self.preset.name}: " + text.format(spread(overheads))]
 
-    # ---- FLOPs -----------------------------------------------------------------------------------------------
+    # ---- FLOPs ---------------------------------------------------------------------------------------------
 
     def count(self, call) -> int:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -182,7 +186,10 @@ class Bench:
         return counter.get_total_flops()
 
     def gflop_of_ldm_step(self) -> float:
-        noisy, labels = torch.randn(1, *self.shape, device=DEVICE), torch.zeros(1, dtype=torch.long, device=DEVICE)
+        noisy, labels = (
+            torch.randn(1, *self.shape, device=DEVICE),
+            torch.zeros(1, dtype=torch.long, device=DEVICE),
+        )
         return self.count(lambda: self.denoiser(noisy, labels, labels).sum().backward()) / 1e9
 
     def gflop_of_vae_step(self) -> float:
@@ -199,7 +206,9 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     presets = ["adni"] if DEVICE.type == "cuda" else ["demo", "adni"]
-    parser.add_argument("--presets", nargs="+", default=presets, help="folders of configs/ whose sizes are run")
+    parser.add_argument(
+        "--presets", nargs="+", default=presets, help="folders of configs/ whose sizes are run"
+    )
     parser.add_argument("--steps", type=int, default=300 if DEVICE.type == "cuda" else 30, help="of a run")
     parser.add_argument("--sampling_steps", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=3, help="how often all is repeated")
@@ -219,8 +228,8 @@ def main() -> None:
             peaks = bench.peaks
     peak = ", ".join(f"{str(dtype)[6:]} {flops / 1e12:.2f} TFLOP/s" for dtype, flops in peaks.items())
     lines = [
-        f"Matrix products reach {peak}. Medians of {options.rounds} alternating runs of {options.steps} steps, "
-        "lowest and highest in brackets. Memory is the GPU's, or all that the process has resident.",
+        f"Matrix products reach {peak}. Medians of {options.rounds} alternating runs of {options.steps} "
+        "steps, lowest and highest in brackets. Memory is the GPU's, or all that the process has resident.",
         "",
         *table(COLUMNS, rows),
         "",

@@ -1,6 +1,8 @@
-"""Run a recipe and write down its speed and memory: python benchmarks/watched.py OUT.json train_ldm.py --max_steps 40
+"""Run a recipe and write down its speed and memory, as JSON:
 
-The recipe runs as it is; what is timed is from one line of its log to the next, all that lies between included.
+    python benchmarks/watched.py OUT.json train_ldm.py --max_steps 40
+
+The recipe runs as it is. Its speed is taken from one line of its log to the next, with all that lies between.
 Works under `accelerate launch` as well, where the main process writes.
 """
 
@@ -11,6 +13,7 @@ import os
 import resource
 import runpy
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,16 +23,24 @@ import torch  # noqa: E402
 from adni_ldm.training.log import RunLog  # noqa: E402
 
 
-def anonymous_gib() -> float:
-    """Memory of this process alone, without the files that it has mapped, which the system can take back."""
+def own_gib() -> float:
+    """Memory of this process without the files that it has mapped, which the system can take back."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 2**20
+
+
+def peak_gib() -> float:
+    """Most memory so far: the GPU's, or all that was resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def main() -> None:
     out, recipe = sys.argv[1:3]
     sys.argv = sys.argv[2:]
-    stamps, own = [], []
+    stamps: list[tuple[int, float]] = []
+    own: list[float] = []
     write_means = RunLog.write_means
 
     def stamped(log, step, **values):
@@ -37,10 +48,15 @@ def main() -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         stamps.append((step, time.perf_counter()))
-        own.append(anonymous_gib())
         return line
 
+    def watch():
+        while True:
+            own.append(own_gib())
+            time.sleep(0.1)
+
     RunLog.write_means = stamped
+    threading.Thread(target=watch, daemon=True).start()
     started = time.perf_counter()
     try:
         runpy.run_path(recipe, run_name="__main__")
@@ -48,11 +64,7 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0":
             warm = stamps[len(stamps) // 3 :]
             speed = (warm[-1][0] - warm[0][0]) / (warm[-1][1] - warm[0][1]) if len(warm) > 1 else None
-            if torch.cuda.is_available():
-                peak = torch.cuda.max_memory_allocated() / 2**30
-            else:
-                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            result = {"steps_per_second": speed, "GiB": peak, "own_GiB": max(own, default=None)}
+            result = {"steps_per_second": speed, "GiB": peak_gib(), "own_GiB": max(own)}
             result["seconds"] = time.perf_counter() - started
             Path(out).write_text(json.dumps(result))
 
