@@ -48,22 +48,23 @@ from adni_ldm.sampling import draw_images, image_seed
 
 CLASSES = ("AD", "NC")
 METHODS = {
-    "ours": "train_vae.py and train_ldm.py with the preset, the steps fitted to the time, which counts from the "
-    "start of the command to the saved model. 50 DDIM steps, guidance 1.5.",
+    "ours": "train_vae.py and train_ldm.py with the preset, the steps fitted to the time, which counts from "
+    "the start of the command to the saved model. 50 DDIM steps, guidance 1.5.",
     "monai": "MONAI's AutoencoderKL, PatchDiscriminator and DiffusionModelUNet as its 2-D LDM tutorial "
-    "(generation/2d_ldm) trains them: batch 64, RandAffine, L1 + 1e-6 KL + 0.01 adversarial after a tenth of the "
-    "time, Adam 1e-4 and 5e-4, epsilon, linear betas, 1000 DDPM steps. Without its perceptual term, whose "
-    "weights cannot be had offline. On a CPU its networks have our preset's widths: with its own it would take "
-    "a few dozen steps. The class, which it lacks, enters by cross-attention.",
+    "(generation/2d_ldm) trains them: batch 64, RandAffine, L1 + 1e-6 KL + 0.01 adversarial after a "
+    "tenth of the time, Adam 1e-4 and 5e-4, epsilon, linear betas, 1000 DDPM steps. Without its "
+    "perceptual term, whose weights cannot be had offline. On a CPU its networks have our preset's "
+    "widths: with its own it would take a few dozen steps. The class, which it lacks, enters by "
+    "cross-attention.",
     "monai, our lr": "the same with our learning rates, batches and number of blocks, and no RandAffine.",
     "student": "our own writing of a published student project on these slices: a convolutional VAE with one "
-    "vector of 128 numbers, a U-Net with BatchNorm on what the decoder makes of it, 10 steps of noise (betas up "
-    "to 0.1), epsilon by squared error, sampled from draws of the VAE's prior. The sigmoid at its end, by which "
-    "it could predict no negative noise, is left out.",
+    "vector of 128 numbers, a U-Net with BatchNorm on what the decoder makes of it, 10 steps of noise"
+    " (betas up to 0.1), epsilon by squared error, sampled from draws of the VAE's prior. The sigmoid"
+    " at its end, by which it could predict no negative noise, is left out.",
 }
 FEATURES = (
-    "features are those of a VGG16 with random weights of a fixed seed (Naeem et al. 2020, arXiv:2002.09797): no "
-    "method was trained with them, on them, or for them, and they need no download."
+    "features are those of a VGG16 with random weights of a fixed seed (Naeem et al. 2020, "
+    "arXiv:2002.09797): no method was trained with them, on them, or for them, and they need no download."
 )
 COLUMNS = ("method", "trained, s", "PSNR, dB", "KID", "precision", "recall", "AD − NC, mm²", "64 samples, s")
 
@@ -149,7 +150,7 @@ def figures(
     images, subjects, labels, held_out: ImageSet, train: ImageSet, pixel_mm: float
 ) -> tuple[str, ...]:
     """KID (95 % interval), precision, recall against held-out slices, and AD − NC of the ventricle, mm²."""
-    # Of mean 0 and mean square 1 over training slices: a random network's features have no scale of their own.
+    # Of mean 0 and mean square 1 over training slices: features of a random network have no scale.
     of_train, real, other = (random_features(one) for one in (train.floats(), held_out.floats(), images))
     centre, scale = of_train.mean(0), of_train.std()
     real, other = ((one - centre) / scale for one in (real, other))
