@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test faults gpu-check lint audit clean
+.PHONY: help demo test faults gpu-check bench lint audit clean
 
 PYTHON ?= python3
 VENV := .venv/bin/python
@@ -48,6 +48,12 @@ faults: .venv  ## break training in every way we know and resume it; minutes
 
 gpu-check: .venv  ## what only a CUDA machine can show: fp16, exact resume, kernels; one table
 	$(VENV) benchmarks/gpu_check.py
+
+bench: .venv  ## how fast, how it grows, how good beside others: tables in benchmarks/results; an hour on 2 cores
+	$(VENV) benchmarks/throughput.py
+	$(VENV) benchmarks/scaling.py
+	$(VENV) benchmarks/peers.py
+	test ! -f benchmarks/finetune.py || $(VENV) benchmarks/finetune.py
 
 lint: .venv  ## check style and format
 	$(VENV) -m ruff check .

@@ -152,6 +152,7 @@ def main() -> int:
         [denoiser.unet],
         gradient_checkpointing=cfg.gradient_checkpointing,
         attention=cfg.attention,
+        on_cpu=not on_gpu(accelerator),
         compile=cfg.compile,
     )
     optimizer = build_optimizer(cfg.optimizer, trainable(denoiser), cfg.learning_rate, cfg.weight_decay)

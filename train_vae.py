@@ -102,6 +102,7 @@ def main() -> int:
         [vae.encoder, vae.decoder.mid_block, *vae.decoder.up_blocks],  # the adversary asks the last layer
         gradient_checkpointing=cfg.gradient_checkpointing,
         attention=cfg.attention,
+        on_cpu=not on_gpu(accelerator),
         compile=cfg.compile,
     )
     refuse_sharding(accelerator, cfg.discriminator_weight)

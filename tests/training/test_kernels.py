@@ -10,7 +10,9 @@ from adni_ldm.training.kernels import refuse_missing_kernels, set_kernels
 from adni_ldm.training.optimization import average, build_optimizer, set_learning_rate, update_average
 
 
-@pytest.mark.parametrize("flags", [{"gradient_checkpointing": True}, {"compile": True, "backend": "eager"}])
+@pytest.mark.parametrize(
+    "flags", [{"gradient_checkpointing": True}, {"compile": True, "backend": "eager"}, {"on_cpu": True}]
+)
 def test_kernels_keep_gradients_and_names(flags):
     def gradients(**options):
         torch.manual_seed(0)
