@@ -221,10 +221,12 @@ def save_umap(
         labels.append(images.labels[rows])
     together = np.concatenate(features)
     neighbours = max(2, min(15, len(together) - 1))
+    threads = torch.get_num_threads()
     # one job: with a seed UMAP takes one anyway, and warns
     mapped = UMAP(
         n_neighbors=neighbours, init="random" if len(together) < 10 else "pca", random_state=seed, n_jobs=1
     ).fit_transform(together)
+    torch.set_num_threads(threads)  # which UMAP changes, and with them the rounding of all that follows
     places = np.split(mapped, [len(features[0])])
 
     figure = Figure(figsize=(8, 6), layout="constrained")
