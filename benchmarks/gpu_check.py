@@ -43,27 +43,6 @@ FLAGS = {
     "--offload_ema": ["--offload_ema"],
     "--deterministic": ["--deterministic"],
 }
-# A recipe that reports its memory and, once the loop is warm, its speed.
-CHILD = """
-import sys, time, json, runpy, torch
-out, recipe = sys.argv[1:3]
-sys.argv = sys.argv[2:]
-from adni_ldm.training.log import RunLog
-stamps, write = [], RunLog.write_means
-def stamped(log, step, **values):
-    line = write(log, step, **values)
-    torch.cuda.synchronize()
-    stamps.append((step, time.perf_counter()))
-    return line
-RunLog.write_means = stamped
-try:
-    runpy.run_path(recipe, run_name="__main__")
-finally:
-    warm = stamps[len(stamps) // 3:]
-    speed = (warm[-1][0] - warm[0][0]) / (warm[-1][1] - warm[0][1]) if len(warm) > 1 else None
-    memory = torch.cuda.max_memory_allocated() / 2**30
-    json.dump({"steps_per_second": speed, "GiB": memory}, open(out, "w"))
-"""
 
 
 class Bench:
@@ -89,7 +68,7 @@ class Bench:
         self.number += 1
         folder = folder or self.work / f"run{self.number}"
         measured = self.work / f"run{self.number}.json"
-        start = [sys.executable, "-c", CHILD, str(measured)] if launcher is None else launcher
+        start = [sys.executable, "benchmarks/watched.py", str(measured)] if launcher is None else launcher
         command = [*start, *self.words(recipe, folder, *more, **settings)]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         began = time.monotonic()

@@ -64,14 +64,20 @@ def _compare(
     every = [np.arange(len(value)) for value in values]
     d_real, d_synthetic = effect(0, 1, *every[:2]), effect(2, 3, *every[2:])
     real_interval = bootstrap(lambda *rows: effect(0, 1, *rows), *subjects[:2], seed=seed)
-    result["effect_real"] = Estimate(d_real, *real_interval)
     interval = bootstrap(lambda *rows: effect(2, 3, *rows), *subjects[2:], seed=seed)
-    result["effect_synthetic"] = Estimate(d_synthetic, *interval, floor=d_real)
-    if not (real_interval[0] > 0 or real_interval[1] < 0):  # NaN as well
+    result["effect_real"] = _effect(d_real, real_interval)
+    result["effect_synthetic"] = _effect(d_synthetic, interval).with_floor(d_real)
+    if result["effect_synthetic"].value is None:
+        result["effect_ratio"] = unknown("samples of a class are all alike")
+    elif not (real_interval[0] > 0 or real_interval[1] < 0):  # NaN as well
         result["effect_ratio"] = unknown("real slices show no effect that differs from none")
     else:
         result["effect_ratio"] = Estimate(d_synthetic / d_real, *bootstrap(ratio, *subjects, seed=seed))
     return result
+
+
+def _effect(d: float, interval: tuple[float, float]) -> Estimate:
+    return Estimate(d, *interval) if np.isfinite(d) else unknown("all of a class measure alike")
 
 
 def _of(images: ImageSet, values: np.ndarray, label: int) -> tuple[np.ndarray, np.ndarray]:

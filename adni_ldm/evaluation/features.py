@@ -50,8 +50,9 @@ def load_extractor(
 
     Args:
         name: "classifier" (what `classifier` passes to its last layer), "vae" (the mean latents of `vae`,
-            normalized and pooled to 8 x 8 at most), "inception" (the 2048 features of the usual FID, Heusel et
-            al. 2017) or a vision model for transformers: a folder, or a Hub name such as facebook/dinov2-small.
+            normalized and pooled to 8 x 8 at most), "inception" (the 2048 features of the usual FID, Heusel
+            et al. 2017) or a vision model for transformers: a folder, or a Hub name such as
+            facebook/dinov2-small.
         classifier: as `train_classifier` returns it, on `device`.
         vae: the autoencoder of the model that drew the samples.
 

@@ -5,13 +5,16 @@ Samples are compared with real slices of subjects that the model never saw. The 
 of slices of other real subjects, those of the training set, reach in the samples' place: a model that did no
 more than copy its training set would reach just that, and fall through on privacy.
 
-Real slices come in subjects, and slices of one subject resemble each other. So pairs of slices of one subject
-are left out of KID's sums and of the neighbours that span a manifold, and intervals draw subjects, not slices.
-Where every slice is a subject of its own, as among samples, all is as in the papers.
+Real slices come in subjects, and slices of one subject resemble each other. So pairs of slices of one
+subject are left out of KID's sums and of the neighbours that span a manifold, and intervals draw subjects,
+not slices. Where every slice is a subject of its own, as among samples, all is as in the papers.
 
-KID is the figure to read first: it is unbiased, so it depends on the number of slices by its interval alone.
-FID is biased upwards, the more so the fewer the slices; with fewer slices than features the covariances are
-singular, and FID can be computed but means little by itself. Beside a floor of the same number it can be read.
+KID is the figure to read first: it is unbiased, so the number of slices changes its interval alone. FID is
+biased upwards, the more so the fewer the slices and the subjects; with fewer slices than features the
+covariances are singular, and FID can be computed but means little. Its floor has the same number of slices,
+of fewer subjects, so samples can come out below it.
+
+Memory grows with the square of the number of slices: 10,000 against 10,000 take about 3 GB.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from adni_ldm.evaluation.estimates import FEWEST_SUBJECTS, LEVEL, Estimate, boot
 from adni_ldm.evaluation.image_sets import ImageSet
 
 METRICS = ("kid", "fid", "precision", "recall", "density", "coverage", "ms_ssim")
-FEWEST_SLICES = 20  # on either side; below that the figures are noise
+FEWEST_SLICES = 20  # of a class; below that the figures are noise
 FID_DRAWS = 100  # for FID's interval; a draw costs a singular value decomposition
 
 _BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # weights of the five scales (Wang et al. 2003)
@@ -60,13 +63,13 @@ def fidelity(
     rows = [[rng.permutation(np.flatnonzero(one.labels == k)) for k in classes] for one in sets]
     results = {}
     for name, labels in {"all": classes, **{held_out.class_names[k]: [k] for k in classes}}.items():
+        if problem := _too_few(*sets, labels):
+            results[name] = {metric: unknown(problem) for metric in METRICS}
+            continue
         counts = [min(len(by_class[k]) for k in labels) for by_class in rows]  # slices of each class
         counts[1:] = [min(counts[1:])] * 2
         chosen = [np.concatenate([by_class[k][:n] for k in labels]) for by_class, n in zip(rows, counts)]
         real, others, drawn = (one.take(row) for one, row in zip(sets, chosen))
-        if problem := _too_few(real, others, drawn):
-            results[name] = {metric: unknown(problem) for metric in METRICS}
-            continue
         x, z, y = (feature[row].astype(np.float64) for feature, row in zip(features, chosen))
         floors = compare(x, z, real.subjects, others.subjects, draws=0)
         floors["ms_ssim"] = structural_similarity(others, draws=0)
@@ -76,15 +79,16 @@ def fidelity(
     return results
 
 
-def _too_few(real: ImageSet, others: ImageSet, drawn: ImageSet) -> str:
+def _too_few(held_out: ImageSet, train: ImageSet, samples: ImageSet, labels: Sequence[int]) -> str:
     """What there is too little of; "" where there is enough."""
-    for what, one in (("held-out real", real), ("training", others), ("drawn", drawn)):
-        subjects = len(np.unique(one.subjects))
-        if len(one) < FEWEST_SLICES or subjects < FEWEST_SUBJECTS:
-            return (
-                f"too few {what} slices: {len(one)} of {subjects} subjects, where {FEWEST_SLICES} of "
-                f"{FEWEST_SUBJECTS} are needed"
-            )
+    for label in labels:
+        for what, one in (("samples", samples), ("held-out slices", held_out), ("training slices", train)):
+            subjects = one.subjects[one.labels == label]
+            if len(subjects) < FEWEST_SLICES or len(np.unique(subjects)) < FEWEST_SUBJECTS:
+                return (
+                    f"{len(subjects)} {what} of {one.class_names[label]}, of {len(np.unique(subjects))} "
+                    f"subjects: {FEWEST_SLICES} of {FEWEST_SUBJECTS} are needed"
+                )
     return ""
 
 
@@ -96,7 +100,7 @@ def compare(
     *,
     draws: int = 1000,
 ) -> dict[str, Estimate]:
-    """All but MS-SSIM, of features (N, D) and (M, D) and the subjects of their rows; draws=0: no intervals."""
+    """All but MS-SSIM, of features (N, D) and (M, D) and their rows' subjects; no intervals for draws=0."""
     return {
         "kid": kernel_distance(real, other, real_subjects, other_subjects, draws=draws),
         "fid": _frechet_estimate(real, other, real_subjects, other_subjects, min(draws, FID_DRAWS)),
@@ -142,8 +146,8 @@ def kernel_distance(
     draws: int = 1000,
     seed: int = 0,
 ) -> Estimate:
-    """KID: the unbiased estimate of MMD² with the kernel (x·y / D + 1)³ (Binkowski et al. 2018, section 4), of
-    features (N, D) and (M, D). Below zero by chance where the two are alike.
+    """KID: the unbiased estimate of MMD² with the kernel (x·y / D + 1)³ (Binkowski et al. 2018, section 4),
+    of features (N, D) and (M, D). Below zero by chance where the two are alike.
 
     Pairs of rows of one subject are left out, as the usual estimate leaves out a row with itself; a draw of
     the bootstrap leaves out the same pairs, so it has no bias either.
@@ -170,7 +174,9 @@ def kernel_distance(
         return Estimate(value)
     rng = np.random.default_rng(seed)
     u, v = (rng.multinomial(n, np.full(n, 1 / n), draws).astype(float) for n in (len(x_size), len(y_size)))
-    low, high = np.quantile(squared_mmd(u, v), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    with np.errstate(invalid="ignore"):  # a draw of one subject over and over has no pairs
+        values = squared_mmd(u, v)
+    low, high = np.nanquantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(value, low, high)
 
 
@@ -220,8 +226,8 @@ def radii(features: np.ndarray, subjects: np.ndarray, k: int) -> np.ndarray:
 def structural_similarity(images: ImageSet, *, draws: int = 1000, seed: int = 0) -> Estimate:
     """Mean MS-SSIM (Wang et al. 2003) of pairs of one class and of two subjects: the less, the more varied.
 
-    Every slice is in one pair at most. Pictures under 176 pixels are compared at fewer scales, at 64 pixels at
-    three of the five, whose weights are scaled up to a sum of one.
+    Every slice is in one pair at most. Pictures under 176 pixels are compared at fewer scales, at 64 pixels
+    at three of the five, whose weights are scaled up to a sum of one.
     """
     rng = np.random.default_rng(seed)
     pairs = []
@@ -236,13 +242,10 @@ def structural_similarity(images: ImageSet, *, draws: int = 1000, seed: int = 0)
 
     scales = max(n for n in range(1, 6) if images.images.shape[-1] // max(1, n - 1) ** 2 > 10)
     betas = tuple(beta / sum(_BETAS[:scales]) for beta in _BETAS[:scales])
+    pixels = images.images.float() / 255  # black is 0: dark ground must not count as bright tissue does
     values = [
         multiscale_structural_similarity_index_measure(
-            images.floats(first[batch]),
-            images.floats(second[batch]),
-            data_range=2.0,
-            betas=betas,
-            reduction=None,
+            pixels[first[batch]], pixels[second[batch]], data_range=1.0, betas=betas, reduction=None
         )
         for batch in np.array_split(np.arange(len(first)), len(first) // 64 + 1)
     ]

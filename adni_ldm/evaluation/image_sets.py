@@ -12,6 +12,8 @@ from datasets import Dataset
 
 from adni_ldm.data.slices import SliceTensors, prepare_image, read_image, to_arrays
 from adni_ldm.errors import UserError
+from adni_ldm.pipeline import ClassConditionalLDMPipeline
+from adni_ldm.sampling import draw_images, image_seed
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,16 @@ class ImageSet:
     def floats(self, indices: Sequence[int] | slice = slice(None)) -> torch.Tensor:
         """Float32 (n, 1, H, W) in [-1, 1], the range that every network here reads."""
         return self.images[indices].float().div_(127.5).sub_(1)
+
+
+def join(first: ImageSet, second: ImageSet) -> ImageSet:
+    """The rows of both."""
+    return ImageSet(
+        torch.cat([first.images, second.images]),
+        np.concatenate([first.labels, second.labels]),
+        np.concatenate([first.subjects, second.subjects]),
+        first.class_names,
+    )
 
 
 def real_set(slices: Dataset, image_size: int, most: int | None = None, seed: int = 0) -> ImageSet:
@@ -91,6 +103,22 @@ def sample_set(folder: str | Path, class_names: Sequence[str], most: int | None 
     return ImageSet(torch.stack(images)[:, None], np.array(labels), subjects, tuple(class_names))
 
 
+def drawn_set(
+    pipeline: ClassConditionalLDMPipeline, count: int, seed: int, batch_size: int = 50, **options
+) -> ImageSet:
+    """`count` slices of each class drawn anew, image k of each class from the same noise.
+
+    Args:
+        options: further arguments of the pipeline's call.
+    """
+    names = tuple(pipeline.class_embedding.config.class_names)
+    labels = np.repeat(np.arange(len(names)), count)
+    seeds = [image_seed(seed, index) for index in range(count)] * len(names)
+    images = torch.cat(list(draw_images(pipeline, labels.tolist(), seeds, batch_size, **options)))
+    subjects = np.array([f"sample {index}" for index in range(len(labels))])
+    return ImageSet(images.mul(255).round().to(torch.uint8), labels, subjects, names)
+
+
 def _first_size(folder: Path, class_names: Sequence[str]) -> int:
     for name in class_names:
         for path in sorted((folder / name).glob("*.png")):
@@ -101,10 +129,10 @@ def _first_size(folder: Path, class_names: Sequence[str]) -> int:
 
 def thin(subjects: np.ndarray, most: int, seed: int) -> np.ndarray:
     """About `most` row indices, in order: of each subject the same share, and one at least."""
-    share = most / len(subjects)
+    share = min(1.0, most / max(1, len(subjects)))
     order = np.random.default_rng(seed).permutation(len(subjects))
     kept = []
     for subject in np.unique(subjects):
         rows = order[subjects[order] == subject]
         kept.append(rows[: max(1, round(share * len(rows)))])
-    return np.sort(np.concatenate(kept))
+    return np.sort(np.concatenate([np.zeros(0, dtype=int), *kept]))

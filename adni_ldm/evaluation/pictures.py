@@ -5,14 +5,17 @@ Nobody's name is in them: a training subject is a number that counts within the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
+from adni_ldm.evaluation.anatomy import MEASURES
+from adni_ldm.evaluation.estimates import Estimate
 from adni_ldm.evaluation.image_sets import ImageSet
 from adni_ldm.evaluation.nearest import SURROUNDINGS
 from adni_ldm.evaluation.privacy import CopyRule, Pair
@@ -113,6 +116,64 @@ def save_class_difference(path: str | Path, real: ImageSet, samples: ImageSet) -
     if known:
         _bar(figure, shown, axes, f"{first} − {last} (% of full brightness)", colour="black")
     figure.suptitle(f"Where {first} is brighter (red) or darker (blue) than {last}, on average")
+    figure.savefig(path, dpi=DPI)
+
+
+def save_anatomy(
+    path: str | Path,
+    real: ImageSet,
+    real_values: Mapping[str, np.ndarray],
+    samples: ImageSet,
+    sample_values: Mapping[str, np.ndarray],
+) -> None:
+    """Distribution of each measure {name: (N,)} by class, real slices left and samples right of each line."""
+    figure = Figure(figsize=(3.1 * len(real_values), 3.9), layout="constrained")
+    for axis, measure in zip(figure.subplots(1, len(real_values), squeeze=False)[0], real_values):
+        for label in range(len(real.class_names)):
+            sides = ((real, real_values, "low", "#888888"), (samples, sample_values, "high", COLOURS[0]))
+            for images, values, side, colour in sides:
+                shown = values[measure][images.labels == label]
+                shown = shown[np.isfinite(shown)]
+                if len(np.unique(shown)) < 2:  # no distribution to draw
+                    continue
+                drawn = axis.violinplot(shown, [label], side=side, showextrema=False, widths=0.9)
+                drawn["bodies"][0].set(facecolor=colour, edgecolor=colour, alpha=0.6)
+                low, middle, high = np.quantile(shown, [0.25, 0.5, 0.75])
+                place = label + (0.04 if side == "high" else -0.04)
+                axis.plot([place, place], [low, high], color=colour, linewidth=3)
+                axis.plot(place, middle, "o", color="white", markeredgecolor=colour, markersize=5)
+        axis.set_title(MEASURES[measure], fontsize=10)
+        axis.set_xticks(range(len(real.class_names)), real.class_names)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3, axis="y")
+    patches = [Patch(color=colour, alpha=0.6) for colour in ("#888888", COLOURS[0])]
+    figure.legend(
+        patches,
+        ["real slices of unseen people", "samples"],
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+    )
+    figure.savefig(path, dpi=DPI)
+
+
+def save_guidance_curve(path: str | Path, curve: Mapping[float, Estimate]) -> None:
+    """Share of samples taken for the class asked for, by guidance scale, beside the classifier's accuracy."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axis = figure.subplots()
+    scales, figures = list(curve), list(curve.values())
+    told = [(scale, one) for scale, one in zip(scales, figures) if one.value is not None]
+    if told:
+        x, y = [scale for scale, _ in told], np.array([one.value for _, one in told]) * 100
+        spread = np.array([[one.value - one.low, one.high - one.value] for _, one in told]).T * 100
+        axis.errorbar(x, y, np.maximum(spread, 0), color=COLOURS[0], marker="o", capsize=4, label="samples")
+        if told[0][1].floor is not None:
+            axis.axhline(
+                100 * told[0][1].floor, color="#888888", linestyle="--", label="real slices of unseen people"
+            )
+    axis.set(xlabel="guidance scale", ylabel="taken for their class (%)", ylim=(0, 103))
+    axis.legend(frameon=False, loc="lower right")
+    axis.grid(alpha=0.3)
     figure.savefig(path, dpi=DPI)
 
 

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from adni_ldm.errors import UserError
 from adni_ldm.evaluation.image_sets import ImageSet
 from adni_ldm.pipeline import ClassConditionalLDMPipeline, normalize_latents
+from adni_ldm.precision import has_bf16
 
 LEVELS = (0.1, 0.2, 0.3)  # where the loss is taken, shares of training's timesteps
 BOTTLENECK_LEVEL = 0.2
@@ -42,7 +43,7 @@ def denoising_losses(
         for index, level in enumerate(LEVELS):
             noise, timestep, alpha = _noise(pipeline, latents, level, seed + index)
             noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-            prediction = pipeline.unet(noisy.to(pipeline.unet.dtype), timestep, tokens).sample.float()
+            prediction = _predict(pipeline, noisy, timestep, tokens)
             target = noise
             if pipeline.scheduler.config.prediction_type == "v_prediction":
                 target = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
@@ -70,7 +71,7 @@ def bottleneck_features(
             null = torch.full((len(rows),), pipeline.class_embedding.null_label, device=latents.device)
             noise, timestep, alpha = _noise(pipeline, latents, BOTTLENECK_LEVEL, seed)
             noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-            pipeline.unet(noisy.to(pipeline.unet.dtype), timestep, pipeline.class_embedding(null))
+            _predict(pipeline, noisy, timestep, pipeline.class_embedding(null))
             features.append(caught.pop().flatten(1).float().cpu().numpy())
     finally:
         hook.remove()
@@ -99,6 +100,14 @@ def _latent_batches(
         rows = np.arange(first, min(first + batch_size, len(images)))
         posterior = vae.encode(images.floats(rows).to(vae.device, vae.dtype)).latent_dist
         yield rows, normalize_latents(vae, posterior.mode())
+
+
+def _predict(
+    pipeline: ClassConditionalLDMPipeline, noisy: torch.Tensor, timestep: int, tokens: torch.Tensor
+) -> torch.Tensor:
+    """What the U-Net says of latents (B, C, h, w), float32; computed in bf16 where the hardware does."""
+    with torch.autocast(noisy.device.type, torch.bfloat16, enabled=has_bf16()):
+        return pipeline.unet(noisy.to(pipeline.unet.dtype), timestep, tokens).sample.float()
 
 
 def _noise(

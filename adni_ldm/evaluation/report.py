@@ -21,28 +21,25 @@ WORDS = {
     "density": "Density: how deep among real slices the samples lie (1 is as real ones)",
     "coverage": "Coverage: share of real slices with a sample near them",
     "ms_ssim": "MS-SSIM between samples of one class (as low as real ones: as diverse)",
-    "auc_real": "AUC, trained on real slices",
-    "auc_synthetic": "AUC, trained on samples alone",
-    "auc_both": "AUC, trained on both",
-    "auc_ratio": "AUC, trained on samples ÷ trained on real",
-    "balanced_accuracy_real": "Balanced accuracy, trained on real slices",
-    "balanced_accuracy_synthetic": "Balanced accuracy, trained on samples alone",
-    "balanced_accuracy_both": "Balanced accuracy, trained on both",
+    "auc": "AUC of telling the classes apart, by subject",
+    "balanced_accuracy": "balanced accuracy, by subject",
+    "auc_ratio": "AUC trained on samples ÷ trained on real",
     "agreement": "Samples that an independent classifier takes for the class asked for",
     "by_guidance": "The same, by guidance scale",
     "effect_real": "Effect of the disease in real slices (Cohen's d)",
     "effect_synthetic": "Effect of the disease in samples (Cohen's d)",
     "effect_ratio": "Effect in samples ÷ effect in real slices",
-    "real": "real, mean",
-    "synthetic": "synthetic, mean",
-    "copies": "Samples nearer to a training slice than other people's slices are",
-    "membership_auc": "AUC of telling training subjects from others by the model's loss (0.5: it cannot)",
+    "copies": "Samples that are copies of a training slice",
+    "copies_AD": "of AD",
+    "copies_NC": "of NC",
+    "subjects_copied": "Training subjects of whom a sample is a copy",
+    "membership_auc": "AUC of telling training subjects by the model's loss (0.5: it cannot)",
 }
 QUESTIONS = {  # section: (heading, what it asks and how to read it)
     "fidelity": (
-        "Do the samples look like real slices?",
+        "Do the samples match real slices?",
         "Both are turned into features, and the two clouds of features are compared. The floor is what other "
-        "real people's slices, as many, reach in the samples' place: no sample set can be expected to do better.",
+        "real people's slices, as many, reach in their place: no samples can be expected to do better.",
     ),
     "usefulness": (
         "Can a classifier be trained on them?",
@@ -60,7 +57,7 @@ QUESTIONS = {  # section: (heading, what it asks and how to read it)
         "the difference of the first class and the last in units of their spread.",
     ),
     "privacy": (
-        "Is somebody's brain in them?",
+        "Are patients' brains kept out of them?",
         "For each sample the nearest training slice is looked up. It counts as a copy when it lies nearer "
         "than slices of people who were not trained on ever lie, but for the share that the floor states.",
     ),
@@ -74,6 +71,20 @@ class Picture:
     section: str  # of QUESTIONS, or "pictures"
     path: Path
     caption: str  # what is seen, in words: it is the text for those who do not see it as well
+
+
+class Gallery:
+    """The folder that the report's pictures are written to, in the order in which they are shown."""
+
+    def __init__(self, folder: str | Path):
+        self.folder, self.pictures = Path(folder), []
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, section: str, name: str, caption: str) -> Path:
+        """Where the picture `name` is to be written."""
+        path = self.folder / f"{name.replace(' ', '_')}.png"
+        self.pictures.append(Picture(section, path, caption))
+        return path
 
 
 def write_metrics(path: str | Path, metrics: Mapping) -> None:
@@ -121,7 +132,7 @@ def _rows(results: Mapping, place: tuple[str, ...] = ()) -> Iterator[dict[str, s
         if isinstance(result, Mapping):
             yield from _rows(result, (*place, name))
         elif isinstance(result, Estimate):
-            words = [WORDS.get(part, part) for part in (*place, name) if part != "all"]
+            words = [WORDS.get(part, str(part)) for part in (*place, name) if part != "all"]
             yield {
                 "what": " · ".join(words),
                 "value": show(result),

@@ -14,7 +14,7 @@ from torch import nn
 
 from adni_ldm.evaluation.classifier import STEPS, probabilities, train_classifier
 from adni_ldm.evaluation.estimates import FEWEST_SUBJECTS, Estimate, bootstrap, unknown
-from adni_ldm.evaluation.image_sets import ImageSet
+from adni_ldm.evaluation.image_sets import ImageSet, join
 
 
 def usefulness(
@@ -54,7 +54,7 @@ def usefulness(
     classifiers = {
         "real": judge,
         "synthetic": fit(samples, "samples"),
-        "both": fit(_join(train, samples), "both"),
+        "both": fit(join(train, samples), "both"),
     }
     by_subject = {name: subject_probabilities(model, held_out) for name, model in classifiers.items()}
     _, labels, subjects = by_subject["real"]
@@ -62,7 +62,9 @@ def usefulness(
 
     def estimate(statistic: Callable[[np.ndarray], float]) -> Estimate:
         everyone = np.arange(len(labels))
-        return Estimate(statistic(everyone), *bootstrap(statistic, subjects, count=draws, seed=seed))
+        low, high = bootstrap(statistic, subjects, count=draws, seed=seed)
+        certain = f"alike in every draw: {len(labels)} subjects are too few to show the doubt that is left"
+        return Estimate(statistic(everyone), low, high, note=certain if low == high else "")
 
     def figures(name: str) -> dict[str, Estimate]:
         return {
@@ -74,13 +76,15 @@ def usefulness(
     for name in ("synthetic", "both"):
         results[name] = {key: e.with_floor(results["real"][key].value) for key, e in results[name].items()}
     results["auc_ratio"] = estimate(
-        lambda rows: auc(labels[rows], scores["synthetic"][rows]) / auc(labels[rows], scores["real"][rows])
+        lambda rows: ratio(
+            auc(labels[rows], scores["synthetic"][rows]), auc(labels[rows], scores["real"][rows])
+        )
     )
     return results
 
 
 def subject_probabilities(model: nn.Module, images: ImageSet) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean probabilities (S, K), label (S,) and subject (S,) of each subject; of two diagnoses, one row each."""
+    """Mean probabilities (S, K), label (S,) and subject (S,) of each subject; one row for each diagnosis."""
     means = pd.DataFrame(probabilities(model, images)).groupby([images.subjects, images.labels]).mean()
     return (
         means.to_numpy(),
@@ -90,8 +94,8 @@ def subject_probabilities(model: nn.Module, images: ImageSet) -> tuple[np.ndarra
 
 
 def auc(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Area under the ROC curve, the chance that a case of a class scores higher than another; of more than two
-    classes the mean of each against the rest.
+    """Area under the ROC curve, the chance that a case of a class scores higher than another; of more than
+    two classes the mean of each against the rest.
 
     Args:
         labels: (N,), each one of 0 … K - 1.
@@ -101,13 +105,19 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float:
         NaN where a class is not shown.
     """
     areas = []
-    for label in range(scores.shape[1]):
+    classes = scores.shape[1]
+    for label in range(classes) if classes > 2 else [1]:
         cases, others = scores[labels == label, label], scores[labels != label, label]
         if not len(cases) or not len(others):
             return np.nan
         difference = cases[:, None] - others
         areas.append((difference > 0).mean() + (difference == 0).mean() / 2)
     return float(np.mean(areas))
+
+
+def ratio(one: float, other: float) -> float:
+    """NaN where there is nothing to divide by."""
+    return one / other if other else np.nan
 
 
 def balanced_accuracy(labels: np.ndarray, scores: np.ndarray) -> float:
@@ -126,12 +136,3 @@ def _too_few(samples: ImageSet, held_out: ImageSet) -> str:
         if subjects < FEWEST_SUBJECTS:
             return f"{subjects} held-out subjects of {name}, where {FEWEST_SUBJECTS} are needed"
     return ""
-
-
-def _join(first: ImageSet, second: ImageSet) -> ImageSet:
-    return ImageSet(
-        torch.cat([first.images, second.images]),
-        np.concatenate([first.labels, second.labels]),
-        np.concatenate([first.subjects, second.subjects]),
-        first.class_names,
-    )

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 
 from adni_ldm.evaluation.estimates import Estimate
 
-NEAR_FLOOR = 0.8  # of the floor: precision and coverage from which samples pass for real slices
+NEAR_FLOOR = 0.8  # of the floor: precision and recall from which samples match real slices
 FAITHFUL = 0.03  # below the classifier's own accuracy
 USEFUL = 0.95  # of the AUC reached by training on real slices
+MEMBERSHIP = 0.6  # AUC that the membership test must surely exceed before the model is said to remember
 EFFECT = (0.8, 1.25)  # of the disease's effect in real slices
 
 
@@ -29,14 +30,14 @@ def verdicts(metrics: Mapping[str, Mapping]) -> dict[str, dict]:
 
 
 def _fidelity(figures: Mapping[str, Estimate]) -> dict:
-    kid, precision, coverage = (figures[name] for name in ("kid", "precision", "coverage"))
-    if gap := _gap(kid, precision, coverage):
+    kid, precision, recall = (figures[name] for name in ("kid", "precision", "recall"))
+    if gap := _gap(kid, precision, recall):
         return gap
-    near = [figure.value >= NEAR_FLOOR * figure.floor for figure in (precision, coverage)]
+    near = [figure.value >= NEAR_FLOOR * figure.floor for figure in (precision, recall)]
     said = (
         f"KID {_with_interval(kid, '.3f')} where other real people reach {kid.floor:.3f}. "
         f"{precision.value:.0%} of the samples lie among real slices (real ones: {precision.floor:.0%}), and "
-        f"{coverage.value:.0%} of the real slices have a sample near them (real ones: {coverage.floor:.0%}). "
+        f"{recall.value:.0%} of the real slices lie among samples (real ones: {recall.floor:.0%}). "
     )
     if all(near):
         said += "In these features a sample passes for a slice of another person."
@@ -50,9 +51,9 @@ def _fidelity(figures: Mapping[str, Estimate]) -> dict:
     }
 
 
-def _usefulness(figures: Mapping[str, Estimate]) -> dict:
-    real, synthetic, ratio = (figures[name] for name in ("auc_real", "auc_synthetic", "auc_ratio"))
-    if gap := _gap(real, synthetic, ratio):
+def _usefulness(figures: Mapping) -> dict:
+    real, synthetic, ratio = figures["real"]["auc"], figures["synthetic"]["auc"], figures["auc_ratio"]
+    if gap := _gap(real, synthetic, ratio, floors=False):
         return gap
     good = ratio.value >= USEFUL
     said = (
@@ -102,27 +103,30 @@ def _privacy(figures: Mapping[str, Estimate]) -> dict:
         f"allows; of slices of people who were not trained on, {copies.floor:.1%} do. "
     )
     if membership is not None and membership.value is not None:
-        hidden = membership.low <= 0.5
-        said += (
-            f"The model's loss tells training subjects from others with AUC {_with_interval(membership, "
-            f"'.2f')}{', no better than chance' if hidden else ': it remembers them'}. "
-        )
+        hidden = membership.low <= MEMBERSHIP
+        auc = _with_interval(membership, ".2f")
+        said += f"The model's loss tells training subjects from others with AUC {auc}"
+        if membership.low <= 0.5:
+            said += ", no better than chance. "
+        else:
+            said += ": weakly, yet not by chance. " if hidden else ": it remembers them. "
         good = good and hidden
     else:
         said += "Whether the model's loss gives its training subjects away was not tested (--model). "
     said += (
-        "No sample was found to show a training subject; that is no proof that none can be drawn."
+        "No more copies than other people's slices would be taken for: no proof that none can be drawn."
         if good
         else "Look at the nearest pairs, and do not publish these samples or this model."
     )
     return {"good": good, "text": said}
 
 
-def _gap(*figures: Estimate) -> dict | None:
-    """The verdict where a figure or its floor is missing."""
+def _gap(*figures: Estimate, floors: bool = True) -> dict | None:
+    """The verdict where a figure, or its floor where one is asked for, is missing."""
     for figure in figures:
-        if figure.value is None:
-            return {"good": None, "text": f"Cannot be told: {figure.note}."}
+        if figure.value is None or (floors and figure.floor is None):
+            reason = figure.note or "there are no real slices to compare with"
+            return {"good": None, "text": f"Cannot be told: {reason}."}
     return None
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from diffusers.training_utils import EMAModel
 
 from adni_ldm.errors import UserError
 from adni_ldm.models.autoencoder import build_autoencoder
@@ -11,7 +10,9 @@ from adni_ldm.training.kernels import refuse_missing_kernels, set_kernels
 from adni_ldm.training.optimization import average, build_optimizer, set_learning_rate, update_average
 
 
-@pytest.mark.parametrize("flags", [{"gradient_checkpointing": True}, {"compile": True, "backend": "eager"}])
+@pytest.mark.parametrize(
+    "flags", [{"gradient_checkpointing": True}, {"compile": True, "backend": "eager"}, {"on_cpu": True}]
+)
 def test_kernels_keep_gradients_and_names(flags):
     def gradients(**options):
         torch.manual_seed(0)
@@ -54,7 +55,7 @@ def test_what_is_not_installed_is_refused_with_the_command(flags, monkeypatch):
 def test_an_offloaded_average_is_the_same_average():
     """Weights elsewhere than their average, as under --offload_ema: averaged, and not just copied."""
     weights = [torch.nn.Parameter(torch.zeros(3))]
-    ours, plain = average(weights, 0.5, "cpu"), EMAModel(weights, decay=0.5)
+    ours, plain = average(weights, 8, 4, "cpu"), average(weights, 8, 4, "cpu")
     for _ in range(4):
         with torch.no_grad():
             weights[0] += 1

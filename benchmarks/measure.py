@@ -1,0 +1,188 @@
+"""What the benchmarks share: timings side by side, the machine's peak, models of a preset, and the table."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import yaml  # noqa: E402
+from diffusers import AutoencoderKL  # noqa: E402
+
+from adni_ldm.environment import installed_versions  # noqa: E402
+from adni_ldm.models import (  # noqa: E402
+    ClassEmbedding,
+    ConditionalDenoiser,
+    build_autoencoder,
+    build_denoiser,
+)
+
+LIBRARIES = ("torch", "diffusers", "accelerate", "monai", "torchmetrics")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PRECISION = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes of configs/NAME/, which this reads, so that a benchmark measures what the presets train."""
+
+    name: str
+    image_size: int
+    vae: dict
+    ldm: dict
+
+    @classmethod
+    def load(cls, name: str) -> Preset:
+        """Of the folder of that name."""
+        if name == "tiny":  # sizes for a test
+            vae = {"widths": [16, 32], "latent_channels": 4, "batch_size": 2, "image_size": 32}
+            return cls(name, 32, vae, {"unet_widths": [32, 64], "layers_per_block": 1, "batch_size": 2})
+        vae, ldm = (
+            yaml.safe_load((ROOT / f"configs/{name}/{part}.yaml").read_text()) for part in ("vae", "ldm")
+        )
+        return cls(name, vae["image_size"], vae, ldm)
+
+    def batch_size(self, recipe: dict, on_cpu: int | None = None) -> int:
+        """The recipe's; of the ADNI sizes, which are a GPU's, few slices on a CPU."""
+        return on_cpu if on_cpu and self.name == "adni" and DEVICE.type == "cpu" else recipe["batch_size"]
+
+    def build_vae(self) -> AutoencoderKL:
+        """Its autoencoder, untrained, which takes the same time as a trained one."""
+        shape = {
+            name: self.vae[name]
+            for name in ("widths", "latent_channels", "layers_per_block")
+            if name in self.vae
+        }
+        vae = build_autoencoder(self.image_size, **shape)
+        vae.register_to_config(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+        return vae.requires_grad_(False)
+
+    def build_denoiser(self) -> ConditionalDenoiser:
+        """Its denoiser, untrained."""
+        side = self.image_size // 2 ** (len(self.vae["widths"]) - 1)
+        layers = self.ldm.get("layers_per_block", 2)
+        unet = build_denoiser(self.vae["latent_channels"], side, self.ldm["unet_widths"], 256, layers)
+        return ConditionalDenoiser(unet, ClassEmbedding())
+
+
+def synchronize() -> None:
+    """Wait for what the GPU still has to do."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def interleaved(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call in each round, one of each a round, so that a slow minute hits all alike.
+
+    A first round warms up and is not counted.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds + 1):
+        for name, call in calls.items():
+            synchronize()
+            started = time.perf_counter()
+            call()
+            synchronize()
+            if number:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Median, and lowest to highest where there are several."""
+    middle = f"{statistics.median(values):.{digits}f}"
+    if len(values) < 2:
+        return middle
+    return f"{middle} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+
+
+def matmul_peak(dtype: torch.dtype, rounds: int = 7) -> float:
+    """The most FLOP/s of square matrix products of that type, over some sizes."""
+    best = 0.0
+    for side in (1024, 2048) if DEVICE.type == "cpu" else (4096, 8192):
+        one = torch.randn(side, side, device=DEVICE).to(dtype)
+        seconds = interleaved({"product": lambda one=one: one @ one}, rounds)["product"]
+        best = max(best, 2 * side**3 / statistics.median(seconds))
+    return best
+
+
+def run(command: Sequence[object]) -> None:
+    """Run a command quietly; end the benchmark with its last words if it fails."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    words = [str(word) for word in command]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment)
+    if result.returncode:
+        raise SystemExit(f"{' '.join(words)}\n{(result.stdout + result.stderr)[-3000:]}")
+
+
+def run_watched(out: Path, recipe: str, settings: Mapping, launcher: Sequence[str] = ()) -> dict[str, float]:
+    """Run a recipe through watched.py: steps_per_second, GiB, own_GiB and seconds."""
+    command = [sys.executable, *launcher, "benchmarks/watched.py", out, f"{recipe}.py", *flags(settings)]
+    run(command)
+    return json.loads(out.read_text())
+
+
+def flags(settings: Mapping) -> list[str]:
+    """--name value for each setting; a list becomes several values."""
+    words = []
+    for name, value in settings.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def make_cohort(folder: Path, subjects: int, slices: int, image_size: int) -> Path:
+    """A phantom cohort."""
+    settings = {"output_dir": folder, "subjects": subjects, "slices": slices, "image_size": image_size}
+    run([sys.executable, "prepare_data.py", "phantom", *flags(settings)])
+    return folder
+
+
+def machine() -> str:
+    """The GPU's name, or the processor's."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def conditions() -> str:
+    """Machine, load, date and versions, in a line."""
+    versions = ", ".join(f"{name} {version}" for name, version in installed_versions(LIBRARIES).items())
+    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
+    return f"{machine()}; {cores}; {date.today()}; {versions}."
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """Lines of a table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return [f"| {' | '.join(str(cell) for cell in line)} |" for line in lines]
+
+
+def results_path(name: str, folder: Path) -> Path:
+    """folder/NAME_MACHINE.md, made of letters that every disk takes."""
+    words = "".join(letter if letter.isalnum() else " " for letter in machine()).split()
+    return folder / f"{name}_{'_'.join(words)}.md"
+
+
+def report(name: str, title: str, lines: Sequence[str], folder: Path) -> None:
+    """Print the page, and write it below the folder."""
+    page = "\n".join([f"# {title}", "", conditions(), "", *lines]) + "\n"
+    print(page)
+    path = results_path(name, folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page)
+    print(f"written to {path}")

@@ -1,0 +1,44 @@
+"""What the peers of peers.py share: batches until the time is up, and what training hands over."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from measure import DEVICE
+
+from adni_ldm.evaluation.image_sets import ImageSet
+from adni_ldm.precision import choose_precision
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained method, as functions of slices in [-1, 1]."""
+
+    reconstruct: Callable[[torch.Tensor], torch.Tensor]  # (B, 1, H, W)
+    sample: Callable[[torch.Tensor], torch.Tensor]  # labels (B,) to slices (B, 1, H, W), on the CPU
+    seconds: float  # that training took
+    note: str
+
+
+def batches(train: ImageSet, batch_size: int, seconds: float) -> Iterator[tuple]:
+    """Slices (B, 1, H, W) in [-1, 1], labels (B,) and the share of the time that is gone, until it is.
+
+    Slices come in a new order each epoch, from memory: no peer waits for a disk.
+    """
+    started = time.perf_counter()
+    while True:
+        for rows in torch.randperm(len(train)).split(batch_size):
+            gone = (time.perf_counter() - started) / seconds
+            if gone >= 1:
+                return
+            labels = torch.from_numpy(train.labels[rows.numpy()])
+            yield train.floats(rows).to(DEVICE), labels.to(DEVICE), gone
+
+
+def half_precision() -> AbstractContextManager:
+    """Autocast to bfloat16 where the hardware computes in it."""
+    return torch.autocast(DEVICE.type, torch.bfloat16) if choose_precision(None) == "bf16" else nullcontext()

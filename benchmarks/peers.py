@@ -1,0 +1,238 @@
+"""How good beside what, at equal wall-clock on one cohort: prints a table, and draws samples of each method.
+
+    python benchmarks/peers.py [--seconds 420] [--data_dir runs/demo/data] [--quick]
+
+Each method has the same seconds to train, half for its autoencoder and half for its diffusion; drawing and
+measuring come on top. All compute in bfloat16 where the hardware does. Below stands what each method is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from measure import (
+    DEVICE,
+    RESULTS,
+    Preset,
+    flags,
+    make_cohort,
+    report,
+    results_path,
+    run,
+    run_watched,
+    synchronize,
+    table,
+)
+
+import numpy as np  # isort: skip
+import pandas as pd
+import torch
+from peer_monai import train_monai
+from peer_student import train_student
+from peer_training import Trained
+from torchmetrics.functional.image import peak_signal_noise_ratio
+from torchvision.models import vgg16
+
+from adni_ldm.data.slices import load_slices
+from adni_ldm.evaluation.anatomy import ventricle_area
+from adni_ldm.evaluation.fidelity import compare
+from adni_ldm.evaluation.image_sets import ImageSet, real_set
+from adni_ldm.figures import save_rows
+from adni_ldm.loading import load_pipeline
+from adni_ldm.precision import choose_precision
+from adni_ldm.sampling import draw_images, image_seed
+
+CLASSES = ("AD", "NC")
+METHODS = {
+    "ours": "train_vae.py and train_ldm.py with the preset, the steps fitted to the time, which counts from "
+    "the start of the command to the saved model. 50 DDIM steps, guidance 1.5.",
+    "monai": "MONAI's AutoencoderKL, PatchDiscriminator and DiffusionModelUNet as its 2-D LDM tutorial "
+    "(generation/2d_ldm) trains them: batch 64, RandAffine, L1 + 1e-6 KL + 0.01 adversarial after a "
+    "tenth of the time, Adam 1e-4 and 5e-4, epsilon, linear betas, 1000 DDPM steps. Without its "
+    "perceptual term, whose weights cannot be had offline. On a CPU its networks have our preset's "
+    "widths: with its own it would take a few dozen steps. The class, which it lacks, enters by "
+    "cross-attention.",
+    "monai, our lr": "the same with our learning rates, batches and number of blocks, and no RandAffine.",
+    "student": "our own writing of a published student project on these slices: a convolutional VAE with one "
+    "vector of 128 numbers, a U-Net with BatchNorm on what the decoder makes of it, 10 steps of noise"
+    " (betas up to 0.1), epsilon by squared error, sampled from draws of the VAE's prior. The sigmoid"
+    " at its end, by which it could predict no negative noise, is left out.",
+}
+FEATURES = (
+    "features are those of a VGG16 with random weights of a fixed seed (Naeem et al. 2020, "
+    "arXiv:2002.09797): no method was trained with them, on them, or for them, and they need no download."
+)
+COLUMNS = ("method", "trained, s", "PSNR, dB", "KID", "precision", "recall", "AD − NC, mm²", "64 samples, s")
+
+
+# ---- Ours ----------------------------------------------------------------------------------------------
+
+
+def train_ours(work: Path, data: Path, preset: Preset, seconds: float) -> Trained:
+    """Both recipes, each in a process of its own, with as many steps as the time allows."""
+    steps, taken = {}, 0.0
+    for recipe, name in (("train_vae", "vae"), ("train_ldm", "ldm")):
+        settings = {"config": f"configs/{preset.name}/{name}.yaml", "data_dir": data, "report_to": "none"}
+        settings |= {"checkpointing_steps": 0, "output_dir": work / name}
+        settings |= {"vae": work / "vae", "sample_steps": 0} if recipe == "train_ldm" else {}
+        warmup = getattr(preset, name)["warmup_steps"]
+        # A short run tells how long a step takes and how long all the rest; it is not counted.
+        trial = settings | {
+            "max_steps": 40,
+            "log_steps": 5,
+            "warmup_steps": 1,
+            "output_dir": work / f"{name}_trial",
+        }
+        started = time.perf_counter()
+        speed = run_watched(work / "trial.json", recipe, trial)["steps_per_second"]
+        rest = time.perf_counter() - started - 40 / speed
+        steps[name] = max(10, int(0.97 * (seconds / 2 - rest) * speed))
+        settings |= {"max_steps": steps[name], "warmup_steps": min(warmup, max(1, steps[name] // 20))}
+        started = time.perf_counter()
+        run([sys.executable, f"{recipe}.py", *flags(settings)])
+        taken += time.perf_counter() - started
+
+    pipeline = load_pipeline(str(work / "ldm")).to(DEVICE)
+    pipeline.set_progress_bar_config(disable=True)
+    precision, drawn = choose_precision(None), 0
+
+    def sample(labels: torch.Tensor) -> torch.Tensor:
+        nonlocal drawn
+        seeds = [image_seed(0, drawn + index) for index in range(len(labels))]
+        drawn += len(labels)
+        return torch.cat(list(draw_images(pipeline, labels.tolist(), seeds, 64, precision))) * 2 - 1
+
+    def reconstruct(images: torch.Tensor) -> torch.Tensor:
+        return pipeline.vae.decode(pipeline.vae.encode(images).latent_dist.mean).sample
+
+    return Trained(reconstruct, sample, taken, f"{steps['vae']} + {steps['ldm']} steps")
+
+
+# ---- Judging -------------------------------------------------------------------------------------------
+
+
+def random_features(images: torch.Tensor) -> np.ndarray:
+    """Features (N, 4096) of slices (N, 1, H, W) in [-1, 1] by a VGG16 that was never trained."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = vgg16(weights=None).eval().to(DEVICE)
+    network.classifier = network.classifier[:5]
+    with torch.no_grad():
+        parts = [network(part.to(DEVICE).expand(-1, 3, -1, -1)).float().cpu() for part in images.split(64)]
+    return torch.cat(parts).numpy()
+
+
+@torch.no_grad()
+def judge(name: str, trained: Trained, held_out: ImageSet, train: ImageSet, pixel_mm: float, count: int):
+    """A row of the table, and the samples (2, n, 1, H, W) of AD and NC."""
+    images = held_out.floats().to(DEVICE)
+    reconstructed = torch.cat([trained.reconstruct(part) for part in images.split(64)]).float().clamp(-1, 1)
+    psnr = peak_signal_noise_ratio(
+        reconstructed.cpu(), images.cpu(), data_range=2.0, reduction="elementwise_mean", dim=(1, 2, 3)
+    ).item()
+    synchronize()
+    started = time.perf_counter()
+    trained.sample(torch.arange(64) % 2)
+    synchronize()
+    seconds = time.perf_counter() - started
+    labels = torch.arange(2).repeat_interleave(count // 2)
+    drawn = torch.cat([trained.sample(part) for part in labels.split(64)]).clamp(-1, 1)
+    row = (name, f"{trained.seconds:.0f} ({trained.note})", f"{psnr:.1f}")
+    row += figures(drawn, np.arange(count), labels.numpy(), held_out, train, pixel_mm)
+    return (*row, f"{seconds:.1f}"), drawn.view(2, count // 2, *drawn.shape[1:])
+
+
+def figures(
+    images, subjects, labels, held_out: ImageSet, train: ImageSet, pixel_mm: float
+) -> tuple[str, ...]:
+    """KID (95 % interval), precision, recall against held-out slices, and AD − NC of the ventricle, mm²."""
+    # Of mean 0 and mean square 1 over training slices: features of a random network have no scale.
+    of_train, real, other = (random_features(one) for one in (train.floats(), held_out.floats(), images))
+    centre, scale = of_train.mean(0), of_train.std()
+    real, other = ((one - centre) / scale for one in (real, other))
+    found = compare(real, other, held_out.subjects, np.asarray(subjects), draws=200)
+    areas = ventricle_area(images, pixel_mm)
+    difference = areas[labels == 0].mean() - areas[labels == 1].mean()
+    kid = found["kid"]
+    kid = f"{kid.value:.4f} ({kid.low:.4f}–{kid.high:.4f})"
+    return kid, f"{found['precision'].value:.2f}", f"{found['recall'].value:.2f}", f"{difference:.0f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=420, help="of training, for each method")
+    parser.add_argument(
+        "--quick", action="store_true", help="a try: 20 seconds and 64 samples of each method"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=256, help="slices drawn of each method, half of them AD"
+    )
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument(
+        "--data_dir", type=Path, help="phantom cohort; default: the demo's, or of ADNI size, is made"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="folder that page and picture are written to"
+    )
+    options = parser.parse_args()
+    seconds, count = (20, 64) if options.quick else (options.seconds, options.samples)
+    preset = Preset.load("adni" if DEVICE.type == "cuda" else "demo")
+
+    with tempfile.TemporaryDirectory(prefix="adni_ldm_peers_") as folder:
+        work = Path(folder)
+        subjects, slices = (1526, 20) if preset.name == "adni" else (200, 10)
+        data = options.data_dir or make_cohort(work / "data", subjects, slices, preset.image_size)
+        splits = load_slices(data)
+        train, held_out = (real_set(splits[split], preset.image_size) for split in ("train", "test"))
+        truth = pd.read_csv(Path(data) / "test/metadata.csv")
+        pixel_mm = truth.pixel_mm[0]
+        others = train.take(np.sort(np.random.default_rng(0).permutation(len(train))[:count]))
+        floor = figures(others.floats(), others.subjects, others.labels, held_out, others, pixel_mm)
+        rows = [("other real slices", "–", "–", *floor, "–")]
+        pictures = {f"real, {name}": some(held_out.of_class(name).floats()) for name in CLASSES}
+        for name in options.methods:
+            print(f"{name}: training for {seconds:.0f} s", flush=True)
+            torch.manual_seed(0)
+            if name == "ours":
+                trained = train_ours(work, Path(data).resolve(), preset, seconds)
+            elif name == "student":
+                trained = train_student(train, seconds)
+            else:
+                trained = train_monai(train, seconds, preset, tutorial=name == "monai")
+            row, drawn = judge(name, trained, held_out, others, pixel_mm, count)
+            rows.append(row)
+            pictures |= {f"{name}, {label}": some(part) for label, part in zip(CLASSES, drawn)}
+            print(" | ".join(row), flush=True)
+
+    areas = [truth.ventricle_mm2[truth.label == name].mean() for name in CLASSES]
+    measured = ventricle_area(held_out.floats(), pixel_mm)
+    measured = [measured[held_out.labels == label].mean() for label in (0, 1)]
+    lines = [
+        f"{seconds:.0f} s of training for each; {len(train)} slices to train on, {len(held_out)} of other "
+        f"subjects to compare with, {count} drawn, of {preset.image_size} px. KID with its 95 % interval.",
+        "",
+        *table(COLUMNS, rows),
+        "",
+        f"- AD − NC is the difference of the mean area of the lateral ventricle, measured in the pictures. "
+        f"Held-out slices show {measured[0] - measured[1]:.0f} mm², in truth {areas[0] - areas[1]:.0f} mm².",
+        f"- The row of other real slices is what {count} of the training slices reach in the samples' place.",
+        *(f"- {name}: {text}" for name, text in METHODS.items() if name in options.methods),
+        f"- {FEATURES}",
+    ]
+    report("peers", "Ours and its peers, in the same time", lines, options.results)
+    picture = results_path("peers", options.results).with_suffix(".png")
+    save_rows(picture, {title: (row / 2 + 0.5).clamp(0, 1) for title, row in pictures.items()})
+    print(f"samples: {picture}")
+
+
+def some(images: torch.Tensor, count: int = 10) -> torch.Tensor:
+    """Evenly chosen ones."""
+    return images[torch.linspace(0, len(images) - 1, min(count, len(images))).long()]
+
+
+if __name__ == "__main__":
+    main()

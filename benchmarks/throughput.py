@@ -1,0 +1,243 @@
+"""How fast: images a second of the VAE step, latent encoding, the LDM step and sampling; prints a table.
+
+    python benchmarks/throughput.py [--presets demo adni] [--steps 30] [--rounds 3]
+
+The training steps are those of the recipes, run as they are (watched.py); beside them runs plain_loop.py, the
+same modules in a loop as example scripts usually write it. Runs alternate, and medians are given with the
+lowest and highest. FLOPs are counted (torch's FlopCounterMode); their share is of the fastest matrix product
+measured here in the same precision. On a CPU the adni preset takes a small batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+from measure import (
+    DEVICE,
+    PRECISION,
+    RESULTS,
+    Preset,
+    flags,
+    interleaved,
+    make_cohort,
+    matmul_peak,
+    report,
+    run,
+    run_watched,
+    spread,
+    table,
+)
+
+import torch  # isort: skip
+from diffusers import DDIMScheduler
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+from adni_ldm.data.slices import SliceTensors, load_slices, to_arrays
+from adni_ldm.models.autoencoder import ReconstructingVAE, latent_shape
+from adni_ldm.pipeline import ClassConditionalLDMPipeline
+
+GUIDANCE = 1.5
+COLUMNS = ("what", "images/s", "GFLOP an image", "share of peak", "GiB, most")
+
+
+class Bench:
+    """One preset's folder, models and rows."""
+
+    def __init__(self, work: Path, preset: Preset, options: argparse.Namespace):
+        self.work, self.preset, self.options = work, preset, options
+        work.mkdir()
+        self.data = make_cohort(work / "data", subjects=12, slices=4, image_size=preset.image_size)
+        self.vae, self.denoiser = preset.build_vae().to(DEVICE), preset.build_denoiser().to(DEVICE)
+        self.vae.save_pretrained(work / "vae")
+        self.shape = latent_shape(self.vae, preset.image_size)
+        self.peaks = {dtype: matmul_peak(dtype) for dtype in (torch.float32, PRECISION)}
+        self.rows: list[tuple] = []
+        self.number = 0
+
+    def add(self, what: str, speeds: list[float], gflop: float | None, dtype: torch.dtype, gib=None) -> float:
+        """A row; returns the median speed."""
+        median = statistics.median(speeds)
+        share = f"{100 * median * gflop * 1e9 / self.peaks[dtype]:.0f} %" if gflop else "–"
+        row = (f"{self.preset.name}: {what}", spread(speeds), f"{gflop:.2f}" if gflop else "–", share)
+        self.rows.append((*row, f"{gib:.2f}" if gib else "–"))
+        print(" | ".join(self.rows[-1]), flush=True)
+        return median
+
+    def recipe(self, name: str, settings: dict, *more: str) -> dict:
+        """A recipe's run of the preset's sizes, watched."""
+        self.number += 1
+        common = {"data_dir": self.data, "image_size": self.preset.image_size, "report_to": "none"}
+        common |= {"max_steps": self.options.steps, "log_steps": max(1, self.options.steps // 15)}
+        common |= {"checkpointing_steps": 0, "output_dir": self.work / f"run{self.number}"}
+        out = self.work / f"run{self.number}.json"
+        return run_watched(out, name, common | settings, *more)
+
+    # ---- Rows ----------------------------------------------------------------------------------------------
+
+    def ldm_step(self) -> list[str]:
+        """The recipe's step beside the plain loop's; returns the lines about their ratio."""
+        batch = self.preset.batch_size(self.preset.ldm, on_cpu=4)
+        sizes = {"unet_widths": self.preset.ldm["unet_widths"], "batch_size": batch}
+        sizes |= {"layers_per_block": self.preset.ldm.get("layers_per_block", 2)}
+        ours = sizes | {"vae": self.work / "vae", "sample_steps": 0}
+        kinds = {"LDM step, train_ldm.py": ours}
+        if self.options.compile:
+            kinds["LDM step, train_ldm.py --compile"] = ours | {"compile": True}
+        plain = ["benchmarks/plain_loop.py", self.work / "plain.json"]
+        plain += flags(sizes | {"data_dir": self.data, "vae": self.work / "vae"})
+        plain += flags({"image_size": self.preset.image_size, "max_steps": self.options.steps})
+        runs: dict[str, list[dict]] = {}
+        for _ in range(self.options.rounds):
+            for name, settings in kinds.items():
+                runs.setdefault(name, []).append(self.recipe("train_ldm", settings))
+            for name, word in (("float32", []), ("bf16 autocast", ["--autocast"])):
+                run([sys.executable, *plain, *word])
+                result = json.loads((self.work / "plain.json").read_text())
+                runs.setdefault(f"LDM step, plain loop, {name}", []).append(result)
+
+        gflop = self.gflop_of_ldm_step()
+        encoding = self.gflop_of_encoding()
+        speeds = {}
+        for name, results in runs.items():
+            images = [result["steps_per_second"] * batch for result in results]
+            work = gflop + encoding if "plain" in name else gflop
+            dtype = torch.float32 if "float32" in name else PRECISION
+            speeds[name] = self.add(
+                f"{name}, batch {batch}", images, work, dtype, max(result["GiB"] for result in results)
+            )
+        best = max(speeds[name] for name in kinds)
+        return [
+            f"- {self.preset.name}: the LDM step is {best / speeds[name]:.2f}× {name.partition(', ')[2]}."
+            for name in speeds
+            if "plain" in name
+        ]
+
+    def vae_step(self) -> None:
+        batch = self.preset.batch_size(self.preset.vae, on_cpu=2)
+        names = ("widths", "latent_channels", "layers_per_block")
+        settings = {name: self.preset.vae[name] for name in names if name in self.preset.vae}
+        settings |= {"batch_size": batch, "eval_images": 1}
+        results = [self.recipe("train_vae", settings) for _ in range(self.options.rounds)]
+        images = [result["steps_per_second"] * batch for result in results]
+        memory = max(result["GiB"] for result in results)
+        self.add(
+            f"VAE step, train_vae.py, batch {batch}", images, self.gflop_of_vae_step(), PRECISION, memory
+        )
+
+    def encoding(self) -> None:
+        """As train_ldm.py fills its cache: in float32, with the reading of the slices."""
+        slices = SliceTensors(to_arrays(load_slices(self.data)["train"], self.preset.image_size))
+
+        @torch.no_grad()
+        def encode():
+            for batch in DataLoader(slices, 16):
+                self.vae.encode(batch["image"].to(DEVICE))
+
+        seconds = interleaved({"encode": encode}, self.options.rounds)["encode"]
+        speeds = [len(slices) / one for one in seconds]
+        self.add("latent encoding, float32", speeds, self.gflop_of_encoding(), torch.float32)
+
+    @torch.no_grad()
+    def sampling(self) -> list[str]:
+        """The pipeline beside its bare U-Net calls; returns the line about its overhead."""
+        steps, batch = self.options.sampling_steps, self.preset.batch_size(self.preset.ldm, on_cpu=4)
+        scheduler = DDIMScheduler(
+            prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False
+        )
+        unet, embedding = self.denoiser.unet, self.denoiser.class_embedding
+        pipeline = ClassConditionalLDMPipeline(self.vae, unet, embedding, scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        noise = torch.randn(2 * batch, *self.shape, device=DEVICE)
+        tokens = embedding(torch.zeros(2 * batch, dtype=torch.long, device=DEVICE))
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(kind: str):
+            with torch.autocast(DEVICE.type, PRECISION):
+                pipeline([0] * batch, steps, GUIDANCE, generator=generator, output_type=kind)
+
+        def bare():
+            with torch.autocast(DEVICE.type, PRECISION):
+                for step in range(steps):
+                    unet(noise, step, encoder_hidden_states=tokens, return_dict=False)
+
+        calls = {"latents": lambda: draw("latent"), "U-Net": bare, "images": lambda: draw("pt")}
+        seconds = interleaved(calls, self.options.rounds)
+        unet_call = self.count(lambda: unet(noise[:2], 1, encoder_hidden_states=tokens[:2])) / 1e9
+        decode = self.count(lambda: pipeline.decode_latents(noise[:1])) / 1e9
+        speeds = [batch / one for one in seconds["images"]]
+        what = f"sampling, {steps} steps with guidance, batch {batch}"
+        self.add(what, speeds, steps * unet_call + decode, PRECISION)
+        overheads = [100 * (one / two - 1) for one, two in zip(seconds["latents"], seconds["U-Net"])]
+        text = "the pipeline takes {} % more than its bare U-Net calls, beside them in the same round."
+        return [f"- {self.preset.name}: " + text.format(spread(overheads))]
+
+    # ---- FLOPs ---------------------------------------------------------------------------------------------
+
+    def count(self, call) -> int:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            call()
+        return counter.get_total_flops()
+
+    def gflop_of_ldm_step(self) -> float:
+        noisy, labels = (
+            torch.randn(1, *self.shape, device=DEVICE),
+            torch.zeros(1, dtype=torch.long, device=DEVICE),
+        )
+        return self.count(lambda: self.denoiser(noisy, labels, labels).sum().backward()) / 1e9
+
+    def gflop_of_vae_step(self) -> float:
+        model = ReconstructingVAE(self.preset.build_vae().requires_grad_(True)).to(DEVICE)
+        images = torch.randn(1, 1, self.preset.image_size, self.preset.image_size, device=DEVICE)
+        noise = torch.randn(1, *self.shape, device=DEVICE)
+        return self.count(lambda: model(images, noise)[0].sum().backward()) / 1e9
+
+    def gflop_of_encoding(self) -> float:
+        images = torch.randn(1, 1, self.preset.image_size, self.preset.image_size, device=DEVICE)
+        return self.count(lambda: self.vae.encode(images)) / 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    presets = ["adni"] if DEVICE.type == "cuda" else ["demo", "adni"]
+    parser.add_argument(
+        "--presets", nargs="+", default=presets, help="folders of configs/ whose sizes are run"
+    )
+    parser.add_argument("--steps", type=int, default=300 if DEVICE.type == "cuda" else 30, help="of a run")
+    parser.add_argument("--sampling_steps", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=3, help="how often all is repeated")
+    parser.add_argument("--compile", action="store_true", default=DEVICE.type == "cuda", help="also compiled")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder that the page is written to")
+    options = parser.parse_args()
+
+    rows, notes, peaks = [], [], {}
+    with tempfile.TemporaryDirectory(prefix="adni_ldm_throughput_") as folder:
+        for name in options.presets:
+            bench = Bench(Path(folder) / name, Preset.load(name), options)
+            notes += bench.ldm_step()
+            bench.vae_step()
+            bench.encoding()
+            notes += bench.sampling()
+            rows += bench.rows
+            peaks = bench.peaks
+    peak = ", ".join(f"{str(dtype)[6:]} {flops / 1e12:.2f} TFLOP/s" for dtype, flops in peaks.items())
+    lines = [
+        f"Matrix products reach {peak}. Medians of {options.rounds} alternating runs of {options.steps} "
+        "steps, lowest and highest in brackets. Memory is the GPU's, or all that the process has resident.",
+        "",
+        *table(COLUMNS, rows),
+        "",
+        *notes,
+        "- Marks: LDM step against the plain loop at least 3× on a CPU, 2.5× on a GPU; pipeline at most 5 %.",
+    ]
+    report("throughput", "Throughput", lines, options.results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Run a recipe and write down its speed and memory, as JSON:
+
+    python benchmarks/watched.py OUT.json train_ldm.py --max_steps 40
+
+The recipe runs as it is. Its speed is taken from one line of its log to the next, with all that lies between.
+Works under `accelerate launch` as well, where the main process writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import runpy
+import sys
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import torch  # noqa: E402
+
+from adni_ldm.training.log import RunLog  # noqa: E402
+
+
+def own_gib() -> float:
+    """Memory of this process without the files that it has mapped, which the system can take back."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 2**20
+
+
+def peak_gib() -> float:
+    """Most memory so far: the GPU's, or all that was resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def main() -> None:
+    out, recipe = sys.argv[1:3]
+    sys.argv = sys.argv[2:]
+    stamps: list[tuple[int, float]] = []
+    own: list[float] = []
+    write_means = RunLog.write_means
+
+    def stamped(log, step, **values):
+        line = write_means(log, step, **values)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        stamps.append((step, time.perf_counter()))
+        return line
+
+    def watch():
+        while True:
+            own.append(own_gib())
+            time.sleep(0.1)
+
+    RunLog.write_means = stamped
+    threading.Thread(target=watch, daemon=True).start()
+    started = time.perf_counter()
+    try:
+        runpy.run_path(recipe, run_name="__main__")
+    finally:
+        if os.environ.get("RANK", "0") == "0":
+            warm = stamps[len(stamps) // 3 :]
+            speed = (warm[-1][0] - warm[0][0]) / (warm[-1][1] - warm[0][1]) if len(warm) > 1 else None
+            result = {"steps_per_second": speed, "GiB": peak_gib(), "own_GiB": max(own)}
+            result["seconds"] = time.perf_counter() - started
+            Path(out).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""The benchmarks run at the smallest sizes and print what they promise."""
+
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import measure  # noqa: E402
+import peers  # noqa: E402
+import plain_loop  # noqa: E402
+import scaling  # noqa: E402
+import throughput  # noqa: E402
+from peer_monai import train_monai  # noqa: E402
+from peer_student import train_student  # noqa: E402
+from peer_training import Trained  # noqa: E402
+
+from adni_ldm.data.slices import load_slices  # noqa: E402
+from adni_ldm.evaluation.image_sets import real_set  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def bench(phantom_dir, tmp_path_factory):
+    """throughput.py's, on the tests' cohort."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(throughput, "make_cohort", lambda *_args, **_options: phantom_dir)
+        options = Namespace(steps=4, rounds=1, sampling_steps=2, compile=False)
+        work = tmp_path_factory.mktemp("bench") / "tiny"
+        return throughput.Bench(work, measure.Preset.load("tiny"), options)
+
+
+@pytest.fixture(scope="module")
+def splits(phantom_dir):
+    loaded = load_slices(phantom_dir)
+    return [real_set(loaded[name], 32) for name in ("train", "test")]
+
+
+def test_a_recipe_is_timed_as_it_runs(bench):
+    bench.vae_step()
+    name, images, gflop, share, memory = bench.rows[-1]
+    assert "train_vae.py" in name and float(images) > 0 and float(gflop) > 0 and float(memory) > 0.1
+    assert share.endswith("%")
+
+
+def test_sampling_and_encoding_have_rows(bench):
+    note = bench.sampling()[0]
+    assert "more than its bare U-Net calls" in note
+    bench.encoding()
+    assert float(bench.rows[-1][1]) > 0 and "encoding" in bench.rows[-1][0]
+
+
+def test_counted_flops_are_those_of_the_convolutions(bench):
+    """One convolution of 4 to 8 channels, 3 x 3, over 16 x 16 pixels."""
+    convolution, images = torch.nn.Conv2d(4, 8, 3, padding=1), torch.randn(1, 4, 16, 16)
+    assert bench.count(lambda: convolution(images)) == 2 * 4 * 8 * 9 * 16 * 16
+
+
+def test_the_plain_loop_trains_the_same_networks(bench, tmp_path, monkeypatch):
+    settings = {"data_dir": bench.data, "vae": bench.work / "vae", "image_size": 32, "batch_size": 2}
+    settings |= {"layers_per_block": 1, "max_steps": 4, "unet_widths": [32, 64]}
+    words = ["plain_loop.py", str(tmp_path / "out.json"), *measure.flags(settings)]
+    monkeypatch.setattr(sys, "argv", words)
+    plain_loop.main()
+    assert json.loads((tmp_path / "out.json").read_text())["steps_per_second"] > 0
+
+
+@pytest.mark.parametrize("name", ["student", "monai"])
+def test_a_peer_stops_in_time_and_draws(name, splits, monkeypatch):
+    train, held_out = splits
+    preset = measure.Preset("small", 32, {"widths": [8, 16]}, {"unet_widths": [32, 64]})
+    monkeypatch.setattr("peer_monai.STEPS", 4)
+    trained = (
+        train_student(train, 1.0) if name == "student" else train_monai(train, 1.0, preset, tutorial=True)
+    )
+    assert trained.seconds < 6, "the step that was begun is finished, and no more"
+    with torch.no_grad():
+        assert trained.reconstruct(held_out.floats()).shape == held_out.images.shape
+    drawn = trained.sample(torch.tensor([0, 1, 0]))
+    assert drawn.shape == (3, 1, 32, 32) and drawn.isfinite().all()
+
+
+def test_the_neutral_figures_tell_real_slices_from_noise(splits):
+    train, held_out = splits
+    noise = torch.rand(12, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    labels = np.arange(12) % 2
+    real, made = (
+        peers.figures(images, subjects, labels[: len(images)], held_out, train, pixel_mm=6.5)
+        for images, subjects in ((train.floats()[:12], train.subjects[:12]), (noise, np.arange(12)))
+    )
+    assert float(real[0].split()[0]) < float(made[0].split()[0]), "KID"
+    assert float(made[1]) == 0 < float(real[1]), "precision"
+
+
+def test_a_method_is_judged_in_a_row(splits):
+    train, held_out = splits
+    rows = torch.arange(64) % len(train)
+    copier = Trained(lambda images: images, lambda labels: train.floats(rows[: len(labels)]), 1.0, "no steps")
+    row, drawn = peers.judge("copier", copier, held_out, train, 6.5, 12)
+    assert len(row) == len(peers.COLUMNS) and drawn.shape == (2, 6, 1, 32, 32)
+    assert float(row[2]) > 60, "reconstructing without a loss"
+
+
+def test_scaling_prints_its_rows(phantom_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(scaling, "make_cohort", lambda *_args, **_options: phantom_dir)
+    options = Namespace(subjects=12, factors=[1], sizes=[32], steps=4)
+    lines = scaling.Bench(tmp_path, options).images(scaling.small_preset(32))
+    assert len(lines) == 3 and lines[2].count("|") == lines[0].count("|")
+
+
+def test_the_page_is_printed_and_written(tmp_path, capsys):
+    measure.report("name", "Title", measure.table(("a", "b"), [(1, 2)]), tmp_path)
+    page = measure.results_path("name", tmp_path).read_text()
+    assert page in capsys.readouterr().out
+    assert "| 1 | 2 |" in page and "torch" in page
