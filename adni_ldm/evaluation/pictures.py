@@ -74,7 +74,7 @@ def save_nearest_histogram(
     """The ratios of samples (N,) and of held-out real slices (M,), with the limit of the rule."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axis = figure.subplots()
-    edges = np.linspace(0, max(1.0, *(part.max() for part in (samples, held_out) if len(part))), 51)
+    edges = np.linspace(0, np.concatenate([samples, held_out, [1.0]]).max(), 51)
     for ratios, title, colour in (
         (held_out, "real slices of other people", "#888888"),
         (samples, "samples", COLOURS[0]),
