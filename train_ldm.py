@@ -182,6 +182,7 @@ def main() -> int:
         watch = Watch(
             *(image_set(part, cfg.evaluate_slices, cfg.seed) for part in (train, val)),
             count=cfg.evaluate_images,
+            classifier_steps=cfg.classifier_steps,
             steps=cfg.num_inference_steps,
             guidance_scale=cfg.guidance_scale,
             seed=cfg.seed,

@@ -243,6 +243,9 @@ class TrainLDMConfig(TrainingConfig):
     evaluate_slices: int = setting(
         5000, "Most training and most held-out slices that they are compared with."
     )
+    classifier_steps: int = setting(
+        200, "Batches of 64 slices that the classifier is trained on which judges them, at the start."
+    )
     num_inference_steps: int = setting(50, "DDIM steps of those pictures.")
     guidance_scale: float = setting(1.5, "Guidance of those pictures; 1 is none.")
     push_to_hub: bool = setting(False, "Push the pipeline to --hub_model_id when training ends, as private.")
@@ -619,7 +622,7 @@ def _read_yaml(path: Path, config_class: type) -> dict:
 _FREE = {"data_dir", "table", "val_fraction", "output_dir", "vae", "init_from", "resume_from_checkpoint"}
 _FREE |= {"mixed_precision", "num_workers", "report_to", "log_steps", "checkpointing_steps"}
 _FREE |= {"keep_checkpoints", "max_nonfinite", "eval_images", "sample_steps", "num_inference_steps"}
-_FREE |= {"evaluate_every", "evaluate_images", "evaluate_slices", "guidance_scale"}
+_FREE |= {"evaluate_every", "evaluate_images", "evaluate_slices", "classifier_steps", "guidance_scale"}
 _FREE |= {"push_to_hub", "hub_model_id", "accept_privacy_risk"}
 _FREE |= {"latent_cache", "perceptual"}
 # These change the rounding and not the method: a resume says that they differ, and goes on.

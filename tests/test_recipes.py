@@ -14,6 +14,8 @@ from datasets import load_dataset
 from PIL import Image
 from safetensors.torch import load_file
 
+from adni_ldm.loading import load_pipeline
+
 ROOT = Path(__file__).parents[1]
 TWO_PROCESSES = ("-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml")
 VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -78,6 +80,22 @@ def test_train_ldm_leaves_a_whole_pipeline(ldm_dir):
     assert table.loss.dropna().size == 3 and table.val_loss.dropna().size == 2
     assert all((ldm_dir / name).is_file() for name in ("samples.png", "loss.png", "training_config.json"))
     assert any((ldm_dir / "logs").glob("events.*")), "tensorboard's file"
+
+
+def test_the_best_pipeline_is_kept_while_training(presets, vae_dir, tmp_path):
+    """On two processes, of which one judges; and the same weights come out as without judging."""
+    words = ("train_ldm.py", "--config", presets / "ldm.yaml", "--vae", vae_dir, "--batch_size", 2)
+    judged = ("--evaluate_every", 3, "--evaluate_images", 4, "--classifier_steps", 3)
+    run(*words, *judged, "--output_dir", tmp_path / "judged", launcher=TWO_PROCESSES)
+    run(*words, "--output_dir", tmp_path / "not", launcher=TWO_PROCESSES)
+    table = pd.read_csv(tmp_path / "judged/metrics.csv")
+    assert table.kid.dropna().size == table.agreement.dropna().size == 2
+    best = json.loads((tmp_path / "judged/best/best.json").read_text())
+    assert best["kid"] == pytest.approx(table.kid.min())
+    assert best["step"] == table.step[table.kid.idxmin()]
+    assert load_pipeline(str(tmp_path / "judged/best")).unet.config.sample_size == 16
+    weights = [load_file(tmp_path / name / UNET_WEIGHTS) for name in ("judged", "not")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_sample_writes_a_folder_that_load_dataset_reads(ldm_dir, tmp_path):

@@ -37,6 +37,7 @@ class Watch:
         held_out: ImageSet,
         *,
         count: int,
+        classifier_steps: int,
         steps: int,
         guidance_scale: float,
         seed: int,
@@ -44,7 +45,9 @@ class Watch:
     ):
         self.train, self.held_out, self.count, self.seed = train, held_out, count, seed
         self.options = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
-        self.judge = train_classifier(train, seed=seed, device=device, description="classifier that judges")
+        self.judge = train_classifier(
+            train, seed=seed, device=device, steps=classifier_steps, description="classifier that judges"
+        )
         self.extract = load_extractor("classifier", classifier=self.judge, device=device)
         self.features = self.extract(held_out)
         self.distances = nearest_in_pixels(held_out.images, train.images, train.subjects)
