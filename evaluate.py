@@ -51,7 +51,6 @@ def main() -> None:
     cfg = parse_config(EvaluateConfig, __doc__)
     output_dir = Path(cfg.output_dir)
     refuse_other_folder(output_dir)
-    torch.set_flush_denormal(True)  # some libraries switch it on as they load: then from the start, for all
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
     # ---- What is compared ----------------------------------------------------------------------------------

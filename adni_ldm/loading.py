@@ -27,12 +27,12 @@ def load_autoencoder(name: str) -> AutoencoderKL:
         UserError: there is none, or it reads or writes neither one channel nor three.
     """
 
-    def from_pretrained(name: str) -> AutoencoderKL:
+    def from_pretrained(name: str, **options) -> AutoencoderKL:
         try:
-            return AutoencoderKL.from_pretrained(name)
+            return AutoencoderKL.from_pretrained(name, **options)
         except OSError as error:
             try:
-                return AutoencoderKL.from_pretrained(name, subfolder="vae")
+                return AutoencoderKL.from_pretrained(name, subfolder="vae", **options)
             except OSError:
                 raise error from None
 

@@ -74,7 +74,7 @@ def save_nearest_histogram(
     """The ratios of samples (N,) and of held-out real slices (M,), with the limit of the rule."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axis = figure.subplots()
-    edges = np.linspace(0, max(1.0, *(part.max() for part in (samples, held_out) if len(part))), 51)
+    edges = np.linspace(0, np.concatenate([samples, held_out, [1.0]]).max(), 51)
     for ratios, title, colour in (
         (held_out, "real slices of other people", "#888888"),
         (samples, "samples", COLOURS[0]),
@@ -221,10 +221,12 @@ def save_umap(
         labels.append(images.labels[rows])
     together = np.concatenate(features)
     neighbours = max(2, min(15, len(together) - 1))
+    threads = torch.get_num_threads()
     # one job: with a seed UMAP takes one anyway, and warns
     mapped = UMAP(
         n_neighbors=neighbours, init="random" if len(together) < 10 else "pca", random_state=seed, n_jobs=1
     ).fit_transform(together)
+    torch.set_num_threads(threads)  # which UMAP changes, and with them the rounding of all that follows
     places = np.split(mapped, [len(features[0])])
 
     figure = Figure(figsize=(8, 6), layout="constrained")

@@ -8,6 +8,7 @@ from adni_ldm.evaluation.estimates import Estimate
 
 NEAR_FLOOR = 0.8  # of the floor: precision and recall from which samples match real slices
 FAITHFUL = 0.03  # below the classifier's own accuracy
+WIDEST = 0.3  # interval of a share, above which it says nothing
 USEFUL = 0.95  # of the AUC reached by training on real slices
 MEMBERSHIP = 0.6  # AUC that the membership test must surely exceed before the model is said to remember
 EFFECT = (0.8, 1.25)  # of the disease's effect in real slices
@@ -73,6 +74,8 @@ def _usefulness(figures: Mapping) -> dict:
 def _faithfulness(agreement: Estimate, anatomy: Mapping[str, Estimate]) -> dict:
     if gap := _gap(agreement):
         return gap
+    if agreement.high - agreement.low > WIDEST:
+        return {"good": None, "text": "Cannot be told: too few samples to say how many show their class."}
     shown = agreement.value >= agreement.floor - FAITHFUL
     said = (
         f"An independent classifier takes {_with_interval(agreement, '.0%')} of the samples for the class "
@@ -81,7 +84,8 @@ def _faithfulness(agreement: Estimate, anatomy: Mapping[str, Estimate]) -> dict:
     ratio = anatomy["effect_ratio"]
     if ratio.value is None:
         said += f"Whether the anatomy changes by as much cannot be told: {ratio.note}."
-        return {"good": shown, "text": said}
+        told = anatomy["effect_synthetic"].value is not None  # else it is the samples that say nothing
+        return {"good": (shown if told or not shown else None), "text": said}
     as_strong = EFFECT[0] <= ratio.value <= EFFECT[1]
     said += f"The effect on the ventricles is {_with_interval(ratio, '.2f')} times that in real slices: "
     said += "as strong. " if as_strong else ("weaker. " if ratio.value < EFFECT[0] else "exaggerated. ")
