@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test faults gpu-check bench lint audit clean
+.PHONY: help demo test faults gpu-check bench docs lint audit clean
 
 PYTHON ?= python3
 VENV := .venv/bin/python
@@ -54,6 +54,9 @@ bench: .venv  ## how fast, how it grows, how good beside others: tables in bench
 	$(VENV) benchmarks/scaling.py
 	$(VENV) benchmarks/peers.py
 	test ! -f benchmarks/finetune.py || $(VENV) benchmarks/finetune.py
+
+docs: .venv  ## the pages of settings in docs/settings, from the code
+	$(VENV) docs/make_settings.py
 
 lint: .venv  ## check style and format
 	$(VENV) -m ruff check .
