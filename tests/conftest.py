@@ -28,21 +28,11 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the cache of the pr
 from collections.abc import Callable, Mapping, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from PIL import Image  # noqa: E402
+from stand_ins import blob_image, make_pipeline  # noqa: E402
 
 torch.set_num_threads(1)
-
-
-def blob_image(seed: Sequence[int], width: int = 256, height: int = 240) -> Image.Image:
-    """A smooth grey picture on black, mode L, which differs with the seed."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:height, :width] / height  # both in units of the height
-    centres = rng.uniform(0.3, 0.7, (4, 2))
-    blobs = sum(np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / 0.02) for cy, cx in centres)
-    return Image.fromarray((blobs / blobs.max() * 230).astype(np.uint8))
 
 
 def write_ad_nc(
@@ -90,26 +80,3 @@ def phantom_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pipeline():
     """A pipeline of random weights that draws 16 x 16 pixels in milliseconds."""
     return make_pipeline()
-
-
-def make_pipeline():
-    from diffusers import DDIMScheduler
-
-    from adni_ldm.models import ClassEmbedding, build_autoencoder, build_denoiser
-    from adni_ldm.pipeline import ClassConditionalLDMPipeline
-
-    torch.manual_seed(0)
-    vae = build_autoencoder(16, widths=(16, 32))
-    vae.register_to_config(latents_mean=[0.5, 0.0, -0.5, 0.0], latents_std=[2.0, 1.0, 0.5, 1.0])
-    scheduler = DDIMScheduler(
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
-        clip_sample=False,
-    )
-    made = ClassConditionalLDMPipeline(
-        vae, build_denoiser(4, 8, widths=(32, 64), token_dim=16), ClassEmbedding(token_dim=16), scheduler
-    )
-    made.set_progress_bar_config(disable=True)
-    return made

@@ -21,8 +21,8 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import blob_image, make_pipeline
 from PIL import Image
+from stand_ins import blob_image, make_pipeline
 
 from adni_ldm import web
 from adni_ldm.errors import UserError

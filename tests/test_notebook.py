@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import make_pipeline
 from PIL import Image
+from stand_ins import make_pipeline
 
 NOTEBOOK = Path(__file__).parents[1] / "docs/demo.ipynb"
 nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed: pip install 'adni-ldm[test]'")

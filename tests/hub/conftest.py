@@ -3,13 +3,10 @@
 import json
 
 import pytest
-import torch
-from diffusers import DDIMScheduler
+from stand_ins import make_pipeline
 
 from adni_ldm.data.lineage import describe_data, trained_on
 from adni_ldm.data.slices import open_folder, read_slices
-from adni_ldm.models import ClassEmbedding, build_autoencoder, build_denoiser
-from adni_ldm.pipeline import ClassConditionalLDMPipeline
 from adni_ldm.sampling import weights_hash
 
 
@@ -27,22 +24,11 @@ def write_report(
 
 
 def write_run(run, data_dir):
-    torch.manual_seed(0)
-    vae = build_autoencoder(32, widths=(16, 32))
-    vae.register_to_config(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
-    scheduler = DDIMScheduler(
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
-        clip_sample=False,
-    )
-    unet = build_denoiser(4, 16, widths=(32, 64), token_dim=16)
-    pipeline = ClassConditionalLDMPipeline(vae, unet, ClassEmbedding(token_dim=16), scheduler)
+    pipeline = make_pipeline(image_size=32)
     scan = open_folder(data_dir)
     records = trained_on(describe_data(scan, read_slices(scan)))
-    vae.register_to_config(_trained_on=records, _name_or_path="/home/somebody/runs/vae")
-    unet.register_to_config(_trained_on=records)
+    pipeline.vae.register_to_config(_trained_on=records, _name_or_path="/home/somebody/runs/vae")
+    pipeline.unet.register_to_config(_trained_on=records)
     pipeline.save_pretrained(run)
 
     settings = {

@@ -1,0 +1,39 @@
+"""What tests take for a scan and for a trained model, where its content does not matter."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+def blob_image(seed: Sequence[int], width: int = 256, height: int = 240) -> Image.Image:
+    """A smooth grey picture on black, mode L, which differs with the seed."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width] / height  # both in units of the height
+    centres = rng.uniform(0.3, 0.7, (4, 2))
+    blobs = sum(np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / 0.02) for cy, cx in centres)
+    return Image.fromarray((blobs / blobs.max() * 230).astype(np.uint8))
+
+
+def make_pipeline(image_size: int = 16):
+    """A pipeline of random weights, which draws 16 x 16 pixels in milliseconds."""
+    from diffusers import DDIMScheduler
+
+    from adni_ldm.models import ClassEmbedding, build_autoencoder, build_denoiser
+    from adni_ldm.pipeline import ClassConditionalLDMPipeline
+
+    torch.manual_seed(0)
+    vae = build_autoencoder(image_size, widths=(16, 32))
+    vae.register_to_config(latents_mean=[0.5, 0.0, -0.5, 0.0], latents_std=[2.0, 1.0, 0.5, 1.0])
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+    unet = build_denoiser(4, image_size // 2, widths=(32, 64), token_dim=16)
+    made = ClassConditionalLDMPipeline(vae, unet, ClassEmbedding(token_dim=16), scheduler)
+    made.set_progress_bar_config(disable=True)
+    return made
