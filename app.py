@@ -44,8 +44,10 @@ CSS = """
 .slices figure { margin: 0; } .slices img { width: 100%; border-radius: 4px; display: block; }
 .slices figcaption { font-size: .85rem; padding: .2rem 0; overflow-wrap: anywhere; }
 .refused { border-left: 4px solid #c62828; padding: .4rem .8rem; }
-.verdicts li { margin: .6rem 0; } progress { width: 100%; height: 1rem; accent-color: #1565c0; }
-a.download { display: inline-block; padding: .6rem 1rem; border: 1px solid currentColor; border-radius: 6px; }
+.verdicts { list-style: none; padding: 0; } .verdicts li { margin: .6rem 0; list-style: none; }
+progress { width: 100%; height: 1rem; accent-color: #1565c0; }
+a.download { display: inline-block; margin-top: 1rem; padding: .6rem 1rem; }
+a.download { border: 1px solid currentColor; border-radius: 6px; }
 :focus-visible { outline: 3px solid #1565c0 !important; outline-offset: 2px; }
 """
 # gradio names no group of radio buttons, so that a screen reader would say "AD" and not of what

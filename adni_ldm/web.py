@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from PIL import Image, UnidentifiedImageError
 from torchvision.transforms.functional import to_pil_image
 
@@ -80,10 +80,12 @@ def _check_shape(image: Image.Image) -> None:
 
 def _check_content(image: Image.Image) -> None:
     if image.mode not in ("1", "L", "LA", "I;16", "I", "F"):
-        colours = np.asarray(image.convert("RGB"), dtype=np.int16)  # (H, W, 3)
+        small = image.convert("RGB").resize((128, 128))
+        colours = np.asarray(small, dtype=np.int16)  # (128, 128, 3)
         if (colours.max(axis=2) - colours.min(axis=2)).mean() > COLOURFUL:
             raise UserError("This picture is in colour: a slice is grey. Is it a photograph?")
-    if np.ptp(np.asarray(image)) == 0:
+    darkest, brightest = np.reshape(image.getextrema(), (-1, 2)).T  # of each channel
+    if (darkest == brightest).all():
         raise UserError("This picture is all of one grey: there is no slice in it.")
 
 
@@ -164,7 +166,7 @@ def find_report(model: str, report: str | None) -> dict | None:
     if path is None and not Path(model).exists():
         try:
             path = hf_hub_download(model, "metrics.json")
-        except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError):
+        except (EntryNotFoundError, HfHubHTTPError, HFValidationError):
             return None
     try:
         return json.loads(Path(path).read_text()) if path else None
@@ -184,9 +186,9 @@ def verdicts(metrics: Mapping | None, model_hash: str) -> str:
     lines = []
     for name, question in QUESTIONS.items():
         verdict = metrics.get("verdicts", {}).get(name) or {"good": None, "text": "Not measured."}
-        sign, word = {True: ("✓", "yes"), False: ("✗", "no")}.get(verdict["good"], ("?", "cannot be told"))
+        sign, word = {True: ("✓", "Yes."), False: ("✗", "No.")}.get(verdict["good"], ("?", "Cannot be told."))
         lines.append(
-            f'<li><span aria-hidden="true">{sign}</span> <strong>{question} {word}.</strong> '
+            f'<li><span aria-hidden="true">{sign}</span> {question} <strong>{word}</strong> '
             f"{escape(str(verdict['text']))}</li>"
         )
     return f'<ul class="verdicts">{"".join(lines)}</ul>'

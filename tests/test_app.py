@@ -169,7 +169,7 @@ def drawn(label, seed, number, steps, guidance_scale=1.5):
 def test_draw(visit, keep, model):
     page = visit()
     fill(page, "Number of slices", 3)
-    fill(page, "Denoising steps", 20)
+    fill(page, "Denoising steps", 200)
     fill(page, "Seed", 5)
     choose(page, "Class", "NC")
     page.evaluate(
@@ -190,12 +190,12 @@ def test_draw(visit, keep, model):
     files, rows = saved(page)
     assert list(rows.file_name) == list(files) == [f"NC/{index:06d}.png" for index in range(3)]
     assert list(rows.seed) == [image_seed(5, index) for index in range(3)]
-    assert set(rows.steps) == {20} and set(rows.label) == {"NC"}
+    assert set(rows.steps) == {200} and set(rows.label) == {"NC"}
     assert set(rows.model_hash) == {weights_hash(make_pipeline())}
     for picture, content in zip(pictures.values(), files.values()):
         assert np.array_equal(picture, np.asarray(Image.open(io.BytesIO(content))))
     if set(rows.precision) == {"no"}:  # else bf16 here, and float32 in this process
-        expected = drawn(1, seed=5, number=3, steps=20)
+        expected = drawn(1, seed=5, number=3, steps=200)
         assert np.abs(np.stack(list(pictures.values())) - expected).max() <= 1, "as sample.py draws them"
 
 
@@ -287,7 +287,7 @@ def test_a_full_queue_is_said(visit, keep):
     for page in pages[1:]:
         page.get_by_role("button", name="Draw").click()
         page.wait_for_timeout(300)
-    pages[3].get_by_text(re.compile("full", re.I)).first.wait_for()
+    pages[3].get_by_text("currently busy").first.wait_for()
     keep(pages[3])
     for page in pages[1:3]:
         page.get_by_text("4 drawn").wait_for()
@@ -325,9 +325,9 @@ def test_by_keyboard_on_a_telephone(visit, keep):
 def test_the_verdicts_of_the_report(visit, keep):
     page = visit()
     open_tab(page, "What it is worth")
-    page.get_by_text("Are they nobody's scan? no. Three samples are copies.").wait_for()
+    page.get_by_text("Are they nobody's scan? No. Three samples are copies.").wait_for()
     page.get_by_text("They pass <b>for</b> real ones.").wait_for()
-    page.get_by_text("cannot be told. Too few subjects.").wait_for()
+    page.get_by_text("Cannot be told. Too few subjects.").wait_for()
     keep(page)
 
 
