@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test faults gpu-check bench lint clean
+.PHONY: help demo test faults gpu-check bench docs lint audit clean
 
 PYTHON ?= python3
 VENV := .venv/bin/python
@@ -53,11 +53,18 @@ bench: .venv  ## how fast, how it grows, how good beside others: tables in bench
 	$(VENV) benchmarks/throughput.py
 	$(VENV) benchmarks/scaling.py
 	$(VENV) benchmarks/peers.py
-	test ! -f benchmarks/finetune.py || $(VENV) benchmarks/finetune.py
+	$(VENV) benchmarks/finetune.py
+
+docs: .venv  ## the pages of settings in docs/settings, from the code
+	$(VENV) docs/make_settings.py
 
 lint: .venv  ## check style and format
 	$(VENV) -m ruff check .
 	$(VENV) -m ruff format --check .
+
+audit:  ## known holes in the versions of constraints.txt; needs pip-audit and the network, no part of CI
+	@command -v pip-audit > /dev/null || { echo "make: audit needs pip-audit: pipx install pip-audit" >&2; exit 1; }
+	pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 clean:  ## remove caches and build leftovers; .venv, data and runs stay
 	rm -rf build dist .pytest_cache .ruff_cache *.egg-info

@@ -36,7 +36,14 @@ def make_phantom(arguments: list[str]) -> None:
         from adni_ldm.data.phantom import write_phantom_cohort
 
         table = write_phantom_cohort(
-            cfg.output_dir, cfg.subjects, cfg.slices, cfg.image_size, cfg.seed, cfg.workers
+            cfg.output_dir,
+            cfg.subjects,
+            cfg.slices,
+            cfg.image_size,
+            cfg.seed,
+            cfg.workers,
+            cfg.plane,
+            cfg.contrast,
         )
     except ImportError as error:
         raise UserError(f"the phantom cohort needs {error.name}: pip install 'adni-ldm[scans]'") from error

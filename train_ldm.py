@@ -4,8 +4,9 @@
     accelerate launch --config_file accelerate_config.yaml train_ldm.py --config configs/adni/ldm.yaml
 
 Writes a whole diffusers pipeline, which sample.py and `DiffusionPipeline.from_pretrained` read; beside it
-metrics.csv, loss.png, samples.png and training_config.json. Fine-tunes such a pipeline with --init_from.
-`python train_ldm.py --help` lists every setting.
+metrics.csv, loss.png, samples.png and training_config.json. Fine-tunes such a pipeline with --init_from: on
+other scans, with more classes, at another size; in parts (--freeze) or by a LoRA (--lora_rank), which is
+saved alone as well, as pytorch_lora_weights.safetensors. `python train_ldm.py --help` lists every setting.
 """
 
 from __future__ import annotations
@@ -17,13 +18,20 @@ check_torch_pair()  # before diffusers and transformers meet a broken pair and s
 from pathlib import Path
 
 import torch
+from accelerate.utils import DistributedType
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler
+from huggingface_hub import HfApi
+from huggingface_hub.constants import HF_HOME
 from tqdm.auto import tqdm
 
 from adni_ldm.config import TrainLDMConfig, class_names, parse_config, save_config, settings_to_keep
 from adni_ldm.data.lineage import refuse_leak, trained_on
 from adni_ldm.errors import UserError, run_recipe
+from adni_ldm.evaluation.image_sets import image_set
+from adni_ldm.evaluation.watch import Watch, keep_best
 from adni_ldm.figures import save_rows
+from adni_ldm.hub.push import check_login
+from adni_ldm.hub.share import share_model
 from adni_ldm.loading import load_autoencoder, load_pipeline
 from adni_ldm.models.autoencoder import latent_shape
 from adni_ldm.models.class_embedding import ClassEmbedding
@@ -37,6 +45,14 @@ from adni_ldm.training.checkpoints import (
     save_checkpoint,
     write_state,
 )
+from adni_ldm.training.finetuning import (
+    add_lora,
+    freeze,
+    merge_lora,
+    refuse_missing_start,
+    resize,
+    save_lora,
+)
 from adni_ldm.training.kernels import refuse_missing_kernels, set_kernels
 from adni_ldm.training.latents import LatentPosteriors, encode_posteriors
 from adni_ldm.training.log import RunLog
@@ -47,6 +63,7 @@ from adni_ldm.training.optimization import (
     build_optimizer,
     learning_rate_at,
     set_learning_rate,
+    trainable,
     update_average,
 )
 from adni_ldm.training.record import hash_slices, record_start, run_identity
@@ -54,7 +71,7 @@ from adni_ldm.training.setup import describe, load_training_slices, on_gpu, star
 from adni_ldm.training.sharding import whole
 from adni_ldm.training.updates import UpdateCheck, exit_code, stop_nonfinite
 
-COLUMNS = ("loss", "learning_rate", "skipped", "val_loss")
+COLUMNS = ("loss", "learning_rate", "skipped", "val_loss", "kid", "agreement", "copies")
 
 
 def main() -> int:
@@ -64,6 +81,7 @@ def main() -> int:
     # ---- Processes, what to start from, and data -----------------------------------------------------------
     refuse_earlier_run(output_dir, cfg.resume_from_checkpoint)
     refuse_missing_kernels(cfg.attention, cfg.optimizer)
+    refuse_missing_start(cfg.init_from, cfg.freeze, cfg.lora_rank)
     accelerator = start_accelerator(
         output_dir,
         cfg.mixed_precision,
@@ -73,8 +91,14 @@ def main() -> int:
         cfg.batch_size,
         cfg.deterministic,
     )
+    if cfg.push_to_hub and accelerator.is_main_process:
+        check_login(HfApi(), cfg.hub_model_id)  # now, and not when training has ended
     pipeline = load_pipeline(cfg.init_from) if cfg.init_from else None
     vae = pipeline.vae if pipeline else load_autoencoder(cfg.vae)
+    if vae.config.latents_mean is None:
+        raise UserError(
+            f"--vae {cfg.vae}: its latents are not measured; fine-tune it with train_vae.py --init_from"
+        )
     channels, size, _ = latent_shape(vae, cfg.image_size)
     train, val, data = load_training_slices(
         accelerator, cfg.data_dir, cfg.image_size, cfg.val_fraction, class_names(cfg.classes), cfg.table
@@ -85,9 +109,10 @@ def main() -> int:
     # ---- Denoiser and noise schedule -----------------------------------------------------------------------
     if pipeline:
         refuse_leak(cfg.init_from, pipeline.unet.config.get("_trained_on"), data)
-        refuse_mismatch(pipeline, data.class_names, size)
+        resize(pipeline.unet, size)
         scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-        denoiser = ConditionalDenoiser(pipeline.unet, pipeline.class_embedding)
+        tokens = pipeline.class_embedding.with_classes(data.class_names)
+        denoiser = ConditionalDenoiser(pipeline.unet, tokens)
     else:
         unet = build_denoiser(channels, size, cfg.unet_widths, cfg.token_dim, cfg.layers_per_block)
         denoiser = ConditionalDenoiser(unet, ClassEmbedding(data.class_names, cfg.token_dim))
@@ -104,12 +129,19 @@ def main() -> int:
 
     unet = denoiser.unet
     unet.register_to_config(_trained_on=trained_on(data, unet.config.get("_trained_on")))
+    start = {"weights of --init_from": hash_weights(denoiser)} if pipeline else {}
+    if cfg.lora_rank:
+        if accelerator.distributed_type == DistributedType.FSDP:
+            raise UserError("--lora_rank is small enough for each GPU; start without FSDP")
+        add_lora(unet, cfg.lora_rank)
+    freeze(denoiser, cfg.freeze)
 
     # ---- Latents: encoded once, their posterior drawn anew each step ---------------------------------------
     vae.to(accelerator.device).requires_grad_(False).eval()
-    latents, val_latents = (
-        encode_posteriors(vae, part, cfg.batch_size, accelerator) for part in (train, val)
-    )
+    cache = cfg.latent_cache or Path(HF_HOME, "adni_ldm", "latents")
+    hashes = hash_slices(accelerator, data, cfg.image_size, train=train, val=val)
+    latents = encode_posteriors(vae, train, accelerator, cache, hashes["train"], cfg.latent_variants)
+    val_latents = encode_posteriors(vae, val, accelerator, cache, hashes["val"])
 
     # ---- Optimizer -----------------------------------------------------------------------------------------
     channels_last = cfg.channels_last if cfg.channels_last is not None else on_gpu(accelerator)
@@ -123,16 +155,19 @@ def main() -> int:
         on_cpu=not on_gpu(accelerator),
         compile=cfg.compile,
     )
-    optimizer = build_optimizer(cfg.optimizer, denoiser.parameters(), cfg.learning_rate, cfg.weight_decay)
+    optimizer = build_optimizer(cfg.optimizer, trainable(denoiser), cfg.learning_rate, cfg.weight_decay)
     model, optimizer = accelerator.prepare(denoiser, optimizer)
+    trained = trainable(denoiser)  # after prepare, which may have put others in their place
     ema = None
     if cfg.use_ema:
-        ema = average(denoiser.parameters(), cfg.ema_decay, "cpu" if cfg.offload_ema else accelerator.device)
+        images = cfg.batch_size * cfg.gradient_accumulation_steps * accelerator.num_processes
+        device = "cpu" if cfg.offload_ema else accelerator.device
+        ema = average(trained, cfg.ema_halflife_images, images, device)
 
     # ---- Resume and run folder -----------------------------------------------------------------------------
-    pixels = hash_slices(train, val) if accelerator.is_main_process else ""
-    hashes = {"pixels": pixels, "vae": hash_weights(vae)}
+    hashes |= {"vae": hash_weights(vae), **start}
     identity = run_identity(accelerator, settings_to_keep(cfg), data.hash, **hashes)
+    identity["should"]["latents"] = latents.sha256
     state = {"identity": identity, "ema": ema}
     resumed = load_checkpoint(accelerator, output_dir, cfg.resume_from_checkpoint, **state)
     step = resumed.pop("step")
@@ -143,6 +178,16 @@ def main() -> int:
     if cfg.report_to != "none":
         accelerator.init_trackers("logs")
     log = RunLog(accelerator, output_dir, COLUMNS, resumed_at=step)
+    if cfg.evaluate_every and accelerator.is_main_process:
+        watch = Watch(
+            *(image_set(part, cfg.evaluate_slices, cfg.seed) for part in (train, val)),
+            count=cfg.evaluate_images,
+            classifier_steps=cfg.classifier_steps,
+            steps=cfg.num_inference_steps,
+            guidance_scale=cfg.guidance_scale,
+            seed=cfg.seed,
+            device=accelerator.device,
+        )
 
     # ---- Train ---------------------------------------------------------------------------------------------
     null_label = denoiser.class_embedding.null_label
@@ -178,7 +223,7 @@ def main() -> int:
             optimizer.zero_grad()
         step += 1
         if ema and check.taken:
-            update_average(ema, denoiser.parameters())
+            update_average(ema, trained)
         progress.update()
 
         # Log, look at held-out latents and samples, and save.
@@ -187,12 +232,21 @@ def main() -> int:
             line = log.write_means(step, learning_rate=learning_rate, skipped=check.skipped)
             progress.set_postfix(loss=f"{line['loss']:.4f}")
         if cfg.sample_steps and (step % cfg.sample_steps == 0 or last):
-            with averaged_weights(ema, denoiser.parameters()), accelerator.autocast():
+            with averaged_weights(ema, trained), accelerator.autocast():
                 sampled = whole_denoiser(denoiser)
                 if accelerator.is_main_process:  # the others go on, and wait at the next gradient
                     held_out = held_out_loss(sampled, val_latents, vae, scheduler, cfg)
                     draw_samples(build_pipeline(vae, sampled, scheduler), output_dir / "samples.png", cfg)
                     log.write(step, val_loss=held_out)
+        if cfg.evaluate_every and (step % cfg.evaluate_every == 0 or last):
+            with averaged_weights(ema, denoiser.parameters()), accelerator.autocast():
+                sampled = whole_denoiser(denoiser)
+                if accelerator.is_main_process:
+                    judged = build_pipeline(vae, sampled, scheduler)
+                    judged.set_progress_bar_config(disable=True)
+                    figures = watch(judged)
+                    log.write(step, **figures)
+                    keep_best(judged, output_dir, step, figures)
         due = cfg.checkpointing_steps and step % cfg.checkpointing_steps == 0
         if (due or check.stop) and not last:
             save_checkpoint(accelerator, output_dir, step, cfg.keep_checkpoints, **state, **check.counts)
@@ -210,33 +264,24 @@ def main() -> int:
 
     # ---- Save the whole pipeline ---------------------------------------------------------------------------
     if ema:
-        ema.copy_to(denoiser.parameters())
+        ema.copy_to(trained)
     denoiser = whole_denoiser(denoiser)
     if accelerator.is_main_process:
+        if cfg.lora_rank:
+            save_lora(denoiser, output_dir)
+            merge_lora(denoiser.unet)
         build_pipeline(vae, denoiser, scheduler).save_pretrained(output_dir)
     log.draw()
     accelerator.end_training()
     accelerator.print(f"pipeline in {output_dir}: python sample.py --class all --model {output_dir}")
+    if cfg.push_to_hub and accelerator.is_main_process:
+        share_model(output_dir, cfg.hub_model_id, [cfg.data_dir], cfg.table, accept_privacy_risk=True)
     return 0
 
 
 def whole_denoiser(denoiser: ConditionalDenoiser) -> ConditionalDenoiser:
     """The denoiser with whole weights, gathered where FSDP shards them; every process calls it."""
     return ConditionalDenoiser(whole(denoiser.unet), whole(denoiser.class_embedding))
-
-
-def refuse_mismatch(
-    pipeline: ClassConditionalLDMPipeline, class_names: tuple[str, ...], latent_size: int
-) -> None:
-    """Fine-tuning keeps the meaning of every label and the size of the slices."""
-    known = tuple(pipeline.class_embedding.config.class_names)
-    if known != class_names:
-        raise UserError(
-            f"--init_from: its classes are {', '.join(known)}, the data's {', '.join(class_names)}"
-        )
-    if pipeline.unet.config.sample_size != latent_size:
-        size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-        raise UserError(f"--init_from: it draws slices of {size} pixels; give --image_size {size}")
 
 
 def noise_latents(
@@ -247,8 +292,9 @@ def noise_latents(
     scheduler: DDPMScheduler,
 ) -> tuple[torch.Tensor, ...]:
     """Draw latents and noise them: clean, noise, noisy (B, C, h, w) and timesteps (B,)."""
-    shape = latents.mean.shape[1:]
-    clean = normalize_latents(vae, latents.draw(indices, random.normal(*shape)))
+    shape = latents.shape
+    variants = random.integers(latents.variants) if latents.variants > 1 else 0
+    clean = normalize_latents(vae, latents.draw(indices, random.normal(*shape), variants))
     noise = random.normal(*shape)
     timesteps = random.integers(scheduler.config.num_train_timesteps)
     return clean, noise, scheduler.add_noise(clean, noise, timesteps), timesteps
@@ -268,7 +314,7 @@ def held_out_loss(
         indices = [
             index % len(latents) for index in range(batch * cfg.batch_size, (batch + 1) * cfg.batch_size)
         ]
-        random = BatchNoise(cfg.seed, batch, cfg.batch_size, 0, 1, latents.mean.device)
+        random = BatchNoise(cfg.seed, batch, cfg.batch_size, 0, 1, latents.labels.device)
         clean, noise, noisy, timesteps = noise_latents(latents, indices, random, vae, scheduler)
         prediction = denoiser(noisy, timesteps, latents.labels[indices])
         losses.append(diffusion_loss(prediction, clean, noise, timesteps, scheduler, cfg.snr_gamma))

@@ -5,7 +5,8 @@
 
 Writes a diffusers AutoencoderKL folder with the latents' mean and standard deviation over the training set
 in its config.json; beside it metrics.csv, loss.png, reconstructions.png and training_config.json. Fine-tunes
-such a folder with --init_from. `python train_vae.py --help` lists every setting.
+any diffusers AutoencoderKL with --init_from, one of colour as well. `python train_vae.py --help` lists every
+setting.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from adni_ldm.errors import run_recipe
 from adni_ldm.figures import save_rows
 from adni_ldm.loading import load_autoencoder
 from adni_ldm.models.autoencoder import ReconstructingVAE, build_autoencoder, latent_shape
+from adni_ldm.sampling import hash_weights
+from adni_ldm.training.adversary import Adversary, Discriminator, refuse_sharding
 from adni_ldm.training.batches import BatchIndices, BatchNoise
 from adni_ldm.training.checkpoints import (
     load_checkpoint,
@@ -38,9 +41,9 @@ from adni_ldm.training.checkpoints import (
     write_state,
 )
 from adni_ldm.training.kernels import refuse_missing_kernels, set_kernels
-from adni_ldm.training.latents import encode_posteriors
+from adni_ldm.training.latents import channel_statistics, encode_slices
 from adni_ldm.training.log import RunLog
-from adni_ldm.training.losses import kl_divergence, reconstruction_loss
+from adni_ldm.training.losses import kl_divergence, reconstruction_loss, spectral_loss
 from adni_ldm.training.optimization import (
     average,
     averaged_weights,
@@ -49,12 +52,15 @@ from adni_ldm.training.optimization import (
     set_learning_rate,
     update_average,
 )
+from adni_ldm.training.perception import load_perception
 from adni_ldm.training.record import hash_slices, record_start, run_identity
 from adni_ldm.training.setup import describe, load_training_slices, on_gpu, start_accelerator
 from adni_ldm.training.sharding import whole
 from adni_ldm.training.updates import UpdateCheck, exit_code, ignore_stop_signals, stop_nonfinite
 
-COLUMNS = ("loss", "reconstruction_loss", "kl", "learning_rate", "skipped", "val_psnr", "val_ssim", "val_kl")
+COLUMNS = ("loss", "reconstruction_loss", "spectral_loss", "perceptual_loss", "kl")
+COLUMNS += ("adversarial_loss", "discriminator_loss", "learning_rate", "skipped")
+COLUMNS += ("val_psnr", "val_ssim", "val_kl")
 
 
 def main() -> int:
@@ -78,7 +84,7 @@ def main() -> int:
     )
     accelerator.print(f"{len(train)} training slices, {len(val)} held out; {describe(accelerator)}")
 
-    # ---- Model and optimizer -------------------------------------------------------------------------------
+    # ---- Model, what judges it, and optimizer --------------------------------------------------------------
     if cfg.init_from:
         vae = load_autoencoder(cfg.init_from)
         refuse_leak(f"--init_from {cfg.init_from}", vae.config.get("_trained_on"), data)
@@ -93,23 +99,41 @@ def main() -> int:
         model = model.to(memory_format=torch.channels_last)
     set_kernels(
         [vae],
-        [vae.encoder, vae.decoder],
+        [vae.encoder, vae.decoder.mid_block, *vae.decoder.up_blocks],  # the adversary asks the last layer
         gradient_checkpointing=cfg.gradient_checkpointing,
         attention=cfg.attention,
         on_cpu=not on_gpu(accelerator),
         compile=cfg.compile,
     )
+    refuse_sharding(accelerator, cfg.discriminator_weight)
+    with accelerator.main_process_first():
+        perception = load_perception(cfg.perceptual)
+    if perception:
+        perception.to(accelerator.device)
+    networks = [model]
+    if cfg.discriminator_weight:
+        networks.append(Discriminator(cfg.discriminator_width))
+    # One optimizer for both: gradient scaling and the checks below then see one update.
+    weights = [{"params": list(network.parameters())} for network in networks]
     optimizer = build_optimizer(
-        cfg.optimizer, model.parameters(), cfg.learning_rate, cfg.weight_decay, betas=(0.9, 0.99)
+        cfg.optimizer, weights, cfg.learning_rate, cfg.weight_decay, betas=(0.9, 0.99)
     )
-    model, optimizer = accelerator.prepare(model, optimizer)
+    *trained, optimizer = accelerator.prepare(*networks, optimizer)
+    model, adversary = trained[0], None
+    if cfg.discriminator_weight:
+        last_layer = vae.decoder.conv_out.weight
+        adversary = Adversary(accelerator, networks[1], trained[1], last_layer, cfg.discriminator_weight)
     ema = None
     if cfg.use_ema:
-        ema = average(vae.parameters(), cfg.ema_decay, "cpu" if cfg.offload_ema else accelerator.device)
+        images = cfg.batch_size * cfg.gradient_accumulation_steps * accelerator.num_processes
+        device = "cpu" if cfg.offload_ema else accelerator.device
+        ema = average(vae.parameters(), cfg.ema_halflife_images, images, device)
 
     # ---- Resume and run folder -----------------------------------------------------------------------------
-    pixels = hash_slices(train, val) if accelerator.is_main_process else ""
-    identity = run_identity(accelerator, settings_to_keep(cfg), data.hash, pixels=pixels)
+    hashes = hash_slices(accelerator, data, cfg.image_size, train=train, val=val)
+    if perception:
+        hashes["perceptual"] = hash_weights(perception)
+    identity = run_identity(accelerator, settings_to_keep(cfg), data.hash, **hashes)
     state = {"identity": identity, "ema": ema}
     resumed = load_checkpoint(accelerator, output_dir, cfg.resume_from_checkpoint, **state)
     step = resumed.pop("step")
@@ -130,6 +154,8 @@ def main() -> int:
     workers = cfg.num_workers if cfg.num_workers is not None else 2 * on_gpu(accelerator)
     loader = DataLoader(train, batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_stop_signals)
     epoch_steps = max(1, len(train) // (cfg.batch_size * accumulation * accelerator.num_processes))
+    adversary_start = cfg.max_steps // 2 if cfg.discriminator_start is None else cfg.discriminator_start
+    zero = torch.zeros((), device=accelerator.device)
     progress = tqdm(
         total=cfg.max_steps, initial=step, desc="training VAE", disable=not accelerator.is_main_process
     )
@@ -141,18 +167,29 @@ def main() -> int:
         noise = BatchNoise(cfg.seed, number, cfg.batch_size, **rows, device=accelerator.device)
 
         learning_rate = learning_rate_at(step, cfg.learning_rate, cfg.warmup_steps, cfg.max_steps)
-        with accelerator.accumulate(model):
+        opposed = adversary is not None and step >= adversary_start
+        with accelerator.accumulate(*trained):
             set_learning_rate(optimizer, learning_rate)
             reconstruction, mean, logvar = model(images, noise.normal(*shape))
             distance = reconstruction_loss(reconstruction, images, cfg.reconstruction_loss)
+            spectral = spectral_loss(reconstruction, images) if cfg.spectral_weight else zero
+            perceptual = perception(reconstruction, images) if perception else zero
+            likeness = distance + cfg.spectral_weight * spectral + cfg.perceptual_weight * perceptual
+            fooling, telling = adversary.losses(images, reconstruction, likeness) if opposed else (zero, zero)
             kl = kl_divergence(mean, logvar)
-            loss = distance + cfg.kl_weight * kl
-            accelerator.backward(loss)
-            log.add(loss=loss, reconstruction_loss=distance, kl=kl)
-            check.add(loss, images=images, mean=mean, logvar=logvar)
+            loss = likeness + cfg.kl_weight * kl + fooling
+            accelerator.backward(loss + telling)  # the autoencoder's and the discriminator's share no weight
+            terms = {"loss": loss, "reconstruction_loss": distance, "kl": kl}
+            terms |= {"spectral_loss": spectral} if cfg.spectral_weight else {}
+            terms |= {"perceptual_loss": perceptual} if perception else {}
+            terms |= {"adversarial_loss": fooling, "discriminator_loss": telling} if adversary else {}
+            log.add(**terms)
+            check.add(loss + telling, images=images, mean=mean, logvar=logvar)
             if not accelerator.sync_gradients:
                 continue
             norm = accelerator.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+            if opposed:
+                norm = norm + adversary.end_update(cfg.max_grad_norm)  # for the check: one is not finite
             if not check.passes(norm):
                 optimizer.zero_grad()  # without gradients the step below changes nothing
             optimizer.step()
@@ -199,7 +236,7 @@ def main() -> int:
     if ema:
         ema.copy_to(vae.parameters())
     vae = whole(vae)
-    mean, std = encode_posteriors(vae, train, cfg.batch_size, accelerator).channel_statistics()
+    mean, std = channel_statistics(encode_slices(vae, train, accelerator))
     vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0, shift_factor=None)
     vae.register_to_config(_trained_on=trained_on(data, vae.config.get("_trained_on")))
     if accelerator.is_main_process:

@@ -8,7 +8,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
+from PIL import Image
+
+from adni_ldm.pipeline import Counterfactual
+
+GREY = {"cmap": "gray", "vmin": -1, "vmax": 1}
 
 
 def save_rows(path: str | Path, rows: Mapping[str, torch.Tensor], columns: int | None = None) -> None:
@@ -31,6 +37,39 @@ def save_rows(path: str | Path, rows: Mapping[str, torch.Tensor], columns: int |
         for edge in axis.spines.values():
             edge.set_visible(False)
     figure.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.05)
+
+
+def colour_limit(result: Counterfactual) -> float:
+    """The difference that gets the strongest colour; never so small that noise would look like something."""
+    return max(0.05, float(result.difference.abs().max()))
+
+
+def difference_picture(difference: torch.Tensor, limit: float) -> Image.Image:
+    """A difference (1, H, W) in colours: blue is darker by `limit`, white is none, red is brighter by it."""
+    colours = colormaps["RdBu_r"]((difference[0].float().cpu().numpy() / limit + 1) / 2, bytes=True)
+    return Image.fromarray(colours[..., :3])
+
+
+def save_counterfactual(path: str | Path, given: torch.Tensor, result: Counterfactual, classes: str) -> None:
+    """A slice (1, H, W) in [-1, 1], what it became, and the two maps to read together, in one scale.
+
+    Args:
+        result: of that slice, a batch of one.
+        classes: what the picture is called, such as "NC to AD".
+    """
+    panels = {"given": given, "round trip": result.round_trip[0], classes: result.images[0]}
+    error = result.round_trip[0] - given.to(result.round_trip.device)
+    maps = {f"{classes} − given": result.difference[0], "round trip − given": error / 2}
+    limit = colour_limit(result)
+    figure = Figure(figsize=(13, 3), layout="constrained")
+    axes = figure.subplots(1, len(panels) + len(maps))
+    for axis, (title, image) in zip(axes, (panels | maps).items()):
+        options = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit} if title in maps else GREY
+        shown = axis.imshow(image[0].float().cpu(), **options)
+        axis.set_title(title, fontsize=10)
+        axis.set_axis_off()
+    figure.colorbar(shown, ax=axes[-1], label="share of the grey range", shrink=0.8)
+    figure.savefig(path, dpi=110)
 
 
 def save_curves(csv_path: str | Path, path: str | Path) -> None:

@@ -2,7 +2,7 @@
 
 This file travels with every saved pipeline as `pipeline.py`, so that
 `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` works where adni_ldm is not installed.
-It therefore imports nothing but torch, diffusers and huggingface_hub.
+It therefore imports nothing but torch, diffusers and huggingface_hub; loading a LoRA file needs peft as well.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import json
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -54,7 +55,16 @@ def denormalize_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tens
     return latents.float() * std + mean
 
 
-class ClassConditionalLDMPipeline(DiffusionPipeline):
+class Counterfactual(NamedTuple):
+    """Slices (B, 1, H, W) in [-1, 1], and differences between slices in shares of the grey range."""
+
+    images: torch.Tensor  # the slices given, under the other class
+    difference: torch.Tensor  # images − the slices given, -1 to 1
+    round_trip: torch.Tensor  # the slices given, brought back under their own class in the same way
+    error: torch.Tensor  # |round_trip − the slices given|: no difference below it means anything
+
+
+class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     """Draws slices (B, 1, H, W) of the class asked for with a latent diffusion model.
 
     Args:
@@ -66,6 +76,7 @@ class ClassConditionalLDMPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "class_embedding->unet->vae"
     _callback_tensor_inputs = ["latents"]
+    text_encoder_name = "class_embedding"  # in a LoRA file: the class tokens take the text encoder's place
 
     def __init__(
         self,
@@ -88,6 +99,7 @@ class ClassConditionalLDMPipeline(DiffusionPipeline):
         num_inference_steps: int = 50,
         guidance_scale: float = 1.5,
         eta: float = 0.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -105,6 +117,9 @@ class ClassConditionalLDMPipeline(DiffusionPipeline):
                 (Ho & Salimans 2022, arXiv:2207.12598, equation 6 with w + 1 written w); 1 is no guidance.
             eta: stochasticity of DDIM (Song et al. 2021, arXiv:2010.02502, equation 16), 0 to 1; other
                 schedulers ignore it.
+            guidance_interval: timesteps that are guided, as shares of the noise schedule: 0 is the clean
+                image, 1 pure noise. Outside of it the class alone is asked, for half the cost
+                (Kynkäänniemi et al. 2024, arXiv:2404.07724, whose best interval lies in the middle).
             generator: one for the whole batch, or a list with one an image, which makes an image
                 independent of the batch that it was drawn in.
             latents: starting noise (B, C, h, w) of unit variance, drawn from `generator` when missing.
@@ -117,23 +132,29 @@ class ClassConditionalLDMPipeline(DiffusionPipeline):
             `ImagePipelineOutput` with `.images`, or a tuple with them when `return_dict` is False.
 
         Raises:
-            ValueError: an unknown class, a wrong `output_type`, or lists whose lengths do not match.
+            ValueError: an unknown class, a wrong `output_type`, an interval that is none, or lists whose
+                lengths do not match.
         """
         labels = self._labels(class_labels, num_images_per_prompt)  # (B,)
         self._check_inputs(
             len(labels), generator, output_type, num_inference_steps, callback_on_step_end_tensor_inputs
         )
+        low, high = guidance_interval
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"guidance_interval={guidance_interval} must be LOW < HIGH within 0 and 1")
         # a batch with one generator for all draws one stream; a list of them draws each image alone
         latents = self._initial_latents(len(labels), generator, latents)
         tokens = self._tokens(labels, guidance_scale)  # (B or 2B, 2, D)
         step_kwargs = self._step_kwargs(eta, generator)
 
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        shares = (self.scheduler.timesteps / self.scheduler.config.num_train_timesteps).tolist()
+        scales = [guidance_scale if low <= share <= high else 1 for share in shares]
         latents = latents * self.scheduler.init_noise_sigma
         with self.progress_bar(total=num_inference_steps) as progress:
             for step, timestep in enumerate(self.scheduler.timesteps):
-                # 1. Predict, with and without the class in one batch.
-                prediction = self._predict(latents, timestep, tokens, guidance_scale)
+                # 1. Predict, with and without the class in one batch; outside the interval with it alone.
+                prediction = self._predict(latents, timestep, tokens, scales[step])
                 # 2. Step back: x_t -> x_t-1.
                 latents = self.scheduler.step(
                     prediction, timestep, latents, **step_kwargs, return_dict=False
@@ -192,6 +213,7 @@ class ClassConditionalLDMPipeline(DiffusionPipeline):
     def _predict(self, latents, timestep, tokens, guidance_scale: float) -> torch.Tensor:
         guided = guidance_scale != 1
         inputs = torch.cat([latents] * 2) if guided else latents
+        tokens = tokens[-len(inputs) :]  # the classes' own come last
         inputs = self.scheduler.scale_model_input(inputs, timestep).to(self.unet.dtype)
         prediction = self.unet(inputs, timestep, encoder_hidden_states=tokens, return_dict=False)[0].float()
         if guided:
@@ -217,6 +239,115 @@ class ClassConditionalLDMPipeline(DiffusionPipeline):
         if dtype != torch.float32:
             self.vae.to(dtype)
         return self.image_processor.postprocess(images, output_type=output_type)
+
+    # ---- Counterfactuals -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def counterfactual(
+        self,
+        image: torch.Tensor,
+        source: str | int = "NC",
+        target: str | int = "AD",
+        strength: float = 0.8,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.5,
+    ) -> Counterfactual:
+        """Slices (B, 1, H, W) in [-1, 1] of the class `source` as they would look in the class `target`.
+
+        DDIM inversion under `source`, then DDIM under `target` and, to know the error, under `source` again.
+
+        Args:
+            strength: share of the noise schedule that is walked, 0 (the autoencoder alone) to 1 (to pure
+                noise). More lets the class change more, and keeps less of the person.
+            num_inference_steps: DDIM steps each way, two or more.
+            guidance_scale: w of ε = ε(source) + w (ε(target) − ε(source)).
+
+        Raises:
+            ValueError: an unknown class, slices of another shape or range, a number out of range.
+        """
+        size, size_given = self.unet.config.sample_size * self.vae_scale_factor, tuple(image.shape)
+        if image.ndim != 4 or size_given[1:] != (1, size, size) or not image.abs().max() <= 1.01:
+            raise ValueError(f"image {size_given} given where (B, 1, {size}, {size}) in [-1, 1] is needed")
+        if not 0 <= strength <= 1 or num_inference_steps < 2:
+            raise ValueError(f"{strength=} must lie in [0, 1], {num_inference_steps=} be 2 or more")
+        if self.scheduler.init_noise_sigma != 1:
+            raise ValueError(f"{type(self.scheduler).__name__} scales its latents: take a DDIMScheduler")
+        image = image.to(self._execution_device, torch.float32)
+        clean = self.vae.encode(image.to(self.vae.dtype)).latent_dist.mean
+        clean = normalize_latents(self.vae, clean)  # (B, C, h, w)
+        own, other = (self._tokens(self._labels(name, len(image)), 1) for name in (source, target))
+
+        highest = strength * len(self.scheduler.alphas_cumprod)
+        timesteps = torch.linspace(0, highest, num_inference_steps + 1).round().int().unique()[1:] - 1
+        noisy = self.ddim(clean, timesteps, own, invert=True)
+        tokens = other if guidance_scale == 1 else torch.cat([own, other])
+        there = self.ddim(noisy, timesteps, tokens, guidance_scale)
+        back = self.ddim(noisy, timesteps, own)
+        images, round_trip = (2 * self.decode_latents(latents) - 1 for latents in (there, back))
+        return Counterfactual(images, (images - image) / 2, round_trip, (round_trip - image).abs() / 2)
+
+    @torch.no_grad()
+    def ddim(self, latents, timesteps, tokens, guidance_scale: float = 1, invert: bool = False):
+        """Latents (B, C, h, w) from the last of the rising `timesteps` to clean ones, or `invert` that.
+
+        With ᾱ = cos²φ a step is a turn by δ, z' = cos δ z − sin δ v(z) (Salimans & Ho 2022,
+        arXiv:2202.00512, appendix D), which holds from pure noise as well. Its inverse needs v(z) at the z
+        it looks for, and finds both by fixed-point iteration (Pan et al. 2023, arXiv:2309.04907).
+        """
+        angles = self.scheduler.alphas_cumprod[timesteps].sqrt().arccos()
+        path = list(zip(timesteps, angles, angles.diff(prepend=torch.zeros(1))))
+        for timestep, angle, turn in path if invert else reversed(path):
+            start = latents
+            for _ in range(3 if invert else 1):
+                velocity = self._predict(latents, timestep, tokens, guidance_scale)
+                if self.scheduler.config.prediction_type == "epsilon":
+                    velocity = (velocity - angle.sin() * latents) / angle.cos()
+                if invert:
+                    latents = (start + turn.sin() * velocity) / turn.cos()
+                else:
+                    latents = turn.cos() * start - turn.sin() * velocity
+        return latents
+
+    # ---- LoRA --------------------------------------------------------------------------------------------
+
+    def load_lora_weights(
+        self, source: str | Path | dict[str, torch.Tensor], adapter_name: str | None = None, **kwargs
+    ) -> None:
+        """Lay a LoRA of train_ldm.py --lora_rank over the U-Net, and take its class tokens and classes.
+
+        `set_adapters`, `disable_lora` and `fuse_lora` are diffusers' own and are about the U-Net. Of several
+        files, the last one's class tokens count; `unload_lora_weights` gives the pipeline's own back.
+
+        Args:
+            source: folder, file or Hub name of pytorch_lora_weights.safetensors, or its tensors.
+            kwargs: of diffusers' `lora_state_dict`, as `revision` or `token`.
+        """
+        kwargs |= {"use_safetensors": True, "return_lora_metadata": True}
+        weights, _, told = self.lora_state_dict(source, **kwargs)
+        tokens = {
+            name.removeprefix("class_embedding."): tensor
+            for name, tensor in weights.items()
+            if name.startswith("class_embedding.")
+        }
+        self.load_lora_into_unet(weights, None, self.unet, adapter_name=adapter_name, _pipeline=self)
+        own, records = self.class_embedding, self.unet.config.get("_trained_on")
+        if getattr(self, "_before_lora", None) is None:
+            self._before_lora = (own, records)
+        if tokens:
+            names = (told or {}).get("class_embedding.class_names", own.config.class_names)
+            tuned = type(own)(list(names), own.config.token_dim, own.config.tokens_per_class)
+            tuned.load_state_dict(tokens)
+            self.register_modules(class_embedding=tuned.to(own.device, own.dtype))
+        self.unet.register_to_config(_trained_on=(told or {}).get("class_embedding.trained_on", records))
+
+    def unload_lora_weights(self) -> None:
+        """Take all LoRA files off again: U-Net, classes and class tokens are the pipeline's own."""
+        super().unload_lora_weights()
+        if getattr(self, "_before_lora", None) is not None:
+            embedding, records = self._before_lora
+            self.register_modules(class_embedding=embedding)
+            self.unet.register_to_config(_trained_on=records)
+            self._before_lora = None
 
     # ---- Saving and loading ------------------------------------------------------------------------------
 
@@ -260,4 +391,9 @@ class ClassConditionalLDMPipeline(DiffusionPipeline):
         """Fetch a pipeline of the Hub, leaving its code files where they are."""
         passed_on = ("cache_dir", "proxies", "local_files_only", "token", "revision", "force_download")
         options = {name: kwargs[name] for name in passed_on if kwargs.get(name) is not None}
-        return snapshot_download(pretrained_model_name, allow_patterns=["*.json", "*.safetensors"], **options)
+        folder = snapshot_download(
+            pretrained_model_name, allow_patterns=["*.json", "*.safetensors"], **options
+        )
+        if not (Path(folder) / cls.config_name).is_file():
+            raise OSError(f"there is no {cls.config_name} in it")
+        return folder

@@ -10,15 +10,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 
 from adni_ldm.data.manifest import read_manifest
 from adni_ldm.data.slices import SliceTensors, load_slices, to_arrays
 from adni_ldm.errors import UserError, run_recipe
-from adni_ldm.evaluation.anatomy import ventricle_area
+from adni_ldm.evaluation.anatomy import cohens_d, ventricle_area
+from adni_ldm.evaluation.image_sets import sample_set
 from adni_ldm.figures import save_rows
 from adni_ldm.loading import load_autoencoder
 
@@ -35,7 +34,8 @@ def main() -> None:
     real = SliceTensors(to_arrays(splits["test"], vae.config.sample_size))
     pixel_mm = pd.read_csv(folder / "data/test/metadata.csv").pixel_mm[0]
     names = splits["test"].features["label"].names
-    samples = {name: read_samples(folder / "samples" / name) for name in names}
+    drawn = sample_set(folder / "samples", names)
+    samples = {name: drawn.of_class(name).floats() for name in names}
 
     draw_picture(folder / "brains.png", vae, real, samples)
     page = summarize(folder, splits, real, names, samples, pixel_mm)
@@ -43,12 +43,8 @@ def main() -> None:
     print(page)
     print(f"pictures: {folder}/brains.png, {folder}/samples/grid.png, {folder}/samples/trajectory.png")
     print(f"figures:  {folder}/summary.md, {folder}/vae/loss.png, {folder}/ldm/loss.png")
-
-
-def read_samples(folder: Path) -> torch.Tensor:
-    """Generated slices (n, 1, H, W) in [-1, 1]."""
-    images = [np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]
-    return torch.tensor(np.stack(images))[:, None] / 127.5 - 1
+    data, samples, model = (folder / part for part in ("data", "samples", "ldm"))
+    print(f"what they are worth: python evaluate.py --real {data} --samples {samples} --model {model}")
 
 
 @torch.no_grad()
@@ -91,11 +87,6 @@ def summarize(folder: Path, splits, real: SliceTensors, names, samples, pixel_mm
         effect = cohens_d(*(areas[f"{source}, {name}"] for name in names[:2]))
         lines.append(f"| effect of {names[0]} on it, {source} | Cohen's d = {effect:.2f} |")
     return "\n".join(lines) + "\n"
-
-
-def cohens_d(one: np.ndarray, other: np.ndarray) -> float:
-    """Difference of the means in units of the pooled standard deviation."""
-    return float((one.mean() - other.mean()) / np.sqrt((one.var(ddof=1) + other.var(ddof=1)) / 2))
 
 
 if __name__ == "__main__":

@@ -84,3 +84,32 @@ def phantom_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("phantom") / "cohort"
     write_phantom_cohort(folder, subjects=12, slices=3, image_size=32, seed=0, workers=1)
     return folder
+
+
+@pytest.fixture
+def pipeline():
+    """A pipeline of random weights that draws 16 x 16 pixels in milliseconds."""
+    return make_pipeline()
+
+
+def make_pipeline():
+    from diffusers import DDIMScheduler
+
+    from adni_ldm.models import ClassEmbedding, build_autoencoder, build_denoiser
+    from adni_ldm.pipeline import ClassConditionalLDMPipeline
+
+    torch.manual_seed(0)
+    vae = build_autoencoder(16, widths=(16, 32))
+    vae.register_to_config(latents_mean=[0.5, 0.0, -0.5, 0.0], latents_std=[2.0, 1.0, 0.5, 1.0])
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+    made = ClassConditionalLDMPipeline(
+        vae, build_denoiser(4, 8, widths=(32, 64), token_dim=16), ClassEmbedding(token_dim=16), scheduler
+    )
+    made.set_progress_bar_config(disable=True)
+    return made

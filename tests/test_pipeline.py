@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from adni_ldm.models import ClassEmbedding, build_autoencoder, build_denoiser
+from adni_ldm.models import ClassEmbedding
 from adni_ldm.pipeline import ClassConditionalLDMPipeline, denormalize_latents
 from adni_ldm.sampling import (
     SCHEDULERS,
@@ -18,25 +18,6 @@ from adni_ldm.sampling import (
     use_scheduler,
     weights_hash,
 )
-
-
-@pytest.fixture
-def pipeline():
-    torch.manual_seed(0)
-    vae = build_autoencoder(16, widths=(16, 32))
-    vae.register_to_config(latents_mean=[0.5, 0.0, -0.5, 0.0], latents_std=[2.0, 1.0, 0.5, 1.0])
-    scheduler = DDIMScheduler(
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
-        clip_sample=False,
-    )
-    made = ClassConditionalLDMPipeline(
-        vae, build_denoiser(4, 8, widths=(32, 64), token_dim=16), ClassEmbedding(token_dim=16), scheduler
-    )
-    made.set_progress_bar_config(disable=True)
-    return made
 
 
 def seeded(*seeds):
@@ -90,6 +71,57 @@ def test_guidance_one_is_no_guidance(pipeline):
     assert torch.allclose(one, -velocity, atol=1e-4), "at zero SNR one DDIM step returns x = −v"
     assert torch.allclose(two - one, one - zero, atol=1e-4)
     assert not torch.allclose(one, two)
+
+
+def test_guidance_in_an_interval_asks_for_the_class_alone_outside_of_it(pipeline):
+    latents, batch_sizes = torch.randn(1, 4, 8, 8), []
+    pipeline.unet.register_forward_pre_hook(lambda _module, inputs: batch_sizes.append(len(inputs[0])))
+
+    def draw(scale, interval=(0.0, 1.0)):
+        batch_sizes.clear()
+        options = {"guidance_scale": scale, "guidance_interval": interval, "output_type": "latent"}
+        return pipeline("NC", 10, latents=latents, **options).images
+
+    some = draw(3, (0.2, 0.7))  # the timesteps are 999, 899, … 99
+    assert batch_sizes == [1, 1, 1, 2, 2, 2, 2, 2, 1, 1]
+    none, all_of_it = draw(1), draw(3)
+    assert not torch.allclose(some, none, atol=1e-4) and not torch.allclose(some, all_of_it, atol=1e-4)
+    assert torch.equal(draw(3, (0.9995, 1.0)), none), "no timestep lies there"
+
+
+class GaussianDenoiser(torch.nn.Module):
+    """The best denoiser of latents that are N(mean, std²); noise z then leads to mean + std · z exactly."""
+
+    def __init__(self, unet, alphas, mean, std):
+        super().__init__()
+        self.config, self.dtype, self.device = unet.config, unet.dtype, unet.device
+        self.alphas, self.mean, self.std = alphas, mean, std
+
+    def forward(self, noisy, timestep, encoder_hidden_states, return_dict):
+        alpha = self.alphas[int(timestep)]
+        variance = alpha * self.std**2 + 1 - alpha
+        clean = self.mean + alpha.sqrt() * self.std**2 / variance * (noisy - alpha.sqrt() * self.mean)
+        noise = (noisy - alpha.sqrt() * clean) / (1 - alpha).sqrt()
+        return (alpha.sqrt() * noise - (1 - alpha).sqrt() * clean,)
+
+
+@pytest.mark.parametrize("std", [0.1, 0.3, 1.0])
+def test_twenty_steps_of_dpm_do_what_more_of_ddim_do(pipeline, std):
+    """Against the solution, from pure noise (zero terminal SNR) to the last step. Latents have std 1."""
+    noise = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, set_alpha_to_one=True)
+    alphas = pipeline.scheduler.alphas_cumprod
+    pipeline.register_modules(unet=GaussianDenoiser(pipeline.unet, alphas, 0.7, std))
+
+    def error(name, steps):
+        use_scheduler(pipeline, name)
+        options = {"latents": noise, "guidance_scale": 1, "output_type": "latent"}
+        drawn = pipeline(["AD"] * 8, steps, **options).images
+        return (drawn - (0.7 + std * noise)).square().mean().sqrt().item()
+
+    assert error("ddim", 50) < 0.06
+    assert error("dpm++", 20) < error("ddim", 20 if std < 1 else 50)
+    assert std < 1 or error("dpm++", 50) < 0.015, "on the schedule that was trained with"
 
 
 def test_an_image_depends_on_its_seed_and_not_on_its_batch(pipeline):
@@ -172,6 +204,7 @@ def test_a_half_precision_pipeline_decodes_in_float32(pipeline):
         ({"class_labels": []}, "nothing to draw"),
         ({"class_labels": "AD", "output_type": "jpg"}, "output_type"),
         ({"class_labels": "AD", "num_inference_steps": 0}, "num_inference_steps"),
+        ({"class_labels": "AD", "guidance_interval": (0.5, 0.5)}, "guidance_interval"),
         ({"class_labels": ["AD", "NC"], "generator": seeded(0)}, "1 generators for 2 images"),
         ({"class_labels": "AD", "latents": torch.zeros(1, 4, 4, 4)}, "latents of shape"),
         ({"class_labels": "AD", "callback_on_step_end_tensor_inputs": ["tokens"]}, "tokens"),

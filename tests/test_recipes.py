@@ -1,6 +1,7 @@
 """The recipes by their real command lines, for a few steps on a small cohort."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import yaml
 from datasets import load_dataset
 from PIL import Image
 from safetensors.torch import load_file
+
+from adni_ldm.loading import load_pipeline
 
 ROOT = Path(__file__).parents[1]
 TWO_PROCESSES = ("-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml")
@@ -79,6 +82,22 @@ def test_train_ldm_leaves_a_whole_pipeline(ldm_dir):
     assert any((ldm_dir / "logs").glob("events.*")), "tensorboard's file"
 
 
+def test_the_best_pipeline_is_kept_while_training(presets, vae_dir, tmp_path):
+    """On two processes, of which one judges; and the same weights come out as without judging."""
+    words = ("train_ldm.py", "--config", presets / "ldm.yaml", "--vae", vae_dir, "--batch_size", 2)
+    judged = ("--evaluate_every", 3, "--evaluate_images", 4, "--classifier_steps", 3)
+    run(*words, *judged, "--output_dir", tmp_path / "judged", launcher=TWO_PROCESSES)
+    run(*words, "--output_dir", tmp_path / "not", launcher=TWO_PROCESSES)
+    table = pd.read_csv(tmp_path / "judged/metrics.csv")
+    assert table.kid.dropna().size == table.agreement.dropna().size == 2
+    best = json.loads((tmp_path / "judged/best/best.json").read_text())
+    assert best["kid"] == pytest.approx(table.kid.min())
+    assert best["step"] == table.step[table.kid.idxmin()]
+    assert load_pipeline(str(tmp_path / "judged/best")).unet.config.sample_size == 16
+    weights = [load_file(tmp_path / name / UNET_WEIGHTS) for name in ("judged", "not")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
 def test_sample_writes_a_folder_that_load_dataset_reads(ldm_dir, tmp_path):
     folder = tmp_path / "samples"
     options = ("--model", ldm_dir, "--num_images", 3, "--steps", 2, "--mixed_precision", "no")
@@ -95,7 +114,8 @@ def test_sample_writes_a_folder_that_load_dataset_reads(ldm_dir, tmp_path):
 
     # One class by its number, another batch size: the same pictures up to rounding.
     run("sample.py", "--class", 1, *options, "--batch_size", 2, "--output_dir", tmp_path / "nc")
-    assert sorted(path.name for path in (tmp_path / "nc").iterdir()) == ["NC", "grid.png", "metadata.csv"]
+    made = sorted(path.name for path in (tmp_path / "nc").iterdir())
+    assert made == [".settings.json", "NC", "grid.png", "metadata.csv"]
     for index in range(3):
         first, second = (
             torch.tensor(list(Image.open(place / f"NC/{index:06d}.png").tobytes()))
@@ -103,7 +123,7 @@ def test_sample_writes_a_folder_that_load_dataset_reads(ldm_dir, tmp_path):
         )
         assert (first - second).abs().max() <= 1
 
-    assert "not empty" in run("sample.py", *options, "--output_dir", folder, status=1)
+    assert "not empty" in run("sample.py", *options, "--output_dir", ldm_dir, status=1)
 
 
 def share_alike(one: Path, other: Path, start: Path, weights: str) -> float:
@@ -145,9 +165,13 @@ def test_two_processes_take_the_step_of_one_ldm(presets, vae_dir, tmp_path):
 
 
 def test_a_resumed_run_repeats_the_uninterrupted_one(presets, vae_dir, tmp_path):
-    """Mid-epoch, with accumulation, EMA and latents drawn anew: bit for bit."""
+    """Mid-epoch, with accumulation, EMA, augmented variants and latents drawn anew: bit for bit.
+
+    From the cache that the first run left, and from one that is made anew.
+    """
     command = ("train_ldm.py", "--config", presets / "ldm.yaml", "--vae", vae_dir, "--report_to", "none")
     command += ("--gradient_accumulation_steps", 2, "--checkpointing_steps", 2, "--keep_checkpoints", 1)
+    command += ("--latent_variants", 1, "--latent_cache", tmp_path / "latents")
     run(*command, "--output_dir", tmp_path / "whole")
     checkpoint = tmp_path / "whole/checkpoints/step-00000004"
     assert [path.name for path in checkpoint.parent.iterdir()] == [checkpoint.name], "one is kept"
@@ -156,9 +180,48 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(presets, vae_dir, tmp_path)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
     # `latest` of a folder without any is a first start.
+    shutil.rmtree(tmp_path / "latents")
     run(*command, "--output_dir", tmp_path / "first", "--resume_from_checkpoint", "latest")
     first = load_file(tmp_path / "first" / UNET_WEIGHTS)
     assert all(torch.equal(whole[name], first[name]) for name in whole)
+
+
+def test_a_resumed_vae_repeats_the_uninterrupted_one_with_its_discriminator(presets, tmp_path):
+    """With both networks' moments, the weight between them, accumulation and EMA: bit for bit.
+
+    Before its start the discriminator changes nothing, nor is it changed.
+    """
+    command = ("train_vae.py", "--config", presets / "vae.yaml", "--report_to", "none", "--use_ema")
+    command += ("--gradient_accumulation_steps", 2, "--checkpointing_steps", 1, "--keep_checkpoints", 9)
+    command += ("--spectral_weight", 1)
+    against = ("--discriminator_weight", 0.5, "--discriminator_start", 2, "--discriminator_width", 8)
+    run(*command, "--output_dir", tmp_path / "alone", "--max_steps", 6)
+    run(*command, *against, "--output_dir", tmp_path / "whole")
+    steps = tmp_path / "whole/checkpoints"
+    run(
+        *command,
+        *against,
+        "--output_dir",
+        tmp_path / "on",
+        "--resume_from_checkpoint",
+        steps / "step-00000004",
+    )
+    whole, resumed, alone = (load_file(tmp_path / name / VAE_WEIGHTS) for name in ("whole", "on", "alone"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert not all(torch.equal(whole[name], alone[name]) for name in whole)
+
+    def weights(run_name, step, file="model.safetensors"):
+        return load_file(tmp_path / run_name / f"checkpoints/step-{step:08d}" / file)
+
+    for step, alike in ((2, True), (3, True), (4, False)):  # in its first update it is only measured
+        one, other = weights("alone", step), weights("whole", step)
+        assert all(torch.equal(one[name], other[name]) for name in one) == alike
+    first, second, third = (weights("whole", step, "model_1.safetensors") for step in (1, 2, 3))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(second["network.final_conv.conv.weight"], third["network.final_conv.conv.weight"])
+    assert third["balance"] > 0
+    table = pd.read_csv(tmp_path / "whole/metrics.csv")
+    assert table.discriminator_loss.dropna().tolist()[0] == 0 < table.discriminator_loss.dropna().iloc[-1]
 
 
 def test_fine_tuning_goes_on_from_the_weights_given(presets, vae_dir, ldm_dir, tmp_path):
@@ -220,6 +283,10 @@ def test_fp16_without_a_gpu_is_refused_in_one_line(phantom_dir, tmp_path):
         ),
         (("train_vae.py", "--config", "nowhere.yaml"), "nowhere.yaml: no such file"),
         (("train_vae.py", "--max_steps", 0), "--max_steps 0 must be at least 1"),
+        (
+            ("train_vae.py", "--discriminator_weight", 1, "--image_size", 16),
+            "a discriminator needs slices of 32 pixels",
+        ),
         (("train_ldm.py", "--prediction_type", "epsilon"), "rescale_betas_zero_snr"),
         (("sample.py", "--model", "{model}", "--class", "MCI"), "it knows AD (0), NC (1)"),
         (("sample.py", "--model", "./nowhere"), "./nowhere: no such folder"),

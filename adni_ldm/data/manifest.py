@@ -22,6 +22,7 @@ from adni_ldm.environment import installed_versions
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+CONTENT = "subjects and content of files (SHA-256)"  # what the hash of a manifest is taken over
 _LIBRARIES = ("adni-ldm", "numpy", "pandas", "pillow", "scipy", "nilearn", "nibabel", "pydicom", "monai")
 
 
@@ -48,7 +49,7 @@ def write_manifest(data_dir: str | Path, settings: Mapping) -> str:
             for split, classes in splits.items()
             for cls, part in classes.items()
         ),
-        "hash_of": "subjects and content of files (SHA-256)",
+        "hash_of": CONTENT,
         "settings": _without_places(dict(settings)),
         "versions": installed_versions(_LIBRARIES),
         "splits": splits,

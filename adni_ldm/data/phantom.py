@@ -12,7 +12,8 @@ deformation of its own. A point p of the subject, in mm, is traced back to the t
 The truth of a slice, its areas of ventricle and of brain, comes from the template's masks at the very points
 its picture is sampled from. a, b and the contraction of a subject are drawn from `SEVERITY`: groups overlap.
 
-Axes: RAS, mm, MNI152 space (x right, y anterior, z superior). Pictures: anterior to the left, superior up.
+Axes: RAS, mm, MNI152 space (x right, y anterior, z superior). Pictures: superior up; anterior to the left in
+the sagittal plane, the subject's right to the left in the coronal one.
 """
 
 import dataclasses
@@ -36,9 +37,11 @@ from adni_ldm.errors import UserError
 
 CLASSES = ("AD", "NC")
 SPLITS = ("train", "val", "test")
+PLANES = {"sagittal": 0, "coronal": 1}  # axis that the plane stands on
+CONTRASTS = ("t1", "t2")
 FIELD_OF_VIEW_MM = 208.0  # side of a picture; the template's brain is 180 x 154 mm
 CENTRE_MM = np.array([0.0, -17.0, 4.0], np.float32)  # MNI point in the middle of a picture
-HALF_SPAN_MM = 24.0  # slices lie evenly within x = -24 .. 24 mm
+HALF_SPAN_MM = 24.0  # slices lie evenly so far about the middle of the brain
 LATTICE = 129  # nodes a side at which a slice's deformation is evaluated
 FLOW_STEPS = 4  # one long step would cross the thin horns of the ventricles
 HIPPOCAMPI_MM = np.array([[-26.0, -22.0, -14.0], [26.0, -22.0, -14.0]], np.float32)
@@ -149,12 +152,15 @@ def template_points(points: np.ndarray, subject: Subject, field: np.ndarray, atl
 def render_slice(
     subject: Subject,
     field: np.ndarray,  # its disease_field
-    x_mm: float,
+    position_mm: float,
     image_size: int,
     rng: np.random.Generator,
     atlas: Atlas,
+    plane: str = "sagittal",
+    contrast: str = "t1",
 ) -> tuple[np.ndarray, float, float]:
-    """Picture (H, W) uint8 of the plane at x_mm, 0 outside the brain; ventricle and brain area, mm².
+    """Picture (H, W) uint8 of the plane at x (or y) = position_mm, 0 outside the brain; ventricle and brain
+    area, mm².
 
     Pixels wider than about 1.5 mm are averages over finer points, as a scanner averages over a voxel.
     """
@@ -168,7 +174,8 @@ def render_slice(
 
     # Trace the lattice back to the template; between its nodes, 1.6 mm apart, the points are linear.
     row, column = np.meshgrid(nodes, nodes, indexing="ij")  # down, and to the right
-    lattice = np.stack([np.full_like(row, x_mm), CENTRE_MM[1] - column, CENTRE_MM[2] - row], axis=-1)
+    lattice = np.stack([CENTRE_MM[0] - column, CENTRE_MM[1] - column, CENTRE_MM[2] - row], axis=-1)
+    lattice[..., PLANES[plane]] = position_mm
     lattice = lattice.astype(np.float32)  # (LATTICE, LATTICE, 3)
     traced = np.moveaxis(template_points(lattice, subject, field, atlas), -1, 0)  # (3, LATTICE, LATTICE)
     points = np.moveaxis(to_centres @ traced @ to_centres.T, 0, -1)  # (side, side, 3)
@@ -178,6 +185,8 @@ def render_slice(
     # Fluid is 0.25 and white matter 0.86 in the template; darker fluid is closer to a scan of one person.
     intensity = _sample(atlas.intensity, points, atlas, spacing=1, mode="constant")
     intensity = np.clip((intensity - 0.12) / 0.78, 0, None) ** subject.gamma
+    if contrast == "t2":  # fluid bright, white matter dark; the template knows no more of T2
+        intensity = np.clip(1.12 - intensity, 0.05, None)
     intensity *= np.exp(to_centres @ _wave_sum(lattice, subject.bias) @ to_centres.T)
 
     def pixels(fine):
@@ -191,7 +200,7 @@ def render_slice(
 
 
 def slice_positions(slices: int) -> np.ndarray:
-    """x of the planes (slices,), mm: the middles of equal parts of -HALF_SPAN_MM .. HALF_SPAN_MM."""
+    """Planes (slices,), mm from the middle: the middles of equal parts of -HALF_SPAN_MM .. HALF_SPAN_MM."""
     return ((np.arange(slices) + 0.5) / slices * 2 - 1) * HALF_SPAN_MM
 
 
@@ -212,6 +221,8 @@ def _write_subject(
     slices: int,
     image_size: int,
     seed: int,
+    plane: str,
+    contrast: str,
     atlas: Atlas | None = None,
 ) -> list[dict]:
     """Write one subject's pictures below root; their rows of metadata.csv, with the split added."""
@@ -223,8 +234,10 @@ def _write_subject(
     rows = []
     for number, position in enumerate(slice_positions(slices)):
         rng = np.random.default_rng(np.random.SeedSequence([seed, index, number]))
-        x_mm = float(position) + subject.x_offset
-        picture, ventricle, brain = render_slice(subject, field, x_mm, image_size, rng, atlas)
+        position_mm = float(CENTRE_MM[PLANES[plane]] + position) + subject.x_offset
+        picture, ventricle, brain = render_slice(
+            subject, field, position_mm, image_size, rng, atlas, plane, contrast
+        )
         file_name = f"{subject.label}/{name}_{number:02d}.png"
         Image.fromarray(picture).save(root / split / file_name, compress_level=1)
         rows.append(
@@ -233,7 +246,7 @@ def _write_subject(
                 "label": subject.label,
                 "subject": name,
                 "slice": number,
-                "slice_mm": round(x_mm, 2),
+                "slice_mm": round(position_mm, 2),
                 "age": subject.age,
                 "sex": subject.sex,
                 "pixel_mm": FIELD_OF_VIEW_MM / image_size,
@@ -265,13 +278,16 @@ def write_phantom_cohort(
     image_size: int = 64,
     seed: int = 0,
     workers: int | None = None,
+    plane: str = "sagittal",
+    contrast: str = "t1",
 ) -> pd.DataFrame:
     """Write a cohort as output_dir/{train,val,test}/{AD,NC}/SUBJECT_SLICE.png with a metadata.csv a split
     and a manifest.json.
 
-    Pictures are 8-bit grey, image_size pixels and 208 mm a side, brain only, 0 outside, anterior to the left,
-    superior up. Subjects alternate AD, NC and stay within one split. metadata.csv: file_name (relative to its
-    folder), label, subject, slice, slice_mm (x), age, sex, pixel_mm, ventricle_mm2, brain_mm2 (the truth).
+    Pictures are 8-bit grey, image_size pixels and 208 mm a side, brain only, 0 outside, superior up, anterior
+    (coronal: the subject's right) to the left. Subjects alternate AD, NC and stay within one split.
+    metadata.csv: file_name (relative to its folder), label, subject, slice, slice_mm (x; coronal: y), age,
+    sex, pixel_mm, ventricle_mm2, brain_mm2 (the truth).
     Bytes depend on the seed and the sizes, never on `workers` (None: one a CPU). Returns the rows of all
     splits, with a column `split`.
 
@@ -288,6 +304,8 @@ def write_phantom_cohort(
     ):
         if value < low or (high is not None and value > high):
             raise UserError(f"{name}={value}: choose {low} or more" + (f", at most {high}" if high else ""))
+    if plane not in PLANES or contrast not in CONTRASTS:
+        raise UserError(f"plane={plane}, contrast={contrast}: choose of {', '.join((*PLANES, *CONTRASTS))}")
     output_dir = Path(output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise FileExistsError(f"{output_dir} is not an empty folder: remove it or choose another")
@@ -306,6 +324,8 @@ def write_phantom_cohort(
         slices=slices,
         image_size=image_size,
         seed=seed,
+        plane=plane,
+        contrast=contrast,
     )
     progress = functools.partial(tqdm, total=subjects, desc="phantom", unit="subject")
     if workers == 1:
@@ -321,7 +341,8 @@ def write_phantom_cohort(
         rows_of_split = table[table.split == split].drop(columns="split")
         rows_of_split.to_csv(building / split / "metadata.csv", index=False)
     settings = {"source": "phantom", "subjects": subjects, "slices": slices, "image_size": image_size}
-    write_manifest(building, settings | {"seed": seed})
+    settings |= {"plane": plane, "contrast": contrast, "seed": seed}
+    write_manifest(building, settings)
     if output_dir.exists():
         output_dir.rmdir()
     building.rename(output_dir)

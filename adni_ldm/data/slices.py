@@ -10,10 +10,11 @@ How the folder is laid out, and what is refused, stands in folder.py.
 from __future__ import annotations
 
 import glob
+import stat
 import zipfile
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 import torch
@@ -36,6 +37,10 @@ from adni_ldm.data.manifest import manifest_problems
 from adni_ldm.data.splits import SPLITS, DataError, choose_val_subjects
 
 CLASS_NAMES = ("AD", "NC")
+
+# Archives are anybody's. Pictures hardly shrink when they are packed; no slice has this many pixels.
+MOST_UNPACKED = 100  # times the size of the archive
+MOST_PIXELS = 8192**2
 
 # Part of to_arrays' cache key. The datasets library hashes our function by its name and not by its code, so
 # this number goes up with every change in what prepare_image returns.
@@ -95,7 +100,8 @@ def read_slices(scan: Scan, val_fraction: float = 0.1) -> DatasetDict:
 def open_data_dir(data_dir: str | Path) -> Path:
     """The folder to read: `data_dir` itself, or where the Hugging Face cache has it unpacked if it is a zip.
 
-    Raises DataError for a file that is not a zip, or a damaged one.
+    Raises DataError for a file that is not a zip, or a damaged one, and for one whose members would lie
+    outside the folder, are links, or grow out of all proportion; nothing is unpacked then.
     """
     path = Path(data_dir).expanduser()
     if not path.is_file():
@@ -103,6 +109,7 @@ def open_data_dir(data_dir: str | Path) -> Path:
     try:
         with zipfile.ZipFile(path) as archive:
             members = [m for m in archive.infolist() if not m.is_dir()]
+        _refuse_unsafe(path, members)
         folder = Path(DownloadManager().extract(str(path)))
         # The cache goes by the path alone: unpack anew a zip that was replaced, or whose unpacking broke off.
         if not all(_has_size(folder / m.filename, m.file_size) for m in members):
@@ -117,6 +124,8 @@ def read_image(path: str | Path) -> PILImage.Image:
     """The image of a file, decoded to its last row and upright. Raises DataError naming the file."""
     try:
         with PILImage.open(path) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, too many for a slice")
             image.load()
             if image.mode == "LAB":
                 raise ValueError("LAB colours, which PIL cannot turn to grey")
@@ -193,6 +202,8 @@ class SliceTensors(torch.utils.data.Dataset):
         # Unless told, the numpy format hands out int64.
         self.arrays = arrays.select_columns(["image"]).with_format("numpy", dtype=np.uint8)
         self.labels = torch.tensor(arrays["label"][:])  # int64 (N,)
+        self.subjects = np.array(arrays["subject"][:])  # str (N,)
+        self.class_names = tuple(arrays.features["label"].names)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -204,6 +215,26 @@ class SliceTensors(torch.utils.data.Dataset):
         pixels = torch.from_numpy(self.arrays[list(indices)]["image"])  # uint8 (B, S, S)
         images = pixels.unsqueeze(1).float().div_(127.5).sub_(1)  # (B, 1, S, S), [-1, 1]
         return [{"image": x, "label": y} for x, y in zip(images, self.labels[list(indices)], strict=True)]
+
+
+def _refuse_unsafe(path: Path, members: Sequence[zipfile.ZipInfo]) -> None:
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":  # what stands before would be unpacked in a zip's place
+            raise DataError(f"{path}: does not begin as a zip file; pack it anew")
+    for member in members:
+        posix, windows = PurePosixPath(member.filename), PureWindowsPath(member.filename)
+        if posix.is_absolute() or windows.drive or windows.root or ".." in windows.parts:
+            raise DataError(
+                f"{path}: {member.filename} would be unpacked outside the folder; do not trust it"
+            )
+        if stat.S_ISLNK(member.external_attr >> 16):
+            raise DataError(f"{path}: {member.filename} is a link; pack it anew with the files themselves")
+    size, packed = sum(member.file_size for member in members), path.stat().st_size
+    if size > MOST_UNPACKED * packed:
+        raise DataError(
+            f"{path}: its {packed / 1e6:.1f} MB would become {size / 1e6:.0f} MB, as no pictures do; do not "
+            "trust it, or unpack it yourself and give the folder"
+        )
 
 
 def _has_size(path: Path, size: int) -> bool:

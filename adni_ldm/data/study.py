@@ -145,7 +145,7 @@ def _link(
         find_row = _finder_by_subject(rows, table)
     linked, rejected, taken = [], [], {}
     for path in files:
-        index = find_row(path)
+        index = _LEAVES if _leaves(root, path) else find_row(path)
         if isinstance(index, str):
             rejected.append(Rejected(path, "", "", index))
             continue
@@ -166,6 +166,14 @@ def _link(
 
 
 _NO_ROW = "no row of the table is about it"
+_LEAVES = "lies outside the folder of scans, by its path or by a link; move it there"
+
+
+def _leaves(root: Path, path: str) -> bool:
+    """Whether a file, a folder or a link in that folder leads out of `root`: scans may be anybody's."""
+    full, root = root / path, root.resolve()
+    inside = [Path(entry) for entry in os.scandir(full) if entry.is_symlink()] if full.is_dir() else []
+    return not all(one.resolve().is_relative_to(root) for one in (full, *inside))
 
 
 def _finder_by_path(rows: pd.DataFrame):

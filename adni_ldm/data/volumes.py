@@ -22,6 +22,7 @@ EXTENT_MM = (100.0, 420.0)  # a head along any axis; less is a slab, more is a b
 THICKEST_MM = 6.0
 FEWEST_VOXELS = 20  # along an axis; a localizer has 3 to 15 slices
 MOST_VOXELS = 1024**3 // 2
+MOST_NOTES = 1 << 24  # bytes of a NIfTI file before its voxels, and behind them: its extensions
 
 
 class VolumeError(ValueError):
@@ -93,14 +94,22 @@ def _check_head(volume: Volume) -> None:
 
 def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Voxels float32 (X, Y, Z) with scl_slope applied, and their affine, as the file has them."""
-    content = path.read_bytes()
-    if path.name.endswith(".gz"):
-        content = gzip.decompress(content)  # to its end, so that the checksum is looked at
-    kind = nibabel.Nifti2Image if content[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else nibabel.Nifti1Image
+    if not path.is_file():  # a pipe would make us wait
+        raise VolumeError("no file")
+    with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as file:
+        start = file.read(540)  # bytes of the longer of the two headers
+        second = start[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c")
+        kind = nibabel.Nifti2Image if second else nibabel.Nifti1Image
+        header = kind.header_class(start[: kind.header_class.sizeof_hdr], check=False)
+        if header.get_data_dtype().kind not in "iuf":
+            raise VolumeError(f"voxels of type {header.get_data_dtype()}, which are no intensities")
+        _check_shape(header.get_data_shape())
+        # A small .gz may hold any amount: no more is read than the header asks for.
+        size = int(np.prod(header.get_data_shape())) * header.get_data_dtype().itemsize
+        content = start + file.read(size + MOST_NOTES)
+        if file.read(1):  # else this was the end, where the checksum is looked at
+            raise VolumeError("far longer than its header says")
     image = kind.from_bytes(content)
-    if image.get_data_dtype().kind not in "iuf":
-        raise VolumeError(f"voxels of type {image.get_data_dtype()}, which are no intensities")
-    _check_shape(image.shape)
     if not image.header["sform_code"] and not image.header["qform_code"]:
         raise VolumeError("its header does not say how the head lies (sform_code and qform_code are 0)")
     with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite, which is refused by its name
@@ -137,12 +146,14 @@ def _read_dicom(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     files = [
         p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".") and is_dicom(p)
     ]
+    _check_files(files)
     slices = [pydicom.dcmread(path) for path in files]
     slices = [s for s in slices if "PixelData" in s]  # a DICOMDIR or a report may lie there as well
     if not slices:
         raise VolumeError("no DICOM images in the folder")
     _check_series(slices)
     first = slices[0]
+    _check_shape((first.Columns, first.Rows, len(slices)))  # compressed, few bytes may say any size
     across, down = np.array(first.ImageOrientationPatient, float).reshape(2, 3)  # unit vectors, LPS
     normal = np.cross(across, down)
     slices.sort(key=lambda s: float(normal @ np.array(s.ImagePositionPatient, float)))
@@ -159,6 +170,18 @@ def _read_dicom(folder: Path) -> tuple[np.ndarray, np.ndarray]:
         place *= float(one.get("RescaleSlope", 1))
         place += float(one.get("RescaleIntercept", 0))
     return voxels.T, affine
+
+
+def _check_files(files: list[Path]) -> None:
+    """Raises VolumeError for files that would fill the memory, before any is read whole."""
+    from pydicom.filereader import read_file_meta_info
+    from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+    if sum(path.stat().st_size for path in files) > 8 * MOST_VOXELS:
+        raise VolumeError(f"{len(files)} DICOM files, too large to be a scan of a head")
+    for path in files:
+        if read_file_meta_info(path).get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+            raise VolumeError("deflated DICOM files, which may unpack to any size; convert them (dcmconv)")
 
 
 def _check_series(slices: list) -> None:

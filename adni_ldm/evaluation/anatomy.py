@@ -14,13 +14,28 @@ ventricle: in MNI152, in every plane, it lies within 0.7 r before, 0.3 r behind 
 brain's centroid. A piece with enough clear fluid, most of it in that inner region, is taken whole within a
 wider one: an enlarged ventricle leaves the inner region, while cisterns and sulci only reach into it.
 
+Cortical border: the line at half of the tissue's intensity, ventricle filled, so sulci lengthen it and blur
+shortens it. Left-over blobs: what is brighter than a fifth of tissue more than 3 mm outside the brain.
+
 On the phantom (1,000 slices of 64 pixels) the areas follow the truth with a Pearson correlation of 0.999 for
 brain and 0.986 for ventricle.
 """
 
+from __future__ import annotations
+
 import numpy as np
 import torch
+from contourpy import contour_generator
 from scipy import ndimage
+from tqdm.auto import tqdm
+
+MEASURES = {  # name: what it is, in words
+    "ventricle_ratio": "lateral ventricle ÷ brain",
+    "ventricle_mm2": "lateral ventricle, mm²",
+    "brain_mm2": "brain, mm²",
+    "border_mm": "cortical border, mm",
+    "blobs_mm2": "left-over blobs outside the brain, mm²",
+}
 
 TISSUE, FLUID = 0.85, 0.45  # a pixel is all tissue, all fluid: intensity relative to the brain's median
 EDGE = 0.3  # share of fluid at which a piece ends
@@ -49,6 +64,37 @@ def ventricle_area(images: torch.Tensor | np.ndarray, pixel_mm: float, anterior:
         slices = slices[..., ::-1]
     weights = (ventricle_weights(one, brain_mask(one, pixel_mm), pixel_mm) for one in slices)
     return np.array([weight.sum() * pixel_mm**2 for weight in weights], dtype=np.float64)
+
+
+def measure_anatomy(
+    images: torch.Tensor | np.ndarray, pixel_mm: float, anterior: str = "left", progress: bool = False
+) -> dict[str, np.ndarray]:
+    """Each of MEASURES, (B,) float64, of slices (B, 1, H, W) in [-1, 1]; raises as `brain_area` does.
+
+    The ratio is NaN where a picture shows no brain.
+    """
+    slices = _as_slices(images, pixel_mm)
+    if anterior == "right":
+        slices = slices[..., ::-1]
+    rows = np.zeros((len(slices), len(MEASURES)))
+    for row, image in zip(rows, tqdm(slices, desc="measuring anatomy", disable=not progress, leave=False)):
+        brain = brain_mask(image, pixel_mm)
+        weights = ventricle_weights(image, brain, pixel_mm)
+        brain_mm2, ventricle_mm2 = brain.sum() * pixel_mm**2, weights.sum() * pixel_mm**2
+        border = _border_length(image, brain, weights > EDGE) * pixel_mm
+        blobs = _blobs(image, brain, pixel_mm).sum() * pixel_mm**2
+        ratio = ventricle_mm2 / brain_mm2 if brain_mm2 else np.nan
+        row[:] = ratio, ventricle_mm2, brain_mm2, border, blobs
+    return dict(zip(MEASURES, rows.T))
+
+
+def cohens_d(one: np.ndarray, other: np.ndarray) -> float:
+    """Difference of the means over the pooled standard deviation (Cohen 1988); NaN where that is zero."""
+    one, other = one[np.isfinite(one)], other[np.isfinite(other)]
+    if len(one) < 2 or len(other) < 2:
+        return np.nan
+    spread = np.sqrt((one.var(ddof=1) + other.var(ddof=1)) / 2)
+    return float((one.mean() - other.mean()) / spread) if spread > 0 else np.nan
 
 
 def _as_slices(images: torch.Tensor | np.ndarray, pixel_mm: float) -> np.ndarray:
@@ -99,6 +145,25 @@ def ventricle_weights(image: np.ndarray, brain: np.ndarray, pixel_mm: float) -> 
     kept = (clear * pixel_mm**2 >= MIN_CLEAR_MM2) & (central > 0.5 * clear)
     kept[0] = False  # what is no piece
     return np.where(kept[pieces], fluid, 0)
+
+
+def _border_length(image: np.ndarray, brain: np.ndarray, ventricle: np.ndarray) -> float:
+    """Length in pixels of the line at half of the tissue's intensity, the ventricle filled."""
+    if not brain.any():
+        return 0.0
+    tissue = np.median(image[brain])
+    cortex = np.where(ndimage.binary_dilation(brain, iterations=2), image, 0)
+    cortex = np.pad(np.where(ndimage.binary_dilation(ventricle), tissue, cortex), 1)
+    lines = contour_generator(z=cortex).lines(0.5 * tissue)
+    return float(sum(np.linalg.norm(np.diff(line, axis=0), axis=1).sum() for line in lines))
+
+
+def _blobs(image: np.ndarray, brain: np.ndarray, pixel_mm: float) -> np.ndarray:
+    """Mask of what is bright and lies more than 3 mm outside the brain."""
+    if not brain.any():
+        return np.zeros(image.shape, bool)
+    near = ndimage.binary_dilation(brain, iterations=max(1, round(3 / pixel_mm)))
+    return (image > 0.2 * np.median(image[brain])) & ~near
 
 
 def _region(

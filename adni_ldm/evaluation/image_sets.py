@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from adni_ldm.data.slices import prepare_image, read_image, to_arrays
+from adni_ldm.data.slices import SliceTensors, prepare_image, read_image, to_arrays
 from adni_ldm.errors import UserError
+from adni_ldm.pipeline import ClassConditionalLDMPipeline
+from adni_ldm.sampling import draw_images, image_seed
 
 
 @dataclass(frozen=True)
@@ -45,62 +47,92 @@ class ImageSet:
         return self.images[indices].float().div_(127.5).sub_(1)
 
 
+def join(first: ImageSet, second: ImageSet) -> ImageSet:
+    """The rows of both."""
+    return ImageSet(
+        torch.cat([first.images, second.images]),
+        np.concatenate([first.labels, second.labels]),
+        np.concatenate([first.subjects, second.subjects]),
+        first.class_names,
+    )
+
+
 def real_set(slices: Dataset, image_size: int, most: int | None = None, seed: int = 0) -> ImageSet:
-    """A split of `load_slices` at `image_size` pixels.
+    """A split of `load_slices` at `image_size` pixels; `most` as in `image_set`."""
+    return image_set(SliceTensors(to_arrays(slices, image_size)), most, seed)
+
+
+def image_set(slices: SliceTensors, most: int | None = None, seed: int = 0) -> ImageSet:
+    """What a recipe trains on or holds out, in memory.
 
     Args:
-        most: keep about this many slices, the same share of every subject's, none of a subject's all dropped.
+        most: keep about so many slices, the same share of every subject's, and one at least.
     """
-    arrays = to_arrays(slices, image_size)
-    subjects = np.asarray(arrays["subject"][:])
-    chosen = np.arange(len(subjects))
+    chosen = np.arange(len(slices))
     if most is not None and len(chosen) > most:
-        chosen = _thin(subjects, most, seed)
-        arrays = arrays.select(chosen)
-    pixels = arrays.select_columns(["image"]).with_format("numpy", dtype=np.uint8)["image"][:]
-    labels = np.asarray(arrays["label"][:], dtype=np.int64)
-    names = tuple(slices.features["label"].names)
-    return ImageSet(torch.from_numpy(np.array(pixels))[:, None], labels, subjects[chosen], names)
+        chosen = thin(slices.subjects, most, seed)
+    pixels = torch.from_numpy(slices.arrays[chosen]["image"])[:, None]
+    return ImageSet(pixels, slices.labels[chosen].numpy(), slices.subjects[chosen], slices.class_names)
 
 
-def sample_set(
-    folder: str | Path, class_names: Sequence[str], image_size: int, most: int | None = None
-) -> ImageSet:
+def sample_set(folder: str | Path, class_names: Sequence[str], most: int | None = None) -> ImageSet:
     """The samples below `folder`, one subfolder a class, as sample.py writes them.
 
     Args:
         most: keep the first so many of each class.
 
     Raises:
-        UserError: no such folder, no sample of any class, or samples of another size.
+        UserError: no such folder, no sample of any class, or samples of several sizes.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"--samples {folder}: no such folder; python sample.py --class all writes one")
     images, labels = [], []
+    image_size = _first_size(folder, class_names)
     for label, name in enumerate(class_names):
         for path in sorted((folder / name).glob("*.png"))[:most]:
             picture = read_image(path)
             if picture.size != (image_size, image_size):
                 raise UserError(
-                    f"{path}: {picture.width} x {picture.height} pixels, where the real slices are compared at "
-                    f"{image_size} x {image_size}; give --image_size {picture.height} if the samples are right"
+                    f"{path}: {picture.width} x {picture.height} pixels, not {image_size} x {image_size}; "
+                    "samples must be of one size, which real slices are brought to"
                 )
             images.append(torch.from_numpy(prepare_image(picture, image_size).copy()))
             labels.append(label)
-    if not images:
-        wanted = ", ".join(f"{name}/*.png" for name in class_names)
-        raise UserError(f"--samples {folder}: no samples in it (looked for {wanted})")
     subjects = np.array([f"sample {index}" for index in range(len(labels))])
     return ImageSet(torch.stack(images)[:, None], np.array(labels), subjects, tuple(class_names))
 
 
-def _thin(subjects: np.ndarray, most: int, seed: int) -> np.ndarray:
+def drawn_set(
+    pipeline: ClassConditionalLDMPipeline, count: int, seed: int, batch_size: int = 50, **options
+) -> ImageSet:
+    """`count` slices of each class drawn anew, image k of each class from the same noise.
+
+    Args:
+        options: further arguments of the pipeline's call.
+    """
+    names = tuple(pipeline.class_embedding.config.class_names)
+    labels = np.repeat(np.arange(len(names)), count)
+    seeds = [image_seed(seed, index) for index in range(count)] * len(names)
+    images = torch.cat(list(draw_images(pipeline, labels.tolist(), seeds, batch_size, **options)))
+    subjects = np.array([f"sample {index}" for index in range(len(labels))])
+    return ImageSet(images.mul(255).round().to(torch.uint8), labels, subjects, names)
+
+
+def _first_size(folder: Path, class_names: Sequence[str]) -> int:
+    for name in class_names:
+        for path in sorted((folder / name).glob("*.png")):
+            return read_image(path).height
+    wanted = ", ".join(f"{name}/*.png" for name in class_names)
+    raise UserError(f"--samples {folder}: no samples in it (looked for {wanted})")
+
+
+def thin(subjects: np.ndarray, most: int, seed: int) -> np.ndarray:
     """About `most` row indices, in order: of each subject the same share, and one at least."""
-    share = most / len(subjects)
+    share = min(1.0, most / max(1, len(subjects)))
     order = np.random.default_rng(seed).permutation(len(subjects))
     kept = []
     for subject in np.unique(subjects):
         rows = order[subjects[order] == subject]
         kept.append(rows[: max(1, round(share * len(rows)))])
-    return np.sort(np.concatenate(kept))
+    return np.sort(np.concatenate([np.zeros(0, dtype=int), *kept]))

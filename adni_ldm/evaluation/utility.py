@@ -14,7 +14,7 @@ from torch import nn
 
 from adni_ldm.evaluation.classifier import STEPS, probabilities, train_classifier
 from adni_ldm.evaluation.estimates import FEWEST_SUBJECTS, Estimate, bootstrap, unknown
-from adni_ldm.evaluation.image_sets import ImageSet
+from adni_ldm.evaluation.image_sets import ImageSet, join
 
 
 def usefulness(
@@ -54,7 +54,7 @@ def usefulness(
     classifiers = {
         "real": judge,
         "synthetic": fit(samples, "samples"),
-        "both": fit(_join(train, samples), "both"),
+        "both": fit(join(train, samples), "both"),
     }
     by_subject = {name: subject_probabilities(model, held_out) for name, model in classifiers.items()}
     _, labels, subjects = by_subject["real"]
@@ -76,7 +76,9 @@ def usefulness(
     for name in ("synthetic", "both"):
         results[name] = {key: e.with_floor(results["real"][key].value) for key, e in results[name].items()}
     results["auc_ratio"] = estimate(
-        lambda rows: auc(labels[rows], scores["synthetic"][rows]) / auc(labels[rows], scores["real"][rows])
+        lambda rows: ratio(
+            auc(labels[rows], scores["synthetic"][rows]), auc(labels[rows], scores["real"][rows])
+        )
     )
     return results
 
@@ -113,6 +115,11 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float:
     return float(np.mean(areas))
 
 
+def ratio(one: float, other: float) -> float:
+    """NaN where there is nothing to divide by."""
+    return one / other if other else np.nan
+
+
 def balanced_accuracy(labels: np.ndarray, scores: np.ndarray) -> float:
     """Mean over the classes of the share that is told rightly; NaN where a class is not shown."""
     right = scores.argmax(axis=1) == labels
@@ -129,12 +136,3 @@ def _too_few(samples: ImageSet, held_out: ImageSet) -> str:
         if subjects < FEWEST_SUBJECTS:
             return f"{subjects} held-out subjects of {name}, where {FEWEST_SUBJECTS} are needed"
     return ""
-
-
-def _join(first: ImageSet, second: ImageSet) -> ImageSet:
-    return ImageSet(
-        torch.cat([first.images, second.images]),
-        np.concatenate([first.labels, second.labels]),
-        np.concatenate([first.subjects, second.subjects]),
-        first.class_names,
-    )

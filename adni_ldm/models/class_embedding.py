@@ -37,6 +37,8 @@ class ClassEmbedding(ModelMixin, ConfigMixin):
         super().__init__()
         if len(set(class_names)) != len(class_names):
             raise ValueError(f"class_names={list(class_names)} names a class twice")
+        if any(not name or name.startswith(".") or set(name) & set("/\\\0") for name in class_names):
+            raise ValueError(f"class_names={list(class_names)}: each must be able to name a folder")
         self.table = nn.Embedding(len(class_names) + 1, tokens_per_class * token_dim)
 
     @property
@@ -63,6 +65,20 @@ class ClassEmbedding(ModelMixin, ConfigMixin):
                 known = ", ".join(f"{name} ({label})" for label, name in enumerate(names))
                 raise ValueError(f"the model knows no class {text!r}; it knows {known}")
         return labels
+
+    @torch.no_grad()
+    def with_classes(self, class_names: Sequence[str]) -> ClassEmbedding:
+        """A copy that knows these classes, in this order, and after them those that only this one knows.
+
+        Classes are told by their names and keep their tokens, and so does the null class; a new class starts
+        with the tokens of the null class, which stand for any image.
+        """
+        known = list(self.config.class_names)
+        names = [*class_names, *(name for name in known if name not in class_names)]
+        grown = ClassEmbedding(names, self.config.token_dim, self.config.tokens_per_class)
+        rows = [known.index(name) if name in known else self.null_label for name in names]
+        grown.table.weight.copy_(self.table.weight[[*rows, self.null_label]])
+        return grown.to(self.device)
 
     def forward(self, labels: torch.Tensor) -> torch.Tensor:
         """Labels (B,), integers in [0, null_label], to tokens (B, tokens_per_class, token_dim)."""

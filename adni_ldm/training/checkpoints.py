@@ -14,7 +14,6 @@ weights_only as well, and each process has an EMA file; DeepSpeed's files are re
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -31,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from adni_ldm.errors import UserError
+from adni_ldm.training.sealed import damage_of, seal
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def write_state(
     if not problems and accelerator.is_main_process:
         progress = {"step": step, **counts, "identity": identity or {}}
         try:
-            _seal(partial, target, progress)
+            seal(partial, target, PROGRESS, progress)
         except OSError as error:
             problem = error
     if problems := problems or _gathered(problem):
@@ -180,13 +180,13 @@ def _choose(folder: Path, resume_from: str, identity: Identity) -> Path | None:
             raise UserError(
                 f"--resume_from_checkpoint {path}: no checkpoint there; give its folder, or latest"
             )
-        if damage := _damage(path):
+        if damage := damage_of(path, PROGRESS):
             raise UserError(f"--resume_from_checkpoint {path} is damaged: {damage}; give another, or latest")
         _hold_against(path, identity)
         return path
     damages = []
     for path in reversed(_checkpoints(folder)):
-        damage = _damage(path)
+        damage = damage_of(path, PROGRESS)
         if not damage:
             _hold_against(path, identity)
             return path
@@ -200,26 +200,6 @@ def _choose(folder: Path, resume_from: str, identity: Identity) -> Path | None:
             f"no whole checkpoint is left in {folder} ({'; '.join(damages)}): "
             "start again without them, or with another --output_dir"
         )
-    return None
-
-
-def _damage(path: Path) -> str | None:
-    """What is wrong with the checkpoint's files, in words; None where each is what was written."""
-    try:
-        progress = json.loads((path / PROGRESS).read_text())
-        written, files = progress.pop("sha256"), progress["files"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{PROGRESS} cannot be read or lists no files"
-    if written != _sha256_of(progress):
-        return f"{PROGRESS} is not what was written, by its SHA-256"
-    for name, written in files.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != written["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes of {written['bytes']}"
-        if _sha256(file) != written["sha256"]:
-            return f"{name} is not what was written, by its SHA-256"
     return None
 
 
@@ -246,48 +226,6 @@ def _differences(saved: Mapping[str, object], now: Mapping[str, object]) -> list
         for name in names
         if saved.get(name) != now.get(name)
     ]
-
-
-def _seal(partial: Path, target: Path, progress: dict) -> None:
-    """Flush the files to the disk, note their SHA-256 in progress.json, and give the folder its name."""
-    inside = sorted(partial.rglob("*"))
-    files = {
-        str(path.relative_to(partial)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in inside
-        if path.is_file()
-    }
-    progress = progress | {"files": files}
-    (partial / PROGRESS).write_text(json.dumps(progress | {"sha256": _sha256_of(progress)}, indent=1) + "\n")
-    for path in (*inside, partial / PROGRESS, partial):
-        _flush(path)
-    old = target.with_name(f"{target.name}.old.partial")
-    if target.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(target, old)
-    os.replace(partial, target)
-    _flush(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def _sha256_of(progress: Mapping[str, object]) -> str:
-    return hashlib.sha256(json.dumps(progress, sort_keys=True).encode()).hexdigest()
 
 
 def _average_file(accelerator: Accelerator, folder: Path) -> Path:

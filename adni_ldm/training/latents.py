@@ -1,14 +1,48 @@
-"""The training set as latents: encoded once, drawn anew each step."""
+"""The training set as latents: encoded once, kept on disk, drawn anew each step.
+
+    latents = encode_posteriors(vae, slices, accelerator, cache="runs/latents", content="3f0c…")
+    latents.draw([17, 4], torch.randn(2, 4, 32, 32))         # two latents, other noise gives others
+
+The cache is a folder for each combination of VAE weights, slices and settings, named by their hash: another
+VAE or another cohort has another folder, and the same ones are read by every later run.
+
+    KEY/posteriors.npy      float32 (variants, N, 2, C, h, w): mean and standard deviation; memory-mapped
+    KEY/latents.json        labels, the channels' statistics, and the SHA-256 of both; written last
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import AutoencoderKL
+from filelock import FileLock
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
+
+from adni_ldm.errors import UserError
+from adni_ldm.models.autoencoder import latent_shape
+from adni_ldm.sampling import hash_weights
+from adni_ldm.training.sealed import damage_of, seal
+
+RECORD = "latents.json"
+# Slices that are encoded together. Always the same ones, filled up where they run out: so the cache has the
+# same bits whatever the recipe's batch size and the number of processes.
+CHUNK = 16
+# How far an augmented variant goes: small enough that it could be another scan of the subject. There is no
+# flip: left and right in a sagittal slice are the brain's front and back.
+MAX_DEGREES, MAX_SHIFT, MAX_GAIN = 5.0, 0.03, 0.1
 
 
 @dataclass(frozen=True)
@@ -19,48 +53,202 @@ class LatentPosteriors:
     remove, and sets a floor under the loss.
     """
 
-    mean: torch.Tensor  # (N, C, h, w)
-    std: torch.Tensor  # (N, C, h, w)
-    labels: torch.Tensor  # (N,)
+    posteriors: torch.Tensor  # (variants, N, 2, C, h, w): mean and std; variant 0 is the slice as it is
+    labels: torch.Tensor  # (N,), on the device that trains
+    sha256: str = ""  # of the file they come from
+
+    @classmethod
+    def open(cls, folder: Path, device: torch.device) -> LatentPosteriors:
+        """Read a cache: into the GPU's memory if it takes at most a quarter of what is free, else mapped.
+
+        A mapped one takes no memory of the process; a draw reads the rows of its batch.
+        """
+        record = json.loads((folder / RECORD).read_text())
+        # "c": no write reaches the file
+        posteriors = torch.from_numpy(np.load(folder / "posteriors.npy", mmap_mode="c"))
+        if device.type == "cuda" and posteriors.nbytes <= torch.cuda.mem_get_info(device)[0] / 4:
+            posteriors = posteriors.to(device)
+        return cls(posteriors, torch.tensor(record["labels"], device=device), record["sha256"])
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def draw(self, indices: list[int], noise: torch.Tensor) -> torch.Tensor:
-        """A latent of each slice asked for, (B, C, h, w), from standard normal noise of that shape."""
-        return self.mean[indices] + self.std[indices] * noise
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of a latent."""
+        return tuple(self.posteriors.shape[3:])
 
-    def channel_statistics(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation per channel of latents drawn from all posteriors.
+    @property
+    def variants(self) -> int:
+        """How many there are of each slice, itself included."""
+        return len(self.posteriors)
 
-        Var z = Var μ + E σ² (law of total variance), in float64.
+    def draw(
+        self, indices: Sequence[int], noise: torch.Tensor, variants: torch.Tensor | int = 0
+    ) -> torch.Tensor:
+        """A latent of each slice asked for, (B, C, h, w), from standard normal noise of that shape.
+
+        Args:
+            variants: which one of each slice, (B,); 0 is the slice as it is.
         """
-        mean, std = self.mean.double(), self.std.double()
-        variance = mean.var(dim=(0, 2, 3), correction=0) + std.square().mean(dim=(0, 2, 3))
-        return mean.mean(dim=(0, 2, 3)).tolist(), variance.sqrt().tolist()
+        place = self.posteriors.device
+        rows = torch.as_tensor(indices, device=place)
+        chosen = self.posteriors[torch.as_tensor(variants, device=place).expand(len(rows)), rows]
+        mean, std = chosen.to(noise.device).unbind(1)
+        return mean + std * noise
 
 
 @torch.no_grad()
 def encode_posteriors(
-    vae: AutoencoderKL, slices: Dataset, batch_size: int, accelerator: Accelerator
+    vae: AutoencoderKL,
+    slices: Dataset,
+    accelerator: Accelerator,
+    cache: str | Path,
+    content: str,
+    variants: int = 0,
 ) -> LatentPosteriors:
-    """Encode every slice in float32, each process its share; all processes get the whole.
+    """Posteriors of all slices, from the cache, or encoded into it. Every process calls it.
 
     Args:
         vae: on the accelerator's device.
-        slices: yields {"image": (1, H, W) in [-1, 1], "label": int}.
+        slices: yields {"image": (1, H, W) in [-1, 1]}, and has `labels`, int64 (N,). Read only if the cache
+            has nothing of them, or what it has is damaged.
+        cache: folder of caches, on a disk that all processes see.
+        content: hash of the slices; the main process's counts.
+        variants: augmented ones of each slice, kept beside it.
+
+    Raises:
+        UserError: the cache cannot be written, or some process does not see it.
     """
-    total, share = len(slices), -(-len(slices) // accelerator.num_processes)
-    first = share * accelerator.process_index
-    # the last process may run over the end: it encodes the last slice again, and the copies are cut off below
-    indices = [min(index, total - 1) for index in range(first, first + share)]
-    loader = DataLoader(Subset(slices, indices), batch_size=batch_size)
-    means, stds, labels = [], [], []
-    for batch in tqdm(loader, desc="encoding slices", disable=not accelerator.is_main_process, leave=False):
-        images = batch["image"].to(accelerator.device, torch.float32)  # (B, 1, H, W)
-        posterior = vae.encode(images).latent_dist
-        means.append(posterior.mean)
-        stds.append(posterior.std)
-        labels.append(batch["label"].to(accelerator.device))
-    whole = [accelerator.gather(torch.cat(parts))[:total] for parts in (means, stds, labels)]
-    return LatentPosteriors(*whole)
+    folder = Path(cache).expanduser().absolute()
+    key, missing, problems = "", True, []
+    lock = nullcontext()
+    if accelerator.is_main_process:
+        key = _key(vae, slices, content, variants, accelerator.device)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # Another run may be writing the same: wait for it, and read what it wrote.
+            lock = FileLock(folder / f"{key}.lock").acquire()
+            missing = damage_of(folder / key, RECORD) is not None
+            if missing:
+                shutil.rmtree(folder / f"{key}.partial", ignore_errors=True)  # left by a kill
+                (folder / f"{key}.partial").mkdir()
+        except OSError as error:
+            problems.append(str(error))
+    with lock:
+        key, missing, problems = broadcast_object_list([key, missing, problems])
+        target, partial = folder / key, folder / f"{key}.partial"
+        if not problems and not all(gather_object([(partial if missing else target).is_dir()])):
+            problems = ["it is not seen by every process"]
+        if missing and not problems:
+            problems = _write(vae, slices, accelerator, partial, target, variants)
+    if problems:
+        raise UserError(
+            f"--latent_cache {folder}: {problems[0]}; give a folder with room that all processes see"
+        )
+    return LatentPosteriors.open(target, accelerator.device)
+
+
+def _write(
+    vae: AutoencoderKL,
+    slices: Dataset,
+    accelerator: Accelerator,
+    partial: Path,
+    target: Path,
+    variants: int,
+) -> list[str]:
+    """Encode the slices and have the main process write them; what hindered it, alike on all processes."""
+    shape = (1 + variants, len(slices), 2, *latent_shape(vae, slices[0]["image"].shape[-1]))
+    problems: list[str] = []
+    with (partial / "posteriors.npy").open("wb") if accelerator.is_main_process else nullcontext() as file:
+        if file:
+            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+        batches = encode_slices(vae, slices, accelerator, variants)
+        mean, std = channel_statistics(_saved(batches, file, problems))
+    if accelerator.is_main_process and not problems:
+        try:
+            seal(partial, target, RECORD, {"mean": mean, "std": std, "labels": slices.labels.tolist()})
+        except OSError as error:
+            problems.append(str(error))
+    if problems:
+        shutil.rmtree(partial, ignore_errors=True)
+    return broadcast_object_list([problems])[0]
+
+
+def _saved(
+    batches: Iterable[torch.Tensor], file: BinaryIO | None, problems: list[str]
+) -> Iterator[torch.Tensor]:
+    """The batches, each once it is written; past a full disk as well, since other processes still wait."""
+    for posteriors in batches:
+        if file and not problems:
+            try:
+                file.write(posteriors.cpu().numpy().tobytes())
+            except OSError as error:
+                problems.append(str(error))
+        yield posteriors
+
+
+def encode_slices(
+    vae: AutoencoderKL, slices: Dataset, accelerator: Accelerator, variants: int = 0
+) -> Iterator[torch.Tensor]:
+    """Mean and standard deviation of the slices' posteriors, (n, 2, C, h, w), float32, in their order.
+
+    Each process encodes its share and gets all. The slices come as they are, then as variant 1, and so on.
+    """
+    total, step = len(slices), CHUNK * accelerator.num_processes
+    first = CHUNK * accelerator.process_index
+    starts = range(0, total, step)
+    # past the end it is the last slice again, and the copies are cut off below
+    share = [min(start + first + row, total - 1) for start in starts for row in range(CHUNK)]
+    hidden = {"disable": not accelerator.is_main_process, "leave": False}
+    progress = tqdm(desc="encoding slices", total=(1 + variants) * total, **hidden)
+    for variant in range(1 + variants):
+        loader = DataLoader(Subset(slices, share), batch_size=CHUNK)
+        for number, (start, batch) in enumerate(zip(starts, loader, strict=True)):
+            images = batch["image"].to(accelerator.device, torch.float32)  # (CHUNK, 1, H, W)
+            if variant:
+                images = vary(images, share[number * CHUNK : (number + 1) * CHUNK], variant)
+            posterior = vae.encode(images).latent_dist
+            rows = accelerator.gather(torch.stack([posterior.mean, posterior.std], dim=1).contiguous())
+            rows = rows[: total - start]
+            progress.update(len(rows))
+            yield rows
+    progress.close()
+
+
+def vary(images: torch.Tensor, indices: Sequence[int], variant: int) -> torch.Tensor:
+    """Slices (B, 1, H, W) in [-1, 1], turned, shifted and brightened a little by (variant, index)."""
+    draws = np.stack([np.random.default_rng([variant, index]).uniform(-1, 1, 4) for index in indices])
+    angle, right, down, gain = torch.tensor(draws, dtype=torch.float32, device=images.device).T  # (B,) each
+    cos, sin = (torch.deg2rad(MAX_DEGREES * angle).cos(), torch.deg2rad(MAX_DEGREES * angle).sin())
+    rows = (cos, -sin, 2 * MAX_SHIFT * right, sin, cos, 2 * MAX_SHIFT * down)
+    grid = F.affine_grid(torch.stack(rows, dim=1).view(-1, 2, 3), list(images.shape), align_corners=False)
+    moved = F.grid_sample(images, grid, mode="bicubic", padding_mode="border", align_corners=False)
+    return ((moved + 1) * (1 + MAX_GAIN * gain).view(-1, 1, 1, 1) - 1).clamp(-1, 1)
+
+
+def channel_statistics(batches: Iterable[torch.Tensor]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel of latents drawn from all posteriors (n, 2, C, h, w).
+
+    Var z = E (μ² + σ²) − (E μ)², in float64.
+    """
+    count, sums = 0, torch.zeros(())
+    for posteriors in batches:
+        mean, std = posteriors.double().unbind(1)
+        moments = torch.stack([mean, mean.square() + std.square()])  # (2, n, C, h, w)
+        sums = sums.to(moments) + moments.sum(dim=(1, 3, 4))  # (2, C)
+        count += mean.numel() // mean.shape[1]
+    mean, square = sums / count
+    return mean.tolist(), (square - mean.square()).sqrt().tolist()
+
+
+def _key(vae: AutoencoderKL, slices: Dataset, content: str, variants: int, device: torch.device) -> str:
+    """Name of the cache of these: the same on every machine of a kind."""
+    # What is measured after training, and notes, change no posterior.
+    measured = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
+    config = {name: vae.config[name] for name in vae.config if name[0] != "_" and name not in measured}
+    # Kinds of device round differently.
+    parts = [RECORD, hash_weights(vae), config, content, len(slices), variants, device.type]
+    parts += [CHUNK, MAX_DEGREES, MAX_SHIFT, MAX_GAIN]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=list).encode()).hexdigest()[:24]

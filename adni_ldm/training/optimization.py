@@ -22,6 +22,11 @@ def learning_rate_at(step: int, peak: float, warmup_steps: int, max_steps: int) 
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def trainable(network: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters that are not frozen."""
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
 def build_optimizer(
     kind: str,
     parameters: Iterable[torch.nn.Parameter],
@@ -44,11 +49,39 @@ def set_learning_rate(optimizer: torch.optim.Optimizer | AcceleratedOptimizer, l
         group["lr"] = learning_rate
 
 
-def average(parameters: Iterable[torch.nn.Parameter], decay: float, device: torch.device | str) -> EMAModel:
+class HalfLifeAverage(EMAModel):
+    """diffusers' moving average, with a memory that is measured in images and not in updates.
+
+    A process more or a larger batch then leaves the average what it was (as in Karras et al. 2022,
+    arXiv:2206.00364, code of appendix F).
+
+    Args:
+        halflife_images: images after which a weight's part in the average has halved.
+        batch_images: images of an update, over all processes and accumulated batches.
+    """
+
+    RAMP_UP = 0.08  # at most this share of the images seen, or the random start would stay in for long
+
+    def __init__(self, parameters, halflife_images: float, batch_images: int, **options):
+        super().__init__(parameters, **options)
+        self.halflife_images, self.batch_images = halflife_images, batch_images
+
+    def get_decay(self, optimization_step: int) -> float:
+        """Share of the average that update `optimization_step`, from 1, keeps."""
+        seen = optimization_step * self.batch_images
+        return 0.5 ** (self.batch_images / min(self.halflife_images, self.RAMP_UP * seen))
+
+
+def average(
+    parameters: Iterable[torch.nn.Parameter],
+    halflife_images: float,
+    batch_images: int,
+    device: torch.device | str,
+) -> HalfLifeAverage:
     """Moving average of the weights, kept on `device`: the host's memory, if not where they are trained."""
     parameters = list(parameters)
     sharded = hasattr(parameters[0], "to_local")  # by FSDP, whose tensors know no foreach
-    ema = EMAModel(parameters, decay=decay, foreach=not sharded)
+    ema = HalfLifeAverage(parameters, halflife_images, batch_images, foreach=not sharded)
     ema.to(device)
     return ema
 

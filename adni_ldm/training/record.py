@@ -13,24 +13,37 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
+from adni_ldm.data.lineage import DataRecord
+from adni_ldm.data.manifest import CONTENT
 from adni_ldm.data.slices import SliceTensors
 from adni_ldm.environment import installed_versions
 
 LIBRARIES = ("adni-ldm", "torch", "diffusers", "accelerate", "transformers", "datasets", "safetensors")
 
 
-def hash_slices(*parts: SliceTensors) -> str:
-    """SHA-256 over the pixels and labels that training sees, first 16 hex digits.
+def hash_slices(
+    accelerator: Accelerator, data: DataRecord, image_size: int, **splits: SliceTensors
+) -> dict[str, str]:
+    """SHA-256 of what training sees of each split, first 16 hex digits. Every process calls it.
 
-    The same pictures in the same order have the same hash wherever they lie.
+    Where the data's manifest.json has a hash of the files' content: over that, who is in the split and the
+    slices' side, so that no pixel is read. Else over the pixels. The same slices in the same order have the
+    same hash wherever they lie.
     """
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.labels.numpy().tobytes())
-        for batch in part.arrays.iter(batch_size=256):
-            digest.update(batch["image"].tobytes())
-    return digest.hexdigest()[:16]
+    hashes = {}
+    for split, slices in splits.items() if accelerator.is_main_process else ():
+        digest = hashlib.sha256(slices.labels.numpy().tobytes())
+        if data.hash_of == CONTENT:
+            subjects = {name: sorted(scans) for name, scans in data.subjects[split].items()}
+            parts = [data.hash, split, subjects, data.class_names, image_size]
+            digest.update(json.dumps(parts, sort_keys=True).encode())
+        else:
+            for batch in slices.arrays.iter(batch_size=256):
+                digest.update(batch["image"].tobytes())
+        hashes[split] = digest.hexdigest()[:16]
+    return broadcast_object_list([hashes])[0]
 
 
 def run_identity(

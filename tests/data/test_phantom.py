@@ -135,6 +135,22 @@ def test_ventricle_truth_follows_the_push_and_shows_as_dark():
     assert darks[2] - darks[0] == pytest.approx(areas[2] - areas[0], rel=0.4)
 
 
+def test_a_coronal_t2_cohort_is_symmetric_with_bright_fluid(tmp_path):
+    pictures = {}
+    for contrast in ("t1", "t2"):
+        folder = tmp_path / contrast
+        table = write_phantom_cohort(folder, **(TINY | {"plane": "coronal", "contrast": contrast}))
+        files = [folder / row.split / row.file_name for row in table.itertuples()]
+        pictures[contrast] = np.stack([np.asarray(Image.open(file), float) for file in files])
+    assert table.slice_mm.between(-43, 9).all() and (table.ventricle_mm2 > 0).mean() > 0.8
+    mean = pictures["t1"].mean(axis=0)
+    assert np.corrcoef(mean.ravel(), mean[:, ::-1].ravel())[0, 1] > 0.97, "left and right of one brain"
+    dark = (pictures["t1"] > 0) & (pictures["t1"] < 60)
+    white = pictures["t1"] > 190
+    assert pictures["t2"][dark].mean() > 120 > 60 > pictures["t2"][white].mean()
+    assert np.array_equal(pictures["t1"] > 0, pictures["t2"] > 0)
+
+
 @pytest.mark.parametrize(
     "bad",
     [{"subjects": 5}, {"slices": 0}, {"slices": 101}, {"image_size": 8}, {"seed": -1}, {"workers": 0}],

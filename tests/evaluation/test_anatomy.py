@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from adni_ldm.data.phantom import write_phantom_cohort
-from adni_ldm.evaluation.anatomy import brain_area, ventricle_area
+from adni_ldm.evaluation.anatomy import brain_area, cohens_d, measure_anatomy, ventricle_area
 
 
 def cohort(folder, image_size: int, subjects: int):
@@ -101,3 +101,36 @@ def test_what_is_no_slice_is_refused(images, pixel_mm, message):
             measure(images, pixel_mm)
     with pytest.raises(ValueError, match="anterior='up'"):
         ventricle_area(torch.zeros(1, 1, 8, 8), 1.0, anterior="up")
+
+
+def test_blur_shortens_the_cortical_border(small):
+    """Sulci are what a blurred sample loses first."""
+    table, images = small
+    sharp = measure_anatomy(images, table.pixel_mm[0])["border_mm"]
+    blurred = torch.nn.functional.avg_pool2d(images, 3, stride=1, padding=1)
+    assert np.mean(measure_anatomy(blurred, table.pixel_mm[0])["border_mm"]) < 0.95 * sharp.mean()
+    assert sharp.mean() > np.sqrt(4 * np.pi * table.brain_mm2.mean()), "a circle of that area has less"
+
+
+def test_blobs_outside_the_brain_are_measured_by_their_area(small):
+    table, images = small
+    pixel_mm = table.pixel_mm[0]
+    spotted = images[:20].clone()
+    spotted[:, :, 2:5, 2:6] = 0.5
+    clean, found = (measure_anatomy(part, pixel_mm)["blobs_mm2"] for part in (images[:20], spotted))
+    assert found - clean == pytest.approx(np.full(20, 12 * pixel_mm**2))
+
+
+def test_the_ratio_is_of_the_areas_and_unknown_without_a_brain(small):
+    table, images = small
+    pictures = torch.cat([images[:3], torch.full_like(images[:1], -1)])
+    values = measure_anatomy(pictures, table.pixel_mm[0])
+    assert values["ventricle_ratio"][:3] == pytest.approx(
+        values["ventricle_mm2"][:3] / values["brain_mm2"][:3]
+    )
+    assert np.isnan(values["ventricle_ratio"][3]) and values["brain_mm2"][3] == 0
+
+
+def test_cohens_d_by_hand():
+    assert cohens_d(np.array([2.0, 4.0]), np.array([1.0, 3.0])) == pytest.approx(1 / np.sqrt(2))
+    assert np.isnan(cohens_d(np.array([1.0, 1.0]), np.array([1.0, 1.0])))

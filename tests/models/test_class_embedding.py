@@ -51,3 +51,10 @@ def test_names_and_tokens_survive_saving(tmp_path):
     labels = torch.arange(4)
     assert list(loaded.config.class_names) == ["AD", "MCI", "NC"]
     assert torch.equal(loaded(labels), embedding(labels))
+
+
+@pytest.mark.parametrize("name", ["../AD", "a/b", "a\\b", ".hidden", ""])
+def test_a_class_must_be_able_to_name_a_folder(name):
+    """Names come with a model, which may be anybody's, and name the folders of samples."""
+    with pytest.raises(ValueError, match="each must be able to name a folder"):
+        ClassEmbedding((name, "NC"))

@@ -17,12 +17,20 @@ import torch
 from accelerate.utils import gather_object
 from diffusers import DDPMScheduler
 from safetensors.torch import save_file
+from torch.utils.data import Dataset
 
 from adni_ldm.models.autoencoder import ReconstructingVAE, build_autoencoder
 from adni_ldm.models.class_embedding import ClassEmbedding
 from adni_ldm.models.denoiser import ConditionalDenoiser, build_denoiser
+from adni_ldm.training.adversary import Adversary, Discriminator
 from adni_ldm.training.batches import BatchNoise
-from adni_ldm.training.losses import diffusion_loss, kl_divergence, reconstruction_loss
+from adni_ldm.training.latents import LatentPosteriors, encode_posteriors
+from adni_ldm.training.losses import (
+    diffusion_loss,
+    kl_divergence,
+    reconstruction_loss,
+    spectral_loss,
+)
 from adni_ldm.training.setup import start_accelerator
 from adni_ldm.training.updates import UpdateCheck
 
@@ -81,9 +89,56 @@ def agreements(accelerator) -> dict[str, list]:
     return {"decisions": decisions, "skipped": check.skipped, "stop": check.stop}
 
 
+def opposed(accelerator, accumulation: int) -> dict[str, torch.Tensor]:
+    """Gradients of autoencoder and discriminator in the second update, and the weight between them.
+
+    In the first one that is measured. No step is taken, so both updates are of the same weights.
+    """
+    network, discriminator = build("vae"), Discriminator(width=8, layers=2)
+    model, prepared = accelerator.prepare(network, discriminator)
+    adversary = Adversary(accelerator, discriminator, prepared, network.vae.decoder.conv_out.weight, 0.5)
+    size = TOTAL // (accelerator.num_processes * accumulation)
+    noise = BatchNoise(0, 0, TOTAL, 0, 1, torch.device("cpu"))
+    images, draws = noise.normal(1, 16, 16).tanh(), noise.normal(4, 8, 8)
+    for _ in range(2):
+        network.zero_grad(), discriminator.zero_grad()
+        for batch in range(accumulation):
+            first = (batch * accelerator.num_processes + accelerator.process_index) * size
+            rows = slice(first, first + size)
+            with accelerator.accumulate(model, prepared):
+                reconstruction, _, _ = model(images[rows], draws[rows])
+                likeness = reconstruction_loss(reconstruction, images[rows], "l1")
+                likeness = likeness + spectral_loss(reconstruction, images[rows])
+                fooling, telling = adversary.losses(images[rows], reconstruction, likeness)
+                accelerator.backward(likeness + fooling + telling)
+        adversary.end_update(max_grad_norm=1e6)
+    found = {"gan.balance": discriminator.balance}
+    for part in (network, discriminator):
+        found |= {f"gan.{name}": weight.grad.clone() for name, weight in part.named_parameters()}
+    return found
+
+
+class Slices(Dataset):
+    """Forty slices: over two processes no whole number of what is encoded together."""
+
+    labels = torch.arange(40) % 2
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"image": torch.rand(1, 16, 16, generator=torch.Generator().manual_seed(index)) * 2 - 1}
+
+
+def cached(accelerator, folder: Path) -> LatentPosteriors:
+    """Latents of all slices and a variant of each, by way of a cache."""
+    return encode_posteriors(build("vae").vae, Slices(), accelerator, folder, "slices", variants=1)
+
+
 def main(output_dir: Path, precision: str) -> None:
     accelerator = start_accelerator(output_dir, precision, 2, "none", seed=0)
-    found = gradients(accelerator, "vae", 2) | gradients(accelerator, "ldm", 2)
+    cached(accelerator, output_dir / "latents")
+    found = gradients(accelerator, "vae", 2) | gradients(accelerator, "ldm", 2) | opposed(accelerator, 2)
     agreed = gather_object([agreements(accelerator)])
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from adni_ldm.config import TrainLDMConfig, settings_to_keep
 from adni_ldm.errors import UserError
-from adni_ldm.training import checkpoints
+from adni_ldm.training import sealed
 from adni_ldm.training.checkpoints import load_checkpoint, refuse_earlier_run, save_checkpoint
 from adni_ldm.training.optimization import average, update_average
 
@@ -41,7 +41,7 @@ def damage(file):
 
 def test_weights_optimizer_average_and_counts_come_back(prepared, tmp_path):
     accelerator, model, optimizer = prepared
-    ema = average(model.parameters(), 0.9, "cpu")
+    ema = average(model.parameters(), 1, 8, "cpu")
     update(*prepared)
     update_average(ema, model.parameters())
     save_checkpoint(accelerator, tmp_path, step=1, keep=2, ema=ema, skipped=3)
@@ -105,7 +105,7 @@ def test_nothing_is_unpickled_but_weights(prepared, tmp_path):
         def __reduce__(self):
             return (flag.write_text, ("ran",))
 
-    ema = average([torch.nn.Parameter(torch.ones(2))], 0.9, "cpu")
+    ema = average([torch.nn.Parameter(torch.ones(2))], 1, 8, "cpu")
     save_checkpoint(accelerator, tmp_path, 1, keep=1, ema=ema)
     folder = tmp_path / "checkpoints/step-00000001"
     assert load_file(folder / "model.safetensors") and load_file(folder / "ema.safetensors")
@@ -121,8 +121,8 @@ def test_nothing_is_unpickled_but_weights(prepared, tmp_path):
     progress.pop("sha256")
     entry = progress["files"]["optimizer.bin"]
     entry["bytes"] = (folder / "optimizer.bin").stat().st_size
-    entry["sha256"] = checkpoints._sha256(folder / "optimizer.bin")
-    progress["sha256"] = checkpoints._sha256_of(progress)
+    entry["sha256"] = sealed._sha256(folder / "optimizer.bin")
+    progress["sha256"] = sealed._sha256_of(progress)
     (folder / "progress.json").write_text(json.dumps(progress))
     with pytest.raises(pickle.UnpicklingError, match="[Ww]eights"):
         load_checkpoint(accelerator, tmp_path, "latest", ema=ema)

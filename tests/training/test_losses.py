@@ -6,7 +6,13 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from adni_ldm.training.losses import diffusion_loss, diffusion_target, kl_divergence, reconstruction_loss
+from adni_ldm.training.losses import (
+    diffusion_loss,
+    diffusion_target,
+    kl_divergence,
+    reconstruction_loss,
+    spectral_loss,
+)
 
 
 def make_scheduler(prediction_type="v_prediction", zero_snr=False):
@@ -54,8 +60,10 @@ def test_min_snr_caps_the_weight_of_easy_timesteps(prediction_type):
         assert ratio == pytest.approx(by_hand, rel=1e-4)
 
 
-def test_min_snr_is_finite_at_zero_terminal_snr():
-    scheduler = make_scheduler(zero_snr=True)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_min_snr_is_finite_at_zero_terminal_snr(prediction_type):
+    """min(SNR, γ) / SNR is 0 / 0 there for ε; its limit is 1. For v the weight is 0 / 1."""
+    scheduler = make_scheduler(prediction_type, zero_snr=True)
     prediction = torch.zeros(1, 4, 8, 8, requires_grad=True)
     loss = diffusion_loss(
         prediction,
@@ -67,6 +75,19 @@ def test_min_snr_is_finite_at_zero_terminal_snr():
     )
     loss.backward()
     assert loss.isfinite() and prediction.grad.isfinite().all()
+
+
+def test_spectral_loss_is_monais_and_has_a_gradient_where_that_has_none():
+    """A picture with an even border has frequencies of no amplitude, where the root has no slope."""
+    from monai.losses.spectral_loss import JukeboxLoss
+
+    images = torch.rand(2, 1, 16, 16) * 2 - 1
+    reconstruction = torch.rand(2, 1, 16, 16) * 2 - 1
+    expected = JukeboxLoss(spatial_dims=2)(reconstruction, images).item()
+    assert spectral_loss(reconstruction, images).item() == pytest.approx(expected, rel=1e-5)
+    even = torch.full_like(images, -1.0).requires_grad_()
+    spectral_loss(even, images).backward()
+    assert even.grad.isfinite().all() and even.grad.abs().sum() > 0
 
 
 def test_losses_are_float32_whatever_comes_in():

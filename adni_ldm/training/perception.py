@@ -1,0 +1,196 @@
+"""How unlike two slices look to a network that was trained to see."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
+from torch import nn
+
+from adni_ldm.errors import UserError
+
+# Where the weights of a name come from. MONAI's PerceptualLoss has the same networks; it wants the lpips
+# package for VGG, runs code from a repository for the other two, and refuses MedicalNet for slices.
+HUB_FILES = {
+    "radimagenet": ("MONAI/checkpoints", "RadImageNet-ResNet50_notop.pth"),
+    "medicalnet": ("TencentMedicalNet/MedicalNet-Resnet10", "resnet_10_23dataset.pth"),
+}
+NAMES = ("vgg", *HUB_FILES)
+SUFFIXES = (".safetensors", ".pth", ".pt")
+
+
+class PerceptualDistance(nn.Module):
+    """Distance of the features of slices, after Zhang et al. 2018 (arXiv:1801.03924), equation 1.
+
+    Features are scaled to length 1 over the channels; the squared differences are summed over channels and
+    averaged over places, depths and slices. No weights are learned for the channels.
+
+    Args:
+        stages: parts of a network, whose outputs one after another are the features.
+        kind: vgg or resnet50 (trained on ImageNet), radimagenet or medicalnet: what they take as input.
+    """
+
+    def __init__(self, stages: list[nn.Module], kind: str):
+        super().__init__()
+        self.stages, self.kind = nn.ModuleList(stages), kind
+        self.requires_grad_(False).eval()  # the weights get no gradient; the reconstruction does
+
+    def forward(self, reconstruction: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        """Mean distance of slices (B, 1, H, W) in [-1, 1]; the gradient flows into the reconstruction."""
+        seen, expected = (self._input(one.float(), images.float()) for one in (reconstruction, images))
+        distances = []
+        for stage in self.stages:
+            seen = stage(seen)
+            with torch.no_grad():
+                expected = stage(expected)
+            difference = F.normalize(seen, dim=1, eps=1e-8) - F.normalize(expected, dim=1, eps=1e-8)
+            distances.append(difference.square().sum(dim=1).mean())
+        return torch.stack(distances).mean()
+
+    def _input(self, slices: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+        """Slices as the network had them in its training."""
+        if self.kind == "medicalnet":  # volumes of one slice, by the mean and spread of the true one
+            std, mean = torch.std_mean(reference, dim=(1, 2, 3), keepdim=True)
+            return ((slices - mean) / (std + 1e-6)).unsqueeze(2)  # (B, 1, 1, H, W)
+        colour = (slices / 2 + 0.5).expand(-1, 3, -1, -1)
+        colour = colour - colour.new_tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+        if self.kind == "radimagenet":
+            return colour
+        return colour / colour.new_tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+
+
+def load_perception(name: str) -> PerceptualDistance | None:
+    """The perceptual distance by name, or with the weights of a file; None for "none".
+
+    Args:
+        name: none, vgg (ImageNet), radimagenet, medicalnet; or a file of weights (safetensors, or what torch
+            reads with weights_only) of torchvision's VGG-16 or ResNet-50, of RadImageNet's ResNet-50 or of
+            MedicalNet's ResNet-10; or a folder that holds one.
+
+    Raises:
+        UserError: the weights are not there and cannot be had, or are of no such network.
+    """
+    if name == "none":
+        return None
+    weights = _read(_find(name))
+    try:
+        if "features.0.weight" in weights:
+            return _vgg(weights)
+        if weights["conv1.weight"].ndim == 5:
+            return _medicalnet(weights)
+        return _resnet50(weights)
+    except (KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(
+            f"--perceptual {name}: weights of none of VGG-16, ResNet-50 and MedicalNet's ResNet-10 ({reason})"
+        ) from error
+
+
+def _find(name: str) -> Path:
+    """The file of weights; of a known name from the cache, or else from where it is published."""
+    if name in NAMES:
+        try:
+            if name in HUB_FILES:
+                return Path(hf_hub_download(*HUB_FILES[name]))
+            from torchvision.models import VGG16_Weights
+
+            url = VGG16_Weights.IMAGENET1K_V1.url
+            path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+            if not path.is_file():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(url, str(path), progress=False)
+            return path
+        except (OSError, ValueError) as error:
+            file = (
+                f"{HUB_FILES[name][1]} of {HUB_FILES[name][0]} (Hugging Face)" if name in HUB_FILES else url
+            )
+            raise UserError(
+                f"--perceptual {name}: its weights are not here and cannot be fetched; get {file} elsewhere "
+                "and give --perceptual PATH/TO/IT, or take none"
+            ) from error
+    path = Path(name).expanduser()
+    found = sorted(file for file in path.glob("*") if file.suffix in SUFFIXES) if path.is_dir() else [path]
+    if len(found) != 1 or not found[0].is_file():
+        raise UserError(
+            f"--perceptual {name}: expected none, {', '.join(NAMES)}, a file of weights "
+            f"({', '.join(SUFFIXES)}), or a folder that holds one"
+        )
+    return found[0]
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    """Weights by name, without what training scripts put around them."""
+    try:
+        if path.suffix == ".safetensors":
+            weights = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch has many ways to say that a file is no file of weights
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"--perceptual {path}: cannot be read as weights ({reason})") from error
+    weights = weights.get("state_dict", weights)
+    return {key.removeprefix("module."): value for key, value in weights.items()}
+
+
+def _vgg(weights: dict[str, torch.Tensor]) -> PerceptualDistance:
+    """The five depths of LPIPS: the last activation before each pooling."""
+    from torchvision.models import vgg16
+
+    network = vgg16(weights=None, init_weights=False).features
+    prefix = "features."
+    weights = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    network.load_state_dict(weights)
+    ends = (4, 9, 16, 23, 30)
+    return PerceptualDistance([network[start:end] for start, end in zip((0, *ends), ends)], "vgg")
+
+
+def _resnet50(weights: dict[str, torch.Tensor]) -> PerceptualDistance:
+    from torchvision.models import resnet50
+
+    network = resnet50(weights=None)
+    kind = "resnet50"
+    weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
+    if "conv1.bias" in weights:  # RadImageNet's comes from Keras
+        kind = "radimagenet"
+        _from_keras(network, weights)
+    network.fc = nn.Identity()
+    network.load_state_dict(weights)
+    return PerceptualDistance(_stages(network, network.relu), kind)
+
+
+def _from_keras(network: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Make torchvision's ResNet-50 and such weights fit, in place.
+
+    Keras' convolutions have a bias, which goes into the mean that the BatchNorm after it takes off, and its
+    blocks halve the picture in their first convolution.
+    """
+    for key in [
+        key for key in weights if key.endswith(".bias") and f"{key[:-5]}.running_mean" not in weights
+    ]:
+        norm = key.replace("conv", "bn").replace("downsample.0", "downsample.1").removesuffix(".bias")
+        weights[f"{norm}.running_mean"] = weights[f"{norm}.running_mean"] - weights.pop(key)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 1.001e-5
+    for block in (network.layer2[0], network.layer3[0], network.layer4[0]):
+        block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
+
+
+def _medicalnet(weights: dict[str, torch.Tensor]) -> PerceptualDistance:
+    from monai.networks.nets.resnet import resnet10  # slow to import
+
+    network = resnet10(
+        spatial_dims=3, n_input_channels=1, feed_forward=False, shortcut_type="B", bias_downsample=False
+    )
+    network.load_state_dict({key: value for key, value in weights.items() if not key.startswith("conv_seg.")})
+    return PerceptualDistance(_stages(network, network.act), "medicalnet")
+
+
+def _stages(network: nn.Module, activation: nn.Module) -> list[nn.Module]:
+    """The five depths of a ResNet of torchvision or MONAI."""
+    first = nn.Sequential(network.conv1, network.bn1, activation)
+    second = nn.Sequential(network.maxpool, network.layer1)
+    return [first, second, network.layer2, network.layer3, network.layer4]

@@ -1,0 +1,137 @@
+"""How far the counterfactuals of a phantom model can be trusted: prints a table, a row for each strength.
+
+    python benchmarks/counterfactual.py --run runs/demo [--strengths 0.4 0.6 0.8] [--guidance_scales 1.5]
+
+On held-out subjects of the cohort that the model in RUN/ldm was trained on (RUN/data/test), brought from NC
+to AD and from AD to NC:
+
+  grows, shrinks   share of subjects whose lateral ventricle, by the pictures and as a mean over some slices,
+                   gets larger toward AD and smaller toward NC, with Wilson's 95 % interval
+  change           mean change of that area, mm²; the groups' real difference stands above the table
+  same subject     share of counterfactuals whose nearest real slice, of the test set, is of their subject
+  truth            mean correlation of the difference map with the true one: the phantom's subject drawn anew
+                   with the disease that the groups differ by
+  difference, error   mean over all pixels of the difference map and of the round trip's error; grey range 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from adni_ldm.data import phantom  # noqa: E402
+from adni_ldm.data.phantom_atlas import load_atlas  # noqa: E402
+from adni_ldm.evaluation.anatomy import ventricle_area  # noqa: E402
+from adni_ldm.evaluation.estimates import proportion  # noqa: E402
+from adni_ldm.loading import load_pipeline  # noqa: E402
+from adni_ldm.pipeline import Counterfactual  # noqa: E402
+
+OTHER = {"NC": "AD", "AD": "NC"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder with data/ and ldm/")
+    parser.add_argument("--strengths", type=float, nargs="+", default=[0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
+    parser.add_argument("--guidance_scales", type=float, nargs="+", default=[1.5])
+    parser.add_argument("--steps", type=int, default=20, help="DDIM steps each way")
+    parser.add_argument("--slices", type=int, default=3, help="of each subject, evenly over its slices")
+    args = parser.parse_args()
+
+    pipeline = load_pipeline(str(args.run / "ldm"))
+    pipeline.set_progress_bar_config(disable=True)
+    table, images = read_test_set(args.run / "data")
+    numbers = np.unique(table["slice"])
+    wanted = numbers[np.linspace(0, len(numbers) - 1, args.slices + 2).round().astype(int)[1:-1]]
+    rows = np.flatnonzero(table["slice"].isin(wanted))
+    chosen, given = table.iloc[rows].reset_index(drop=True), images[rows]
+    truth = true_differences(args.run / "data", chosen, given)
+    area = ventricle_area(given, table.pixel_mm[0])
+    real = area[chosen.label == "AD"].mean() - area[chosen.label == "NC"].mean()
+    print(f"{chosen.subject.nunique()} held-out subjects, {len(rows)} slices, {args.steps} steps each way")
+    print(f"lateral ventricle, AD - NC of the real slices: {real:.0f} mm²\n")
+    print(
+        "| guidance | strength | grows to AD | shrinks to NC | change, mm² | same subject | truth, r | ",
+        end="",
+    )
+    print("difference | error |\n" + "| --- " * 9 + "|")
+    settings = [(scale, strength) for scale in args.guidance_scales for strength in args.strengths]
+    for scale, strength in tqdm(settings, desc="strengths", file=sys.stderr):
+        result = redraw(pipeline, given, chosen.label, strength, args.steps, scale)
+        change = ventricle_area(result.images, table.pixel_mm[0]) - area
+        by_subject = chosen.assign(change=change).groupby(["label", "subject"]).change.mean()
+        same = nearest_subjects(result.images, images, table.subject) == chosen.subject.to_numpy()
+        alike = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(result.difference.numpy(), truth)]
+        cells = [f"{scale:g}", f"{strength:g}", share(by_subject["NC"] > 0), share(by_subject["AD"] < 0)]
+        cells += [f"{by_subject['NC'].mean():+.0f}, {by_subject['AD'].mean():+.0f}", f"{same.mean():.0%}"]
+        cells += [f"{np.nanmean(alike):.2f}"]
+        cells += [f"{result.difference.abs().mean():.4f}", f"{result.error.mean():.4f}"]
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def read_test_set(data: Path) -> tuple[pd.DataFrame, torch.Tensor]:
+    """The lines of metadata.csv, and their slices (N, 1, H, W) in [-1, 1]."""
+    table = pd.read_csv(data / "test/metadata.csv")
+    pixels = np.stack([np.asarray(Image.open(data / "test" / name)) for name in table.file_name])
+    return table, torch.from_numpy(pixels)[:, None] / 127.5 - 1
+
+
+def redraw(pipeline, given, labels, strength: float, steps: int, guidance_scale: float) -> Counterfactual:
+    """The counterfactuals of slices (N, 1, H, W), each in the class that it is not of, in their order."""
+    parts = [torch.empty_like(given) for _ in Counterfactual._fields]
+    for source, target in OTHER.items():
+        members = np.flatnonzero(labels == source)
+        result = pipeline.counterfactual(given[members], source, target, strength, steps, guidance_scale)
+        for part, of_class in zip(parts, result):
+            part[members] = of_class
+    return Counterfactual(*parts)
+
+
+def true_differences(data: Path, chosen: pd.DataFrame, given: torch.Tensor) -> np.ndarray:
+    """What the disease changes in these slices, (N, 1, H, W), grey range 1: same subject, same noise."""
+    settings = json.loads((data / "manifest.json").read_text())["settings"]
+    atlas, seed, size = load_atlas(), settings["seed"], settings["image_size"]
+    drawn = []
+    for row in tqdm(chosen.itertuples(), total=len(chosen), desc="truth", file=sys.stderr):
+        subject = phantom.draw_subject(seed, int(row.subject.partition("p")[2]))
+        shifts = {
+            name: phantom.SEVERITY[OTHER[row.label]][name][0] - phantom.SEVERITY[row.label][name][0]
+            for name in ("ventricle", "atrophy", "hippocampus")
+        }
+        ill = dataclasses.replace(
+            subject, **{name: getattr(subject, name) + by for name, by in shifts.items()}
+        )
+        rng = np.random.default_rng(np.random.SeedSequence([seed, subject.index, row.slice]))
+        picture, _, _ = phantom.render_slice(
+            ill, phantom.disease_field(ill, atlas), row.slice_mm, size, rng, atlas
+        )
+        drawn.append(picture / 255.0)
+    return np.stack(drawn)[:, None] - (given.numpy() + 1) / 2
+
+
+def nearest_subjects(images: torch.Tensor, real: torch.Tensor, subjects: pd.Series) -> np.ndarray:
+    """Subject of the real slice with the least squared difference to each image."""
+    distances = torch.cdist(images.flatten(1), real.flatten(1))
+    return subjects.to_numpy()[distances.argmin(1).numpy()]
+
+
+def share(hits: pd.Series) -> str:
+    estimate = proportion(int(hits.sum()), len(hits))
+    return f"{estimate.value:.0%} ({estimate.low:.0%} to {estimate.high:.0%})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Archives, NIfTI and DICOM of anybody's: paths and links that leave the folder, and bombs."""
+
+import gzip
+import io
+import os
+import stat
+import struct
+import tracemalloc
+import zipfile
+import zlib
+
+import nibabel
+import numpy as np
+import pytest
+from PIL import Image
+from volume_files import head, write_dicom
+
+from adni_ldm.data.slices import open_data_dir, read_image
+from adni_ldm.data.splits import DataError
+from adni_ldm.data.study import read_study
+from adni_ldm.data.volumes import VolumeError, read_volume
+
+
+def zip_of(path, members):
+    """A zip with these names and contents; a ZipInfo as name sets the rest."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("train/AD/1_1.png", b"a picture")
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def link(name):
+    info = zipfile.ZipInfo(name)
+    info.create_system, info.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+    return info
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../outside.png", "train/../../outside.png", "/outside.png", "..\\outside.png", "C:\\outside.png"],
+)
+def test_a_zip_that_would_leave_its_folder_is_refused(tmp_path, name):
+    path = zip_of(tmp_path / "set.zip", {name: b"x"})
+    with pytest.raises(DataError, match="set.zip: .*outside.png would be unpacked outside the folder"):
+        open_data_dir(path)
+
+
+def test_a_zip_with_a_link_is_refused(tmp_path):
+    path = zip_of(tmp_path / "set.zip", {link("train/AD/2_1.png"): b"/etc/passwd"})
+    with pytest.raises(DataError, match="train/AD/2_1.png is a link"):
+        open_data_dir(path)
+
+
+def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path):
+    path = zip_of(tmp_path / "set.zip", {"train/AD/2_1.png": bytes(50_000_000)})
+    assert path.stat().st_size < 100_000
+    with pytest.raises(DataError, match="would become 50 MB"):
+        open_data_dir(path)
+
+
+def test_what_only_ends_as_a_zip_is_refused(tmp_path):
+    """The library that unpacks looks at the first bytes: it would take the gzip, of whatever size."""
+    packed = zip_of(tmp_path / "inner.zip", {}).read_bytes()
+    (tmp_path / "set.zip").write_bytes(gzip.compress(bytes(10_000_000)) + packed)
+    with pytest.raises(DataError, match="does not begin as a zip file"):
+        open_data_dir(tmp_path / "set.zip")
+
+
+def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    side = 9000
+    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    rows = zlib.compress(bytes((side + 1) * side))
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    path = tmp_path / "1_1.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+    assert path.stat().st_size < 100_000 and Image.open(path).size == (side, side)
+    with pytest.raises(DataError, match="9000 x 9000 pixels, too many for a slice"):
+        read_image(path)
+
+
+def test_a_gzip_bomb_of_a_nifti_is_not_unpacked(tmp_path):
+    """Its header says a small head, and 300 MB follow: they never are in memory."""
+    content = io.BytesIO()
+    with gzip.open(content, "wb", compresslevel=1) as file:
+        file.write(head().to_bytes())
+        for _ in range(300):
+            file.write(bytes(1_000_000))
+    path = tmp_path / "bomb.nii.gz"
+    path.write_bytes(content.getvalue())
+    tracemalloc.start()
+    try:
+        with pytest.raises(VolumeError, match="far longer than its header says"):
+            read_volume(path)
+        assert tracemalloc.get_traced_memory()[1] < 200e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_nifti_that_only_says_that_it_is_huge_is_refused_by_its_header(tmp_path):
+    image = nibabel.Nifti1Image(np.zeros((20, 20, 20), np.int16), np.eye(4))
+    content = bytearray(image.to_bytes())
+    content[40:56] = struct.pack("<8h", 3, 30_000, 30_000, 30_000, 1, 1, 1, 1)  # dim
+    (tmp_path / "a.nii").write_bytes(content)
+    with pytest.raises(VolumeError, match="30000 x 30000 x 30000 voxels: too large"):
+        read_volume(tmp_path / "a.nii")
+
+
+def test_a_pipe_is_no_scan(tmp_path):
+    """Reading it would wait for ever."""
+    os.mkfifo(tmp_path / "a.nii")
+    with pytest.raises(VolumeError, match="no file"):
+        read_volume(tmp_path / "a.nii")
+
+
+def test_dicom_that_only_says_that_it_is_huge_is_refused(tmp_path):
+    """In a compressed file a few bytes may stand for any number of rows."""
+    folder = write_dicom(head(), tmp_path / "series", Rows=60_000, Columns=60_000)
+    with pytest.raises(VolumeError, match="60000 x 60000 x .*too large to be a scan"):
+        read_volume(folder)
+
+
+def test_deflated_dicom_is_refused_unread(tmp_path):
+    import pydicom
+    from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+    folder = write_dicom(head(), tmp_path / "series")
+    path = sorted(folder.iterdir())[3]
+    one = pydicom.dcmread(path)
+    one.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    one.save_as(path, enforce_file_format=True)
+    with pytest.raises(VolumeError, match="deflated DICOM files"):
+        read_volume(folder)
+
+
+def test_scans_outside_the_folder_are_rejected_by_name(tmp_path):
+    """By the table's column path, by a link to a file, and by a link in a folder of DICOM files."""
+    outside, scans = tmp_path / "outside", tmp_path / "scans"
+    scans.mkdir()
+    write_dicom(head(), outside / "series")
+    nibabel.save(head(), outside / "a.nii")
+    nibabel.save(head(), scans / "own.nii")
+    (scans / "within.nii").symlink_to(scans / "own.nii")
+    (scans / "link.nii").symlink_to(outside / "a.nii")
+    (scans / "series").mkdir()
+    for file in (outside / "series").iterdir():
+        (scans / "series" / file.name).symlink_to(file)
+    absolute = (outside / "a.nii").as_posix()
+    paths = ["own.nii", "within.nii", "link.nii", "series", "../outside/a.nii", absolute]
+    rows = [f"{path},p{number},{'AD' if number % 2 else 'NC'}" for number, path in enumerate(paths)]
+    (tmp_path / "table.csv").write_text("\n".join(["path,subject,group", *rows]) + "\n")
+
+    study = read_study(scans, tmp_path / "table.csv")
+    assert sorted(scan.path for scan in study.scans) == ["own.nii", "within.nii"]
+    told = {entry.path for entry in study.rejected if entry.reason.startswith("lies outside")}
+    assert told == {"link.nii", "series", "../outside/a.nii", absolute}

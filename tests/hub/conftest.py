@@ -1,0 +1,70 @@
+"""A run as train_ldm.py leaves one, tiny and not trained, with a report that judged it."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from adni_ldm.data.lineage import describe_data, trained_on
+from adni_ldm.data.slices import open_folder, read_slices
+from adni_ldm.models import ClassEmbedding, build_autoencoder, build_denoiser
+from adni_ldm.pipeline import ClassConditionalLDMPipeline
+from adni_ldm.sampling import weights_hash
+
+
+def write_report(
+    run, model_hash, good=True, text="no slice is nearer to a training image than held-out ones are"
+):
+    figure = {"value": 12.3, "low": 10.1, "high": 14.9, "floor": 9.8, "note": "lower is better"}
+    metrics = {"fidelity": {"fid": figure}, "privacy": {"nearest": figure}, "model_hash": model_hash}
+    verdicts = {
+        name: {"good": True, "text": f"{name} is well"} for name in ("fidelity", "usefulness", "faithfulness")
+    }
+    metrics["verdicts"] = verdicts | {"privacy": {"good": good, "text": text}}
+    (run / "report").mkdir(exist_ok=True)
+    (run / "report/metrics.json").write_text(json.dumps(metrics))
+
+
+def write_run(run, data_dir):
+    torch.manual_seed(0)
+    vae = build_autoencoder(32, widths=(16, 32))
+    vae.register_to_config(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+    unet = build_denoiser(4, 16, widths=(32, 64), token_dim=16)
+    pipeline = ClassConditionalLDMPipeline(vae, unet, ClassEmbedding(token_dim=16), scheduler)
+    scan = open_folder(data_dir)
+    records = trained_on(describe_data(scan, read_slices(scan)))
+    vae.register_to_config(_trained_on=records, _name_or_path="/home/somebody/runs/vae")
+    unet.register_to_config(_trained_on=records)
+    pipeline.save_pretrained(run)
+
+    settings = {
+        "data_dir": str(data_dir),
+        "classes": "AD,NC",
+        "table": None,
+        "image_size": 32,
+        "max_steps": 6,
+    }
+    (run / "training_config.json").write_text(
+        json.dumps(settings | {"val_fraction": 0.1, "learning_rate": 1e-3})
+    )
+    (run / "metrics.csv").write_text(
+        "step,loss,learning_rate,skipped,val_loss\n2,0.9,0.001,0,\n4,0.8,0.001,0,0.85\n"
+    )
+    (run / "secret.txt").write_text("not of the model")
+    (run / "samples.png").write_bytes(b"not of the push")
+    write_report(run, weights_hash(pipeline))
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(phantom_dir, tmp_path_factory):
+    """A run folder; not to be written to."""
+    return write_run(tmp_path_factory.mktemp("trained"), phantom_dir)

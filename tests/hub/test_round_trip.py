@@ -1,0 +1,159 @@
+"""A model to the Hub and back, with the real client, in processes of their own and caches that are empty.
+
+The Hub is tests/hub/hub_server.py on loopback, which speaks LFS: HF_HUB_DISABLE_XET=1 keeps the client from
+Xet, whose storage is another service.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hub_server import TOKEN, HubServer
+from huggingface_hub import constants
+from PIL import Image
+
+from adni_ldm.errors import UserError
+from adni_ldm.loading import load_pipeline
+from adni_ldm.sampling import weights_hash
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with HubServer() as server:
+        yield server
+
+
+def run(hub, home, *words, status=0, token=TOKEN, cwd=ROOT):
+    """A fresh process that knows the Hub by its address alone; returns what it printed."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    env = kept | {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1"}
+    env |= {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, *map(str, words)], cwd=cwd, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == status, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def pushed(hub, trained, tmp_path_factory):
+    """What the push printed."""
+    return run(
+        hub, tmp_path_factory.mktemp("home"), "-m", "adni_ldm.hub", "push", trained, "--repo_id", "me/brains"
+    )
+
+
+PLAIN = """
+import sys
+sys.modules["adni_ldm"] = None  # as where it is not installed: importing it raises
+import torch
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("me/brains", trust_remote_code=True)
+pipeline.set_progress_bar_config(disable=True)
+generator = torch.Generator().manual_seed(5)
+options = {"num_inference_steps": 3, "output_type": "pt"}
+torch.save(pipeline(["AD", "NC"], generator=generator, **options).images, sys.argv[1])
+"""
+
+
+def test_what_is_pushed_is_private_and_whole(hub, trained, pushed):
+    assert f"pushed to {hub.url}/me/brains" in pushed
+    repo = hub.repos["model", "me/brains"]
+    assert repo.private
+    weights = {path for path in repo.files if path.endswith(".safetensors")}
+    assert weights == {f"{p}/diffusion_pytorch_model.safetensors" for p in ("vae", "unet", "class_embedding")}
+    code = {"pipeline.py", "class_embedding/class_embedding.py"}
+    configs = {f"{p}/config.json" for p in ("vae", "unet", "class_embedding")}
+    configs |= {"model_index.json", "scheduler/scheduler_config.json"}
+    previews = {f"previews/{name}-{index}.png" for name in ("AD", "NC") for index in range(4)}
+    more = {"README.md", "metrics.csv", "metrics.json", ".gitattributes"}
+    assert set(repo.files) == weights | code | configs | previews | more, "and nothing else of the run"
+    assert (trained / "secret.txt").is_file() and (trained / "samples.png").is_file()
+    assert not any(b'"ids": "' in data and b'"ids": ""' not in data for data in repo.files.values())
+
+
+def test_plain_diffusers_draws_the_same_picture(hub, trained, pushed, tmp_path):
+    run(hub, tmp_path / "home", "-c", PLAIN, tmp_path / "images.pt", cwd=tmp_path)
+    pipeline = load_pipeline(str(trained))
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(5)
+    own = pipeline(["AD", "NC"], num_inference_steps=3, generator=generator, output_type="pt").images
+    assert torch.allclose(torch.load(tmp_path / "images.pt"), own, atol=1e-6)
+
+
+def test_sample_draws_from_the_hub_and_what_it_drew_is_pushed_and_read(
+    hub, trained, phantom_dir, pushed, tmp_path
+):
+    home, drawn = tmp_path / "home", tmp_path / "drawn"
+    options = ("--num_images", 2, "--steps", 2, "--mixed_precision", "no", "--output_dir", drawn)
+    run(hub, home, "sample.py", "--model", "me/brains", "--class", "all", *options)
+    table = pd.read_csv(drawn / "metadata.csv")
+    assert set(table.model_hash) == {weights_hash(load_pipeline(str(trained)))}
+
+    push = ("-m", "adni_ldm.hub", "push-samples", drawn, "--repo_id", "me/slices")
+    own = ("--data_dir", phantom_dir, "--report", trained / "report")
+    run(hub, home, *push, *own)
+    repo = hub.repos["dataset", "me/slices"]
+    slices = {f"{name}/00000{index}.png" for name in ("AD", "NC") for index in range(2)}
+    more = {"README.md", "metadata.csv", "metrics.json", ".gitattributes"}
+    assert repo.private and set(repo.files) == slices | more
+    read = (
+        "import json; from datasets import load_dataset; s = load_dataset('me/slices', split='train');"
+        "s[0]['image'].save('first.png');"
+        "json.dump([len(s), s.column_names, s['label'][:]], open('read.json', 'w'))"
+    )
+    run(hub, tmp_path / "other", "-c", read, cwd=tmp_path)
+    count, columns, labels = json.loads((tmp_path / "read.json").read_text())
+    assert count == 4 and labels == ["AD", "AD", "NC", "NC"]
+    assert {"image", "seed", "model_hash"} <= set(columns) and "model" not in columns
+    assert np.array_equal(Image.open(tmp_path / "first.png"), Image.open(drawn / "AD/000000.png"))
+
+
+def test_training_ends_with_a_push(hub, trained, phantom_dir, pushed, tmp_path):
+    settings = {
+        "data_dir": phantom_dir,
+        "vae": trained / "vae",
+        "output_dir": tmp_path / "ldm",
+        "image_size": 32,
+    }
+    settings |= {
+        "max_steps": 1,
+        "batch_size": 2,
+        "sample_steps": 0,
+        "checkpointing_steps": 0,
+        "token_dim": 16,
+    }
+    settings |= {"layers_per_block": 1, "mixed_precision": "no", "report_to": "none"}
+    words = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    to_hub = ("--push_to_hub", "--hub_model_id", "me/trained", "--accept_privacy_risk")
+    train = ("train_ldm.py", *words, "--unet_widths", 32, 64, *to_hub)
+    printed = run(hub, tmp_path / "home", *train)
+    assert f"pushed to {hub.url}/me/trained" in printed
+    repo = hub.repos["model", "me/trained"]
+    assert repo.private and b"**which is not known**" in repo.files["README.md"]
+    assert {"model_index.json", "loss.png", "metrics.csv"} <= set(repo.files)
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "said"),
+    [
+        ("me/nothing", TOKEN, "404"),
+        ("me/brains", "hf_" + "wrong", "401"),
+        ("me/public", TOKEN, "model_index.json"),
+    ],
+)
+def test_what_cannot_be_pulled_is_one_line(hub, pushed, tmp_path, monkeypatch, name, token, said):
+    for constant, value in {"HF_HUB_OFFLINE": False, "ENDPOINT": hub.url}.items():
+        monkeypatch.setattr(constants, constant, value)
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(UserError, match=f"{name}: not a pipeline .*{said}"):
+        load_pipeline(name)
