@@ -53,7 +53,7 @@ bench: .venv  ## how fast, how it grows, how good beside others: tables in bench
 	$(VENV) benchmarks/throughput.py
 	$(VENV) benchmarks/scaling.py
 	$(VENV) benchmarks/peers.py
-	test ! -f benchmarks/finetune.py || $(VENV) benchmarks/finetune.py
+	$(VENV) benchmarks/finetune.py
 
 docs: .venv  ## the pages of settings in docs/settings, from the code
 	$(VENV) docs/make_settings.py

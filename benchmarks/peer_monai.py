@@ -19,11 +19,12 @@ from torch import nn
 from adni_ldm.evaluation.image_sets import ImageSet
 
 KL_WEIGHT, ADVERSARIAL_WEIGHT, WARM_UP = 1e-6, 0.01, 0.1
-STEPS = 1000  # of sampling
 TOKEN = 64  # width of the class token
 
 
-def train_monai(train: ImageSet, seconds: float, preset: Preset, tutorial: bool) -> Trained:
+def train_monai(
+    train: ImageSet, seconds: float, preset: Preset, tutorial: bool, sampling_steps: int = 1000
+) -> Trained:
     """Autoencoder, then U-Net, each for half the time; slices are in [0, 1] here, as in the tutorial.
 
     Args:
@@ -93,7 +94,7 @@ def train_monai(train: ImageSet, seconds: float, preset: Preset, tutorial: bool)
 
     @torch.no_grad()
     def sample(labels: torch.Tensor) -> torch.Tensor:
-        scheduler.set_timesteps(STEPS)
+        scheduler.set_timesteps(sampling_steps)
         noise = torch.randn(len(labels), *latents.shape[1:], device=DEVICE)
         with half_precision():
             tokens = embedding(labels.to(DEVICE))[:, None]

@@ -34,7 +34,6 @@ import torch
 from peer_monai import train_monai
 from peer_student import train_student
 from peer_training import Trained
-from torchmetrics.functional.image import peak_signal_noise_ratio
 from torchvision.models import vgg16
 
 from adni_ldm.data.slices import load_slices
@@ -126,14 +125,41 @@ def random_features(images: torch.Tensor) -> np.ndarray:
     return torch.cat(parts).numpy()
 
 
+class Yardstick:
+    """Held-out slices, and the unit that features are measured in: that of some training slices."""
+
+    def __init__(self, held_out: ImageSet, others: ImageSet, pixel_mm: float):
+        self.held_out, self.pixel_mm = held_out, pixel_mm
+        features = random_features(others.floats())
+        # mean 0 and mean square 1: features of a random network have no scale of their own
+        self.centre, self.scale = features.mean(0), features.std()
+        self.real = self.in_units(random_features(held_out.floats()))
+
+    def in_units(self, features: np.ndarray) -> np.ndarray:
+        return (features - self.centre) / self.scale
+
+    def figures(self, images: torch.Tensor, subjects: np.ndarray, labels: np.ndarray) -> tuple[str, ...]:
+        """KID with its 95 % interval, precision and recall of slices, and AD − NC of the ventricle, mm²."""
+        other = self.in_units(random_features(images))
+        found = compare(self.real, other, self.held_out.subjects, subjects, draws=200)
+        kid = "{value:.3f} ({low:.3f}–{high:.3f})".format(**vars(found["kid"]))
+        manifold = (f"{found[name].value:.2f}" for name in ("precision", "recall"))
+        return kid, *manifold, f"{self.ventricle_difference(images, labels):.0f}"
+
+    def ventricle_difference(self, images: torch.Tensor, labels: np.ndarray) -> float:
+        areas = ventricle_area(images, self.pixel_mm)
+        return areas[labels == 0].mean() - areas[labels == 1].mean()
+
+
 @torch.no_grad()
-def judge(name: str, trained: Trained, held_out: ImageSet, train: ImageSet, pixel_mm: float, count: int):
-    """A row of the table, and the samples (2, n, 1, H, W) of AD and NC."""
-    images = held_out.floats().to(DEVICE)
-    reconstructed = torch.cat([trained.reconstruct(part) for part in images.split(64)]).float().clamp(-1, 1)
-    psnr = peak_signal_noise_ratio(
-        reconstructed.cpu(), images.cpu(), data_range=2.0, reduction="elementwise_mean", dim=(1, 2, 3)
-    ).item()
+def judge(
+    name: str, trained: Trained, yardstick: Yardstick, count: int
+) -> tuple[tuple[str, ...], torch.Tensor]:
+    """A row of the table, and the samples (2, count / 2, 1, H, W) of AD and NC."""
+    images = yardstick.held_out.floats()
+    reconstructed = torch.cat([trained.reconstruct(part.to(DEVICE)).cpu() for part in images.split(64)])
+    squared = (reconstructed.float().clamp(-1, 1) - images).square().mean(dim=(1, 2, 3))
+    psnr = (10 * torch.log10(4 / squared.clamp(min=1e-10))).mean().item()  # of a range of 2
     synchronize()
     started = time.perf_counter()
     trained.sample(torch.arange(64) % 2)
@@ -142,24 +168,8 @@ def judge(name: str, trained: Trained, held_out: ImageSet, train: ImageSet, pixe
     labels = torch.arange(2).repeat_interleave(count // 2)
     drawn = torch.cat([trained.sample(part) for part in labels.split(64)]).clamp(-1, 1)
     row = (name, f"{trained.seconds:.0f} ({trained.note})", f"{psnr:.1f}")
-    row += figures(drawn, np.arange(count), labels.numpy(), held_out, train, pixel_mm)
+    row += yardstick.figures(drawn, np.arange(count), labels.numpy())
     return (*row, f"{seconds:.1f}"), drawn.view(2, count // 2, *drawn.shape[1:])
-
-
-def figures(
-    images, subjects, labels, held_out: ImageSet, train: ImageSet, pixel_mm: float
-) -> tuple[str, ...]:
-    """KID (95 % interval), precision, recall against held-out slices, and AD − NC of the ventricle, mm²."""
-    # Of mean 0 and mean square 1 over training slices: features of a random network have no scale.
-    of_train, real, other = (random_features(one) for one in (train.floats(), held_out.floats(), images))
-    centre, scale = of_train.mean(0), of_train.std()
-    real, other = ((one - centre) / scale for one in (real, other))
-    found = compare(real, other, held_out.subjects, np.asarray(subjects), draws=200)
-    areas = ventricle_area(images, pixel_mm)
-    difference = areas[labels == 0].mean() - areas[labels == 1].mean()
-    kid = found["kid"]
-    kid = f"{kid.value:.4f} ({kid.low:.4f}–{kid.high:.4f})"
-    return kid, f"{found['precision'].value:.2f}", f"{found['recall'].value:.2f}", f"{difference:.0f}"
 
 
 def main() -> None:
@@ -179,7 +189,7 @@ def main() -> None:
         "--results", type=Path, default=RESULTS, help="folder that page and picture are written to"
     )
     options = parser.parse_args()
-    seconds, count = (20, 64) if options.quick else (options.seconds, options.samples)
+    seconds, count, steps = (20, 64, 50) if options.quick else (options.seconds, options.samples, 1000)
     preset = Preset.load("adni" if DEVICE.type == "cuda" else "demo")
 
     with tempfile.TemporaryDirectory(prefix="adni_ldm_peers_") as folder:
@@ -189,9 +199,9 @@ def main() -> None:
         splits = load_slices(data)
         train, held_out = (real_set(splits[split], preset.image_size) for split in ("train", "test"))
         truth = pd.read_csv(Path(data) / "test/metadata.csv")
-        pixel_mm = truth.pixel_mm[0]
         others = train.take(np.sort(np.random.default_rng(0).permutation(len(train))[:count]))
-        floor = figures(others.floats(), others.subjects, others.labels, held_out, others, pixel_mm)
+        yardstick = Yardstick(held_out, others, truth.pixel_mm[0])
+        floor = yardstick.figures(others.floats(), others.subjects, others.labels)
         rows = [("other real slices", "–", "–", *floor, "–")]
         pictures = {f"real, {name}": some(held_out.of_class(name).floats()) for name in CLASSES}
         for name in options.methods:
@@ -202,15 +212,14 @@ def main() -> None:
             elif name == "student":
                 trained = train_student(train, seconds)
             else:
-                trained = train_monai(train, seconds, preset, tutorial=name == "monai")
-            row, drawn = judge(name, trained, held_out, others, pixel_mm, count)
+                trained = train_monai(train, seconds, preset, tutorial=name == "monai", sampling_steps=steps)
+            row, drawn = judge(name, trained, yardstick, count)
             rows.append(row)
             pictures |= {f"{name}, {label}": some(part) for label, part in zip(CLASSES, drawn)}
             print(" | ".join(row), flush=True)
 
     areas = [truth.ventricle_mm2[truth.label == name].mean() for name in CLASSES]
-    measured = ventricle_area(held_out.floats(), pixel_mm)
-    measured = [measured[held_out.labels == label].mean() for label in (0, 1)]
+    measured = yardstick.ventricle_difference(held_out.floats(), held_out.labels)
     lines = [
         f"{seconds:.0f} s of training for each; {len(train)} slices to train on, {len(held_out)} of other "
         f"subjects to compare with, {count} drawn, of {preset.image_size} px. KID with its 95 % interval.",
@@ -218,7 +227,7 @@ def main() -> None:
         *table(COLUMNS, rows),
         "",
         f"- AD − NC is the difference of the mean area of the lateral ventricle, measured in the pictures. "
-        f"Held-out slices show {measured[0] - measured[1]:.0f} mm², in truth {areas[0] - areas[1]:.0f} mm².",
+        f"Held-out slices show {measured:.0f} mm², in truth {areas[0] - areas[1]:.0f} mm².",
         f"- The row of other real slices is what {count} of the training slices reach in the samples' place.",
         *(f"- {name}: {text}" for name, text in METHODS.items() if name in options.methods),
         f"- {FEATURES}",
