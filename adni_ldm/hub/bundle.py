@@ -103,8 +103,10 @@ def bundle_model(
             shutil.copyfile(run / name, folder / name)
     _write_metrics(folder / "metrics.json", report)
     if allow_real_images and report.metrics:
-        shutil.copyfile(report_dir / "report.html", folder / "report.html")
-        shutil.copytree(report_dir / "figures", folder / "figures")
+        for path in (report_dir / "report.html", *(report_dir / "figures").rglob("*.png")):
+            target = folder / path.relative_to(report_dir)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
     split = count_split(scans[-1], val_fraction)
     write_model_card(
         folder / "README.md", repo_id, pipeline, run, split, is_synthetic(scans), report, license, previews

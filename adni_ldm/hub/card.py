@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,9 +71,9 @@ def figures_of(metrics: Mapping, place: str = "") -> Iterator[tuple[str, Mapping
     """Pairs of a name, such as fidelity/fid, and its {"value", "low", "high", "floor", "note"}."""
     for name, entry in metrics.items():
         if isinstance(entry, Mapping):
-            if "value" in entry:
+            if isinstance(entry.get("value"), (int, float)) and math.isfinite(entry["value"]):
                 yield place + name, entry
-            else:
+            elif "value" not in entry:
                 yield from figures_of(entry, f"{place}{name}/")
 
 
@@ -187,9 +188,7 @@ def _value(figure: Mapping) -> str:
     """A figure with its interval: 3.21 (2.9 to 3.6)."""
     low, high = figure.get("low"), figure.get("high")
     around = f" ({low:.4g} to {high:.4g})" if low is not None and high is not None else ""
-    return (
-        f"{figure['value']:.4g}" if isinstance(figure["value"], (int, float)) else str(figure["value"])
-    ) + around
+    return f"{figure['value']:.4g}{around}"
 
 
 def _eval_result(name: str, figure: Mapping, data: Sequence[Mapping]) -> EvalResult:

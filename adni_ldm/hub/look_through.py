@@ -43,9 +43,9 @@ _SECRET = re.compile(
 )
 # ADNI's own forms, whatever data are at hand: 002_S_0413, I218391.
 _ADNI = re.compile(r"(?<![A-Za-z0-9])(?:\d{3}_S_\d{4,5}|I\d{5,8})(?![A-Za-z0-9])")
-# /a/b and not AD/NC, https://a/b or </b>; C:\a; ~/a
+# /a/b and not AD/NC, https://a/b or </b>; file:///a; C:\a; ~/a
 _PATH = re.compile(
-    r"(?<![\w.:/}\])<*~-])/[\w.@+-]+/[\w.@+/-]*\w|\b[A-Za-z]:\\\\?\w[\w\\. -]*|(?<![\w/])~\w*/\w+"
+    r"(?<![\w.:/}\])<*~-])/[\w.@+-]+/[\w.@+/-]*\w|\b[A-Za-z]:\\\\?\w[\w\\. -]*|(?<![\w/])~\w*/\w+|file:/+\w+"
 )
 # Accounts and machines that are called so everywhere tell nothing of anybody.
 _COMMON = {
@@ -157,6 +157,8 @@ def _text_of(path: Path) -> str:
             f"{key}: {value.decode('latin-1') if isinstance(value, bytes) else value}" for key, value in notes
         )
     text = path.read_text(encoding="utf-8", errors="replace")
+    if path.suffix == ".html":  # pictures within it have slashes of their own
+        text = re.sub(r"data:image/[\w.+-]+;base64,[\w+/=]+", "", text)
     if path.suffix == ".json":  # once more with \u00e9 and \/ as the letters that they stand for
         text += "\n" + json.dumps(json.loads(text), ensure_ascii=False)
     return text

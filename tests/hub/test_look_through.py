@@ -58,6 +58,7 @@ def write(path, text):
         (str(Path.home() / "runs"), "path"),
         ("/mnt/disk7/study/scan.nii", "path '/mnt/disk7/study/scan.nii'"),
         ("C:\\Users\\Jane\\data", "path"),
+        ("file:///study", "path"),
         ("hf_" + "abcdefghijklmnopqrstuvwx", "a secret, hf_a…"),
     ],
 )
