@@ -67,7 +67,7 @@ def train_monai(
         vae_steps += 1
 
     # ---- U-Net ---------------------------------------------------------------------------------------------
-    # Networks alone in half precision: the schedule takes the latents' type, and bfloat16 makes its first ᾱ 1.
+    # Networks alone in half precision: the schedule takes the latents' type, and bfloat16 rounds its ᾱ to 1.
     autoencoder.eval()
     autoencoder.encode_stage_2_inputs = in_half(autoencoder.encode_stage_2_inputs)
     first = train.floats(range(min(64, len(train)))).to(DEVICE) / 2 + 0.5
