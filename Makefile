@@ -49,11 +49,14 @@ faults: .venv  ## break training in every way we know and resume it; minutes
 gpu-check: .venv  ## what only a CUDA machine can show: fp16, exact resume, kernels; one table
 	$(VENV) benchmarks/gpu_check.py
 
-bench: .venv  ## how fast, how it grows, how good beside others: tables in benchmarks/results; an hour on 2 cores
+bench: .venv | runs/demo/ldm  ## how fast, how it grows, how good beside others: tables, an hour on 2 cores
 	$(VENV) benchmarks/throughput.py
 	$(VENV) benchmarks/scaling.py
 	$(VENV) benchmarks/peers.py
-	$(VENV) benchmarks/finetune.py
+	$(VENV) benchmarks/finetune.py --model runs/demo/ldm
+
+runs/demo/ldm: | .venv
+	$(MAKE) demo
 
 docs: .venv  ## the pages of settings in docs/settings, from the code
 	$(VENV) docs/make_settings.py

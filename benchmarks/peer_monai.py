@@ -13,7 +13,7 @@ from monai.losses import PatchAdversarialLoss
 from monai.networks.nets import AutoencoderKL, DiffusionModelUNet, PatchDiscriminator
 from monai.networks.schedulers import DDPMScheduler
 from monai.transforms import RandAffine
-from peer_training import Trained, batches, half_precision
+from peer_training import Trained, batches, half_precision, in_half
 from torch import nn
 
 from adni_ldm.evaluation.image_sets import ImageSet
@@ -67,22 +67,24 @@ def train_monai(
         vae_steps += 1
 
     # ---- U-Net ---------------------------------------------------------------------------------------------
+    # Networks alone in half precision: the schedule takes the latents' type, and bfloat16 rounds its ᾱ to 1.
     autoencoder.eval()
+    autoencoder.encode_stage_2_inputs = in_half(autoencoder.encode_stage_2_inputs)
     first = train.floats(range(min(64, len(train)))).to(DEVICE) / 2 + 0.5
     with torch.no_grad():
         latents = autoencoder.encode_stage_2_inputs(first)
     inferer = LatentDiffusionInferer(scheduler, scale_factor=1 / latents.std())
     unet, embedding = build_unet(preset, own, 2 if tutorial else 1), nn.Embedding(2, TOKEN).to(DEVICE)
+    unet.forward = in_half(unet.forward)
     optimizer = torch.optim.Adam([*unet.parameters(), *embedding.parameters()], lr=rates[1])
     ldm_steps = 0
     for images, labels, _ in batches(train, sizes[1], seconds - (time.perf_counter() - started)):
         images = augment(images / 2 + 0.5)
         noise = torch.randn(len(images), *latents.shape[1:], device=DEVICE)
         timesteps = torch.randint(1000, (len(images),), device=DEVICE)
-        with half_precision():
-            tokens = embedding(labels)[:, None]
-            prediction = inferer(images, autoencoder, unet, noise, timesteps, condition=tokens)
-        loss = F.mse_loss(prediction.float(), noise)
+        tokens = embedding(labels)[:, None]
+        prediction = inferer(images, autoencoder, unet, noise, timesteps, condition=tokens)
+        loss = F.mse_loss(prediction, noise)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -96,10 +98,9 @@ def train_monai(
     def sample(labels: torch.Tensor) -> torch.Tensor:
         scheduler.set_timesteps(sampling_steps)
         noise = torch.randn(len(labels), *latents.shape[1:], device=DEVICE)
-        with half_precision():
-            tokens = embedding(labels.to(DEVICE))[:, None]
-            images = inferer.sample(noise, autoencoder, unet, scheduler, conditioning=tokens, verbose=False)
-        return images.float().cpu() * 2 - 1
+        tokens = embedding(labels.to(DEVICE))[:, None]
+        images = inferer.sample(noise, autoencoder, unet, scheduler, conditioning=tokens, verbose=False)
+        return images.cpu() * 2 - 1
 
     return Trained(reconstruct, sample, time.perf_counter() - started, f"{vae_steps} + {ldm_steps} steps")
 
@@ -134,6 +135,7 @@ def build_unet(preset: Preset, own: bool, blocks: int) -> DiffusionModelUNet:
 
 
 def build_scheduler() -> DDPMScheduler:
+    """The tutorial's, but that it does not clip: latents of unit variance go beyond 1."""
     return DDPMScheduler(1000, schedule="linear_beta", beta_start=0.0015, beta_end=0.0195, clip_sample=False)
 
 

@@ -39,6 +39,16 @@ def batches(train: ImageSet, batch_size: int, seconds: float) -> Iterator[tuple]
             yield train.floats(rows).to(DEVICE), labels.to(DEVICE), gone
 
 
+def in_half(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The function computed in half precision, its result in float32."""
+
+    def call(*arguments, **named) -> torch.Tensor:
+        with half_precision():
+            return function(*arguments, **named).float()
+
+    return call
+
+
 def half_precision() -> AbstractContextManager:
     """Autocast to bfloat16 where the hardware computes in it."""
     return torch.autocast(DEVICE.type, torch.bfloat16) if choose_precision(None) == "bf16" else nullcontext()

@@ -93,9 +93,10 @@ def test_a_method_is_judged_beside_held_out_slices(splits):
         assert len(row) == len(peers.COLUMNS) and drawn.shape == (2, 6, 1, 32, 32)
         assert float(row[2]) > 60, "reconstructing without a loss"
         kid[name] = float(row[3].split()[0])
-    assert kid["copier"] < kid["noise"] / 10
+    assert kid["copier"] < kid["noise"] / 3
 
 
+@pytest.mark.slow
 def test_scaling_prints_its_rows(phantom_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scaling, "make_cohort", lambda *_args, **_options: phantom_dir)
     options = Namespace(subjects=12, factors=[1], sizes=[32], steps=4)
