@@ -63,7 +63,8 @@ def push_folder(
     """
     check_login(api, repo_id)
     options = {"repo_id": repo_id, "repo_type": repo_type}
-    url = _patiently(lambda: api.create_repo(**options, private=not public, exist_ok=True), repo_id)
+    kind = {"space_sdk": "gradio"} if repo_type == "space" else {}  # the Hub asks what runs a space
+    url = _patiently(lambda: api.create_repo(**options, **kind, private=not public, exist_ok=True), repo_id)
     if not public and _patiently(lambda: api.repo_info(**options).private, repo_id) is False:
         raise UserError(
             f"{repo_id} exists and is public: add --public, make it private, or choose another name"

@@ -149,11 +149,11 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(200, {"errors": [], "warnings": []})
         if parts == ["api", "repos", "create"]:
             return self.create(json.loads(self.body))
-        if parts[0] == "api" and parts[1] in ("models", "datasets") and len(parts) >= 4:
+        if parts[0] == "api" and parts[1] in ("models", "datasets", "spaces") and len(parts) >= 4:
             kind, name, rest = parts[1][:-1], "/".join(parts[2:4]), parts[4:]
         else:
-            kind = "dataset" if parts[0] == "datasets" else "model"
-            parts = parts[kind == "dataset" :]
+            kind = {"datasets": "dataset", "spaces": "space"}.get(parts[0], "model")
+            parts = parts[kind != "model" :]
             name, rest = "/".join(parts[:2]), ["files", *parts[2:]]
         repo = self.server.repos.get((kind, name.removesuffix(".git")))
         if repo is None or (repo.private and not self.known):
@@ -165,6 +165,8 @@ class Handler(BaseHTTPRequestHandler):
         kind, name = asked.get("type", "model"), f"{owner}/{asked['name']}"
         if not self.known or owner != ME:
             return self.answer(403 if self.known else 401, {"error": "You may not write there"})
+        if kind == "space" and not asked.get("sdk"):
+            return self.answer(400, {"error": "sdk is required"})
         prefix = "datasets/" if kind == "dataset" else ""
         url = {"url": f"{self.server.url}/{prefix}{name}", "name": name}
         if (kind, name) in self.server.repos:

@@ -50,6 +50,12 @@ def arrived(hub, folder):
     return files == files_of(folder)
 
 
+def test_a_space_is_pushed_with_what_runs_it(hub, folder):
+    push(hub, folder, repo_id="me/page", repo_type="space")
+    files = dict(hub.repos["space", "me/page"].files)
+    assert {name for name in files if name != ".gitattributes"} == set(files_of(folder))
+
+
 @pytest.mark.parametrize("what", ["drop", 429, 503])
 @pytest.mark.parametrize(
     "request_",
