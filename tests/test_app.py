@@ -185,7 +185,7 @@ def test_draw(visit, keep, model):
     pictures = shown(page)
     assert list(pictures) == ["NC 0", "NC 1", "NC 2"]
     assert page.evaluate("window.seen.size") > 3, "they were seen on their way"
-    assert page.evaluate("window.bars.size") > 1, "and a bar went on"
+    assert page.evaluate("window.bars.size") >= 1, "and a bar was there"
 
     files, rows = saved(page)
     assert list(rows.file_name) == list(files) == [f"NC/{index:06d}.png" for index in range(3)]
