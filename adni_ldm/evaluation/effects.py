@@ -7,11 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from adni_ldm.evaluation.anatomy import MEASURES, cohens_d
-from adni_ldm.evaluation.estimates import Estimate, bootstrap, unknown
+from adni_ldm.evaluation.estimates import FEWEST_SLICES, FEWEST_SUBJECTS, Estimate, bootstrap, unknown
 from adni_ldm.evaluation.image_sets import ImageSet
-
-MIN_SUBJECTS = 5  # of a class, below which its spread is not told
-MIN_SAMPLES = 20
 
 
 def compare_anatomy(
@@ -95,8 +92,8 @@ def _mean(values: np.ndarray, subjects: np.ndarray, seed: int) -> Estimate:
 def _gap(subjects: tuple[np.ndarray, ...]) -> str:
     """Why no effect can be told, or nothing."""
     counts = [len(np.unique(group)) for group in subjects]
-    if min(counts[:2]) < MIN_SUBJECTS:
-        return f"too few real subjects of a class: {min(counts[:2])}, where {MIN_SUBJECTS} are needed"
-    if min(counts[2:]) < MIN_SAMPLES:
-        return f"too few samples of a class: {min(counts[2:])}, where {MIN_SAMPLES} are needed"
+    if min(counts[:2]) < FEWEST_SUBJECTS:
+        return f"too few real subjects of a class: {min(counts[:2])}, where {FEWEST_SUBJECTS} are needed"
+    if min(counts[2:]) < FEWEST_SLICES:
+        return f"too few samples of a class: {min(counts[2:])}, where {FEWEST_SLICES} are needed"
     return ""

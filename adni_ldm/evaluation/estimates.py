@@ -11,6 +11,7 @@ from scipy import stats
 
 LEVEL = 0.95  # of every interval
 FEWEST_SUBJECTS = 5  # of a class; an interval over fewer says next to nothing
+FEWEST_SLICES = 20  # of a class; below that the figures are noise
 
 
 @dataclass(frozen=True)

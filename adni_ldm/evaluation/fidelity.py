@@ -27,11 +27,10 @@ from scipy import sparse
 from scipy.spatial.distance import cdist
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
-from adni_ldm.evaluation.estimates import FEWEST_SUBJECTS, LEVEL, Estimate, bootstrap, unknown
+from adni_ldm.evaluation.estimates import FEWEST_SLICES, FEWEST_SUBJECTS, LEVEL, Estimate, bootstrap, unknown
 from adni_ldm.evaluation.image_sets import ImageSet
 
 METRICS = ("kid", "fid", "precision", "recall", "density", "coverage", "ms_ssim")
-FEWEST_SLICES = 20  # of a class; below that the figures are noise
 FID_DRAWS = 100  # for FID's interval; a draw costs a singular value decomposition
 
 _BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # weights of the five scales (Wang et al. 2003)

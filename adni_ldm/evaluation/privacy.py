@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from adni_ldm.evaluation.estimates import Estimate, bootstrap, proportion, unknown
+from adni_ldm.evaluation.estimates import FEWEST_SUBJECTS, Estimate, bootstrap, proportion, unknown
 from adni_ldm.evaluation.image_sets import ImageSet, thin
 from adni_ldm.evaluation.nearest import SURROUNDINGS, Neighbours, nearest_in_features, nearest_in_pixels
 from adni_ldm.evaluation.probing import denoising_losses
@@ -25,7 +25,6 @@ from adni_ldm.pipeline import ClassConditionalLDMPipeline
 
 FALSE_ALARMS = 0.01  # share of real slices of other people that may be called copies
 MOST_FALSE_ALARMS = 0.1  # where held-out slices are too few for 1 %, up to this
-FEWEST_SUBJECTS = 5  # on either side of a membership test
 
 
 @dataclass(frozen=True)
