@@ -24,7 +24,9 @@ Config = TypeVar("Config")
 
 def setting(default, help: str, choices: list | None = None, aliases: list | None = None):
     """A dataclass field with its help; a list as default is copied for each instance."""
-    metadata = {"help": help, "aliases": aliases or []} | ({"choices": choices} if choices else {})
+    # argparse fills in what stands behind a percent sign
+    metadata = {"help": help.replace("%", "%%"), "aliases": aliases or []}
+    metadata |= {"choices": choices} if choices else {}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -34,7 +36,7 @@ CLASSES_HELP = "Classes by the names of their folders, in the order of their lab
 TABLE_HELP = "The archive's study table (CSV), for files named by image ID: the person in it is the subject."
 EMA_HELP = (
     "Half-life of that average, images: what was learned so long ago has half the weight of what is learned "
-    "now. At first it is 8 %% of the images seen."
+    "now. At first it is 8 % of the images seen."
 )
 
 

@@ -1,9 +1,11 @@
 """Settings: the YAML first, flags over it, and what is wrong said by name."""
 
 import json
+from dataclasses import is_dataclass
 
 import pytest
 
+from adni_ldm import config
 from adni_ldm.config import SampleConfig, TrainLDMConfig, TrainVAEConfig, parse_config, save_config
 from adni_ldm.errors import UserError
 
@@ -61,6 +63,15 @@ def test_every_preset_is_read_and_every_setting_has_help():
         for kind in ("demo", "adni"):
             parse_config(config_class, "", ["--config", f"configs/{kind}/{preset}.yaml"])
         assert all(len(entry.metadata["help"]) > 15 for entry in config_class.__dataclass_fields__.values())
+
+
+@pytest.mark.parametrize("name", [name for name, kind in vars(config).items() if is_dataclass(kind)])
+def test_help_names_every_setting(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_config(getattr(config, name), "", ["--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(f"--{entry}" in shown for entry in getattr(config, name).__dataclass_fields__)
 
 
 def test_what_a_run_was_started_with_can_start_it_again(preset, tmp_path):
