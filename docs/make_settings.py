@@ -1,4 +1,4 @@
-"""Write docs/settings/: a page for each recipe, from its docstring and the dataclasses of adni_ldm/config.py.
+"""Write docs/settings/: a page for each recipe, from its docstring and the dataclasses of adni_ldm/config/.
 
     make docs
 
@@ -42,7 +42,7 @@ INDEX = """# Settings
 Each setting is a flag and a line of the YAML that `--config` names; both training recipes write what they
 were started with to `training_config.json`. Flags stand over the YAML, the YAML over the defaults. A list
 takes its values one after another (`--widths 16 32 64`); a switch stands alone or takes `true` or `false`."""
-MADE = "*Made from the code by `make docs`: change `adni_ldm/config.py`, not this page.*"
+MADE = "*Made from the code by `make docs`: change `adni_ldm/config/`, not this page.*"
 
 
 def pages() -> dict[str, str]:

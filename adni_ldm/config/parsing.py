@@ -1,0 +1,82 @@
+"""A command's dataclass of settings, read from flags and a YAML file, with help."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from dataclasses import field
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+from adni_ldm.errors import UserError
+
+Config = TypeVar("Config")
+
+
+def setting(default, help: str, choices: list | None = None, aliases: list | None = None):
+    """A dataclass field with its help; a list as default is copied for each instance."""
+    # argparse fills in what stands behind a percent sign
+    metadata = {"help": help.replace("%", "%%"), "aliases": aliases or []}
+    metadata |= {"choices": choices} if choices else {}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Defaults behind each setting, and the recipe's own lines as they are written."""
+
+
+def parse_config(
+    config_class: type[Config],
+    description: str,
+    arguments: list[str] | None = None,
+    prog: str | None = None,
+) -> Config:
+    """Settings from `--config FILE.yaml` and the flags that stand over it.
+
+    Ends the program with argparse's usage message on a flag it does not know.
+
+    Raises:
+        UserError: the file is missing, is no mapping, or names a setting that does not exist.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = HfArgumentParser(
+        config_class,
+        prog=prog,
+        usage="%(prog)s [--config FILE.yaml] [--SETTING VALUE ...]",
+        description=description,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", metavar="FILE.yaml", help="Settings to start from; flags stand over them."
+    )
+    path = parser.parse_known_args(arguments)[0].config
+    if path:
+        parser.set_defaults(**_read_yaml(Path(path), config_class))
+    values = vars(parser.parse_args(arguments))
+    values.pop("config")
+    return config_class(**values)
+
+
+def _read_yaml(path: Path, config_class: type) -> dict:
+    if not path.is_file():
+        raise UserError(f"--config {path}: no such file")
+    values = yaml.safe_load(path.read_text()) or {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected lines of `setting: value`")
+    known = {entry.name: entry for entry in dataclasses.fields(config_class)}
+    if unknown := sorted(set(values) - set(known)):
+        raise UserError(f"{path}: {', '.join(unknown)} is no setting of this recipe; see --help")
+    for name, value in values.items():
+        choices = known[name].metadata.get("choices")
+        if choices and value not in choices:
+            raise UserError(f"{path}: {name}: {value} is none of {', '.join(choices)}")
+        if isinstance(known[name].default, float):
+            values[name] = float(value)  # YAML reads 2e-3 as a word
+    return values
