@@ -9,6 +9,7 @@ measuring come on top. All compute in bfloat16 where the hardware does. Below st
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import tempfile
 import time
@@ -160,16 +161,17 @@ def judge(
     reconstructed = torch.cat([trained.reconstruct(part.to(DEVICE)).cpu() for part in images.split(64)])
     squared = (reconstructed.float().clamp(-1, 1) - images).square().mean(dim=(1, 2, 3))
     psnr = (10 * torch.log10(4 / squared.clamp(min=1e-10))).mean().item()  # of a range of 2
-    synchronize()
-    started = time.perf_counter()
-    trained.sample(torch.arange(64) % 2)
-    synchronize()
-    seconds = time.perf_counter() - started
-    labels = torch.arange(2).repeat_interleave(count // 2)
-    drawn = torch.cat([trained.sample(part) for part in labels.split(64)]).clamp(-1, 1)
+    labels, parts, seconds = torch.arange(count) % 2, [], []
+    for part in labels.split(64):
+        synchronize()
+        started = time.perf_counter()
+        parts.append(trained.sample(part).clamp(-1, 1))
+        synchronize()
+        seconds.append((time.perf_counter() - started) * 64 / len(part))
+    drawn = torch.cat(parts)
     row = (name, f"{trained.seconds:.0f} ({trained.note})", f"{psnr:.1f}")
     row += yardstick.figures(drawn, np.arange(count), labels.numpy())
-    return (*row, f"{seconds:.1f}"), drawn.view(2, count // 2, *drawn.shape[1:])
+    return (*row, f"{statistics.median(seconds):.1f}"), torch.stack([drawn[0::2], drawn[1::2]])
 
 
 def main() -> None:
