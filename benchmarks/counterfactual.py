@@ -2,16 +2,8 @@
 
     python benchmarks/counterfactual.py --run runs/demo [--strengths 0.4 0.6 0.8] [--guidance_scales 1.5]
 
-On held-out subjects of the cohort that the model in RUN/ldm was trained on (RUN/data/test), brought from NC
-to AD and from AD to NC:
-
-  grows, shrinks   share of subjects whose lateral ventricle, by the pictures and as a mean over some slices,
-                   gets larger toward AD and smaller toward NC, with Wilson's 95 % interval
-  change           mean change of that area, mm²; the groups' real difference stands above the table
-  same subject     share of counterfactuals whose nearest real slice, of the test set, is of their subject
-  truth            mean correlation of the difference map with the true one: the phantom's subject drawn anew
-                   with the disease that the groups differ by
-  difference, error   mean over all pixels of the difference map and of the round trip's error; grey range 1
+Held-out subjects of the cohort that the model in RUN/ldm was trained on (RUN/data/test) are brought from NC to
+AD and from AD to NC. What the columns mean stands below the table.
 """
 
 from __future__ import annotations
@@ -22,22 +14,34 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
+from measure import RESULTS, report, table
+
+import numpy as np  # isort: skip
 import pandas as pd
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-from adni_ldm.data import phantom  # noqa: E402
-from adni_ldm.data.phantom_atlas import load_atlas  # noqa: E402
-from adni_ldm.evaluation.anatomy import ventricle_area  # noqa: E402
-from adni_ldm.evaluation.estimates import proportion  # noqa: E402
-from adni_ldm.loading import load_pipeline  # noqa: E402
-from adni_ldm.pipeline import Counterfactual  # noqa: E402
+from adni_ldm.data import phantom
+from adni_ldm.data.phantom_atlas import load_atlas
+from adni_ldm.evaluation.anatomy import ventricle_area
+from adni_ldm.evaluation.estimates import proportion
+from adni_ldm.loading import load_pipeline
+from adni_ldm.pipeline import Counterfactual
 
 OTHER = {"NC": "AD", "AD": "NC"}
+COLUMNS = ("guidance", "strength", "grows to AD", "shrinks to NC", "change, mm²", "same subject", "truth, r")
+COLUMNS += ("difference", "error")
+LEGEND = (
+    "grows, shrinks: share of subjects whose lateral ventricle, by the pictures and as a mean over some "
+    "slices, gets larger toward AD and smaller toward NC, with Wilson's 95 % interval.",
+    "change: of that area, the mean toward AD and toward NC.",
+    "same subject: share of counterfactuals whose nearest real slice, of the test set, is of their subject.",
+    "truth: mean correlation of the difference map with the true one, which is the phantom's subject drawn "
+    "anew with the disease that the groups differ by.",
+    "difference, error: mean over all pixels of the difference map and of the round trip's error; grey range "
+    "1.",
+)
 
 
 def main() -> None:
@@ -49,37 +53,41 @@ def main() -> None:
     parser.add_argument("--guidance_scales", type=float, nargs="+", default=[1.5])
     parser.add_argument("--steps", type=int, default=20, help="DDIM steps each way")
     parser.add_argument("--slices", type=int, default=3, help="of each subject, evenly over its slices")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder that the page is written to")
     args = parser.parse_args()
 
     pipeline = load_pipeline(str(args.run / "ldm"))
     pipeline.set_progress_bar_config(disable=True)
-    table, images = read_test_set(args.run / "data")
-    numbers = np.unique(table["slice"])
+    slices, images = read_test_set(args.run / "data")
+    numbers = np.unique(slices["slice"])
     wanted = numbers[np.linspace(0, len(numbers) - 1, args.slices + 2).round().astype(int)[1:-1]]
-    rows = np.flatnonzero(table["slice"].isin(wanted))
-    chosen, given = table.iloc[rows].reset_index(drop=True), images[rows]
+    members = np.flatnonzero(slices["slice"].isin(wanted))
+    chosen, given = slices.iloc[members].reset_index(drop=True), images[members]
     truth = true_differences(args.run / "data", chosen, given)
-    area = ventricle_area(given, table.pixel_mm[0])
+    area = ventricle_area(given, slices.pixel_mm[0])
     real = area[chosen.label == "AD"].mean() - area[chosen.label == "NC"].mean()
-    print(f"{chosen.subject.nunique()} held-out subjects, {len(rows)} slices, {args.steps} steps each way")
-    print(f"lateral ventricle, AD - NC of the real slices: {real:.0f} mm²\n")
-    print(
-        "| guidance | strength | grows to AD | shrinks to NC | change, mm² | same subject | truth, r | ",
-        end="",
-    )
-    print("difference | error |\n" + "| --- " * 9 + "|")
+    rows = []
     settings = [(scale, strength) for scale in args.guidance_scales for strength in args.strengths]
     for scale, strength in tqdm(settings, desc="strengths", file=sys.stderr):
         result = redraw(pipeline, given, chosen.label, strength, args.steps, scale)
-        change = ventricle_area(result.images, table.pixel_mm[0]) - area
+        change = ventricle_area(result.images, slices.pixel_mm[0]) - area
         by_subject = chosen.assign(change=change).groupby(["label", "subject"]).change.mean()
-        same = nearest_subjects(result.images, images, table.subject) == chosen.subject.to_numpy()
+        same = nearest_subjects(result.images, images, slices.subject) == chosen.subject.to_numpy()
         alike = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(result.difference.numpy(), truth)]
         cells = [f"{scale:g}", f"{strength:g}", share(by_subject["NC"] > 0), share(by_subject["AD"] < 0)]
         cells += [f"{by_subject['NC'].mean():+.0f}, {by_subject['AD'].mean():+.0f}", f"{same.mean():.0%}"]
         cells += [f"{np.nanmean(alike):.2f}"]
         cells += [f"{result.difference.abs().mean():.4f}", f"{result.error.mean():.4f}"]
-        print("| " + " | ".join(cells) + " |", flush=True)
+        rows.append(cells)
+    lines = [
+        f"{chosen.subject.nunique()} held-out subjects, {len(chosen)} slices, {args.steps} DDIM steps each "
+        f"way. Lateral ventricle, AD - NC of the real slices: {real:.0f} mm².",
+        "",
+        *table(COLUMNS, rows),
+        "",
+        *(f"- {line}" for line in LEGEND),
+    ]
+    report("counterfactual", "Counterfactuals", lines, args.results)
 
 
 def read_test_set(data: Path) -> tuple[pd.DataFrame, torch.Tensor]:

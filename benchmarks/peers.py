@@ -35,12 +35,10 @@ import torch
 from peer_monai import train_monai
 from peer_student import train_student
 from peer_training import Trained
-from torchvision.models import vgg16
+from yardstick import FEATURES, Yardstick
 
 from adni_ldm.data.slices import load_slices
-from adni_ldm.evaluation.anatomy import ventricle_area
-from adni_ldm.evaluation.fidelity import compare
-from adni_ldm.evaluation.image_sets import ImageSet, real_set
+from adni_ldm.evaluation.image_sets import real_set
 from adni_ldm.figures import save_rows
 from adni_ldm.loading import load_pipeline
 from adni_ldm.precision import choose_precision
@@ -62,10 +60,6 @@ METHODS = {
     " (betas up to 0.1), epsilon by squared error, sampled from draws of the VAE's prior. The sigmoid"
     " at its end, by which it could predict no negative noise, is left out.",
 }
-FEATURES = (
-    "features are those of a VGG16 with random weights of a fixed seed (Naeem et al. 2020, "
-    "arXiv:2002.09797): no method was trained with them, on them, or for them, and they need no download."
-)
 COLUMNS = ("method", "trained, s", "PSNR, dB", "KID", "precision", "recall", "AD − NC, mm²", "64 samples, s")
 
 
@@ -115,43 +109,6 @@ def train_ours(work: Path, data: Path, preset: Preset, seconds: float) -> Traine
 # ---- Judging -------------------------------------------------------------------------------------------
 
 
-def random_features(images: torch.Tensor) -> np.ndarray:
-    """Features (N, 4096) of slices (N, 1, H, W) in [-1, 1] by a VGG16 that was never trained."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = vgg16(weights=None).eval().to(DEVICE)
-    network.classifier = network.classifier[:5]
-    with torch.no_grad():
-        parts = [network(part.to(DEVICE).expand(-1, 3, -1, -1)).float().cpu() for part in images.split(64)]
-    return torch.cat(parts).numpy()
-
-
-class Yardstick:
-    """Held-out slices, and the unit that features are measured in: that of some training slices."""
-
-    def __init__(self, held_out: ImageSet, others: ImageSet, pixel_mm: float):
-        self.held_out, self.pixel_mm = held_out, pixel_mm
-        features = random_features(others.floats())
-        # mean 0 and mean square 1: features of a random network have no scale of their own
-        self.centre, self.scale = features.mean(0), features.std()
-        self.real = self.in_units(random_features(held_out.floats()))
-
-    def in_units(self, features: np.ndarray) -> np.ndarray:
-        return (features - self.centre) / self.scale
-
-    def figures(self, images: torch.Tensor, subjects: np.ndarray, labels: np.ndarray) -> tuple[str, ...]:
-        """KID with its 95 % interval, precision and recall of slices, and AD − NC of the ventricle, mm²."""
-        other = self.in_units(random_features(images))
-        found = compare(self.real, other, self.held_out.subjects, subjects, draws=200)
-        kid = "{value:.3f} ({low:.3f}–{high:.3f})".format(**vars(found["kid"]))
-        manifold = (f"{found[name].value:.2f}" for name in ("precision", "recall"))
-        return kid, *manifold, f"{self.ventricle_difference(images, labels):.0f}"
-
-    def ventricle_difference(self, images: torch.Tensor, labels: np.ndarray) -> float:
-        areas = ventricle_area(images, self.pixel_mm)
-        return areas[labels == 0].mean() - areas[labels == 1].mean()
-
-
 @torch.no_grad()
 def judge(
     name: str, trained: Trained, yardstick: Yardstick, count: int
@@ -170,7 +127,7 @@ def judge(
         seconds.append((time.perf_counter() - started) * 64 / len(part))
     drawn = torch.cat(parts)
     row = (name, f"{trained.seconds:.0f} ({trained.note})", f"{psnr:.1f}")
-    row += yardstick.figures(drawn, np.arange(count), labels.numpy())
+    row += yardstick.cells(drawn, np.arange(count), labels.numpy())
     return (*row, f"{statistics.median(seconds):.1f}"), torch.stack([drawn[0::2], drawn[1::2]])
 
 
@@ -203,7 +160,7 @@ def main() -> None:
         truth = pd.read_csv(Path(data) / "test/metadata.csv")
         others = train.take(np.sort(np.random.default_rng(0).permutation(len(train))[:count]))
         yardstick = Yardstick(held_out, others, truth.pixel_mm[0])
-        floor = yardstick.figures(others.floats(), others.subjects, others.labels)
+        floor = yardstick.cells(others.floats(), others.subjects, others.labels)
         rows = [("other real slices", "–", "–", *floor, "–")]
         pictures = {f"real, {name}": some(held_out.of_class(name).floats()) for name in CLASSES}
         for name in options.methods:

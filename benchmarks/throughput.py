@@ -53,7 +53,8 @@ class Bench:
     def __init__(self, work: Path, preset: Preset, options: argparse.Namespace):
         self.work, self.preset, self.options = work, preset, options
         work.mkdir()
-        self.data = make_cohort(work / "data", subjects=12, slices=4, image_size=preset.image_size)
+        # so many that a run on a CPU ends before an epoch does: it would time the measurements there as well
+        self.data = make_cohort(work / "data", subjects=40, slices=10, image_size=preset.image_size)
         self.vae, self.denoiser = preset.build_vae().to(DEVICE), preset.build_denoiser().to(DEVICE)
         self.vae.save_pretrained(work / "vae")
         self.shape = latent_shape(self.vae, preset.image_size)

@@ -19,6 +19,7 @@ import throughput  # noqa: E402
 from peer_monai import train_monai  # noqa: E402
 from peer_student import train_student  # noqa: E402
 from peer_training import Trained  # noqa: E402
+from yardstick import Yardstick  # noqa: E402
 
 from adni_ldm.data.slices import load_slices  # noqa: E402
 from adni_ldm.evaluation.image_sets import real_set  # noqa: E402
@@ -83,7 +84,7 @@ def test_a_peer_stops_in_time_and_draws(name, splits):
 
 def test_a_method_is_judged_beside_held_out_slices(splits):
     train, held_out = splits
-    yardstick = peers.Yardstick(held_out, train, pixel_mm=6.5)
+    yardstick = Yardstick(held_out, train, pixel_mm=6.5)
     rows = torch.arange(64) % len(train)
     noise = torch.rand(64, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     kid = {}

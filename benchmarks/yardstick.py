@@ -1,0 +1,64 @@
+"""How near drawn slices come to held-out ones, in features that no method was trained with, on, or for."""
+
+from __future__ import annotations
+
+from measure import DEVICE
+
+import numpy as np  # isort: skip
+import torch
+from torchvision.models import vgg16
+
+from adni_ldm.evaluation.anatomy import ventricle_area
+from adni_ldm.evaluation.estimates import Estimate
+from adni_ldm.evaluation.fidelity import compare
+from adni_ldm.evaluation.image_sets import ImageSet
+
+FEATURES = (
+    "features are those of a VGG16 with random weights of a fixed seed (Naeem et al. 2020, "
+    "arXiv:2002.09797): no method was trained with them, on them, or for them, and they need no download."
+)
+
+
+def random_features(images: torch.Tensor) -> np.ndarray:
+    """Features (N, 4096) of slices (N, 1, H, W) in [-1, 1] by a VGG16 that was never trained."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = vgg16(weights=None).eval().to(DEVICE)
+    network.classifier = network.classifier[:5]
+    with torch.no_grad():
+        parts = [network(part.to(DEVICE).expand(-1, 3, -1, -1)).float().cpu() for part in images.split(64)]
+    return torch.cat(parts).numpy()
+
+
+class Yardstick:
+    """Held-out slices, and the unit that features are measured in: that of some training slices."""
+
+    def __init__(self, held_out: ImageSet, others: ImageSet, pixel_mm: float):
+        self.held_out, self.pixel_mm = held_out, pixel_mm
+        features = random_features(others.floats())
+        # mean 0 and mean square 1: features of a random network have no scale of their own
+        self.centre, self.scale = features.mean(0), features.std()
+        self.real = self.in_units(random_features(held_out.floats()))
+
+    def in_units(self, features: np.ndarray) -> np.ndarray:
+        return (features - self.centre) / self.scale
+
+    def compare(self, images: torch.Tensor, subjects: np.ndarray) -> dict[str, Estimate]:
+        """KID, FID, precision and recall of slices (N, 1, H, W) in [-1, 1], with 95 % intervals."""
+        features = self.in_units(random_features(images))
+        return compare(self.real, features, self.held_out.subjects, subjects, draws=200)
+
+    def cells(self, images: torch.Tensor, subjects: np.ndarray, labels: np.ndarray) -> tuple[str, ...]:
+        """KID with its interval, precision, recall, and AD − NC of the lateral ventricle, mm²."""
+        found = self.compare(images, subjects)
+        manifold = (f"{found[name].value:.2f}" for name in ("precision", "recall"))
+        return told(found["kid"]), *manifold, f"{self.ventricle_difference(images, labels):.0f}"
+
+    def ventricle_difference(self, images: torch.Tensor, labels: np.ndarray) -> float:
+        areas = ventricle_area(images, self.pixel_mm)
+        return areas[labels == 0].mean() - areas[labels == 1].mean()
+
+
+def told(estimate: Estimate) -> str:
+    """Value, and its interval."""
+    return f"{estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"
