@@ -2,8 +2,8 @@
 
     python benchmarks/counterfactual.py --run runs/demo [--strengths 0.4 0.6 0.8] [--guidance_scales 1.5]
 
-Held-out subjects of the cohort that the model in RUN/ldm was trained on (RUN/data/test) are brought from NC to
-AD and from AD to NC. What the columns mean stands below the table.
+Held-out subjects of the cohort that the model in RUN/ldm was trained on (RUN/data/test) are brought from NC
+to AD and from AD to NC. What the columns mean stands below the table.
 """
 
 from __future__ import annotations
