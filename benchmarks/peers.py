@@ -60,7 +60,8 @@ METHODS = {
     " (betas up to 0.1), epsilon by squared error, sampled from draws of the VAE's prior. The sigmoid"
     " at its end, by which it could predict no negative noise, is left out.",
 }
-COLUMNS = ("method", "trained, s", "PSNR, dB", "KID", "precision", "recall", "AD − NC, mm²", "64 samples, s")
+COLUMNS = ("method", "trained, s", "PSNR, dB", "KID × 1000", "precision", "recall", "AD − NC, mm²")
+COLUMNS += ("64 samples, s",)
 
 
 # ---- Ours ----------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ WAYS = {  # sampler, steps, guidance, the part of the noise schedule that is gui
     "DPM-Solver++ 20, not guided": ("dpm++", 20, 1.0, (0.0, 1.0)),
     "DPM-Solver++ 20, guidance 2.5": ("dpm++", 20, 2.5, (0.0, 1.0)),
 }
-COLUMNS = ("drawn by", "KID", "precision", "recall", "AD − NC, mm²", "64 samples, s")
+COLUMNS = ("drawn by", "KID × 1000", "precision", "recall", "AD − NC, mm²", "64 samples, s")
 
 
 def main() -> None:

@@ -49,7 +49,7 @@ class Yardstick:
         return compare(self.real, features, self.held_out.subjects, subjects, draws=200)
 
     def cells(self, images: torch.Tensor, subjects: np.ndarray, labels: np.ndarray) -> tuple[str, ...]:
-        """KID with its interval, precision, recall, and AD − NC of the lateral ventricle, mm²."""
+        """KID × 1000 with its interval, precision, recall, and AD − NC of the lateral ventricle, mm²."""
         found = self.compare(images, subjects)
         manifold = (f"{found[name].value:.2f}" for name in ("precision", "recall"))
         return told(found["kid"]), *manifold, f"{self.ventricle_difference(images, labels):.0f}"
@@ -60,5 +60,6 @@ class Yardstick:
 
 
 def told(estimate: Estimate) -> str:
-    """Value, and its interval."""
-    return f"{estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"
+    """Value and its interval, times 1000 as KID is usually given."""
+    value, low, high = (1000 * one for one in (estimate.value, estimate.low, estimate.high))
+    return f"{value:.2f} ({low:.2f} to {high:.2f})"
