@@ -49,7 +49,7 @@ faults: .venv  ## break training in every way we know and resume it; minutes
 gpu-check: .venv  ## what only a CUDA machine can show: fp16, exact resume, kernels; one table
 	$(VENV) benchmarks/gpu_check.py
 
-bench: .venv | runs/demo/ldm  ## how fast, how it grows, how good beside others: tables, an hour on 2 cores
+bench: .venv | runs/demo/ldm  ## how fast, how it grows, how good beside others: tables, two hours on 2 cores
 	$(VENV) benchmarks/throughput.py
 	$(VENV) benchmarks/scaling.py
 	$(VENV) benchmarks/peers.py

@@ -67,7 +67,8 @@ class Preset:
             if name in self.vae
         }
         vae = build_autoencoder(self.image_size, **shape)
-        vae.register_to_config(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+        channels = vae.config.latent_channels
+        vae.register_to_config(latents_mean=[0.0] * channels, latents_std=[1.0] * channels)
         return vae.requires_grad_(False)
 
     def build_denoiser(self) -> ConditionalDenoiser:

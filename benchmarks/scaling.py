@@ -144,7 +144,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="adni_ldm_scaling_") as folder:
         bench, preset = Bench(Path(folder), options), small_preset(options.sizes[0])
         lines = ["## Number of images", "", *bench.images(preset)]
-        lines += ["", "## Size of the images", "", *bench.sizes(options.subjects)]
+        lines += ["", "## Size of the images", "", *bench.sizes(4 * options.subjects)]
         lines += ["", "## Processes on one machine", "", *bench.processes(preset, options.subjects)]
     lines += ["", "Own memory leaves out mapped files; in brackets, MiB more than with the fewest images."]
     report("scaling", "Scaling", lines, options.results)
