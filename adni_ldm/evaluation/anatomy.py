@@ -34,7 +34,7 @@ MEASURES = {  # name: what it is, in words
     "ventricle_mm2": "lateral ventricle, mm²",
     "brain_mm2": "brain, mm²",
     "border_mm": "cortical border, mm",
-    "blobs_mm2": "left-over blobs outside the brain, mm²",
+    "blobs_mm2": "blobs outside the brain, mm²",
 }
 
 TISSUE, FLUID = 0.85, 0.45  # a pixel is all tissue, all fluid: intensity relative to the brain's median

@@ -134,16 +134,18 @@ def save_anatomy(
             for images, values, side, colour in sides:
                 shown = values[measure][images.labels == label]
                 shown = shown[np.isfinite(shown)]
-                if len(np.unique(shown)) < 2:  # no distribution to draw
+                if not len(shown):
                     continue
-                drawn = axis.violinplot(shown, [label], side=side, showextrema=False, widths=0.9)
-                drawn["bodies"][0].set(facecolor=colour, edgecolor=colour, alpha=0.6)
+                if len(np.unique(shown)) > 1:  # of one value there is no density to draw
+                    drawn = axis.violinplot(shown, [label], side=side, showextrema=False, widths=0.9)
+                    drawn["bodies"][0].set(facecolor=colour, edgecolor=colour, alpha=0.6)
                 low, middle, high = np.quantile(shown, [0.25, 0.5, 0.75])
                 place = label + (0.04 if side == "high" else -0.04)
                 axis.plot([place, place], [low, high], color=colour, linewidth=3)
                 axis.plot(place, middle, "o", color="white", markeredgecolor=colour, markersize=5)
         axis.set_title(MEASURES[measure], fontsize=10)
         axis.set_xticks(range(len(real.class_names)), real.class_names)
+        axis.set_xlim(-0.6, len(real.class_names) - 0.4)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3, axis="y")
     patches = [Patch(color=colour, alpha=0.6) for colour in ("#888888", COLOURS[0])]
