@@ -16,14 +16,13 @@ from measure import DEVICE, RESULTS, report, synchronize, table
 
 import numpy as np  # isort: skip
 import pandas as pd
-import torch
 from yardstick import FEATURES, Yardstick
 
 from adni_ldm.data.slices import load_slices
-from adni_ldm.evaluation.image_sets import real_set
+from adni_ldm.evaluation.image_sets import drawn_set, real_set
 from adni_ldm.loading import load_pipeline
 from adni_ldm.precision import choose_precision
-from adni_ldm.sampling import draw_images, image_seed, use_scheduler
+from adni_ldm.sampling import use_scheduler
 
 GUIDANCE = 1.5
 WAYS = {  # sampler, steps, guidance, the part of the noise schedule that is guided
@@ -79,16 +78,14 @@ def row(pipeline, yardstick: Yardstick, way: tuple, options: argparse.Namespace)
     """The cells of one way to draw."""
     sampler, steps, guidance, interval = way
     use_scheduler(pipeline, sampler)
-    labels = np.arange(options.samples) % 2
-    seeds = [image_seed(0, index) for index in range(options.samples)]
     call = {"num_inference_steps": steps, "guidance_scale": guidance, "guidance_interval": interval}
     synchronize()
     started = time.perf_counter()
-    drawn = draw_images(pipeline, labels.tolist(), seeds, options.batch_size, choose_precision(None), **call)
-    images = torch.cat(list(drawn)) * 2 - 1
+    count, precision = options.samples // 2, choose_precision(None)
+    drawn = drawn_set(pipeline, count, 0, options.batch_size, precision=precision, **call)
     synchronize()
-    seconds = (time.perf_counter() - started) * 64 / options.samples
-    return *yardstick.cells(images, np.arange(options.samples), labels), f"{seconds:.1f}"
+    seconds = (time.perf_counter() - started) * 64 / len(drawn)
+    return *yardstick.cells(drawn.floats(), drawn.subjects, drawn.labels), f"{seconds:.1f}"
 
 
 if __name__ == "__main__":

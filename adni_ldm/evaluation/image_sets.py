@@ -99,8 +99,7 @@ def sample_set(folder: str | Path, class_names: Sequence[str], most: int | None 
                 )
             images.append(torch.from_numpy(prepare_image(picture, image_size).copy()))
             labels.append(label)
-    subjects = np.array([f"sample {index}" for index in range(len(labels))])
-    return ImageSet(torch.stack(images)[:, None], np.array(labels), subjects, tuple(class_names))
+    return _of_samples(torch.stack(images)[:, None], np.array(labels), class_names)
 
 
 def drawn_set(
@@ -115,8 +114,12 @@ def drawn_set(
     labels = np.repeat(np.arange(len(names)), count)
     seeds = [image_seed(seed, index) for index in range(count)] * len(names)
     images = torch.cat(list(draw_images(pipeline, labels.tolist(), seeds, batch_size, **options)))
-    subjects = np.array([f"sample {index}" for index in range(len(labels))])
-    return ImageSet(images.mul(255).round().to(torch.uint8), labels, subjects, names)
+    return _of_samples(images.mul(255).round().to(torch.uint8), labels, names)
+
+
+def _of_samples(images: torch.Tensor, labels: np.ndarray, class_names: Sequence[str]) -> ImageSet:
+    subjects = np.array([f"sample {index}" for index in range(len(labels))])  # each is a person of its own
+    return ImageSet(images, labels, subjects, tuple(class_names))
 
 
 def _first_size(folder: Path, class_names: Sequence[str]) -> int:
