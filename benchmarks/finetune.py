@@ -1,6 +1,6 @@
 """Is a model worth starting from? Forty subjects of another contrast and plane: prints a table.
 
-    python benchmarks/finetune.py --model runs/demo/ldm [--steps 300] [--repeats 3]
+    python benchmarks/finetune.py --model runs/demo/ldm [--steps 200] [--repeats 3]
 
 A phantom cohort is made, coronal and T2-like, of people that the model (sagittal, T1) never saw. It is
 trained on from scratch, from the model's weights, and by a LoRA beside them: the same U-Net, batches and
@@ -37,7 +37,7 @@ COLUMNS = ("trained", "seconds", "weights, MiB", "val_loss", "KID × 1000", "pre
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default="runs/demo/ldm", help="pipeline to start from")
-    parser.add_argument("--steps", type=int, default=300, help="updates of a run")
+    parser.add_argument("--steps", type=int, default=200, help="updates of a run")
     parser.add_argument("--batch_size", type=int, default=16, help="slices of an update")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="peak, of all runs")
     parser.add_argument("--lora_rank", type=int, default=8, help="rank of the LoRA")
