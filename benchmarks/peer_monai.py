@@ -135,8 +135,9 @@ def build_unet(preset: Preset, own: bool, blocks: int) -> DiffusionModelUNet:
 
 
 def build_scheduler() -> DDPMScheduler:
-    """The tutorial's, but that it does not clip: latents of unit variance go beyond 1."""
-    return DDPMScheduler(1000, schedule="linear_beta", beta_start=0.0015, beta_end=0.0195, clip_sample=False)
+    """The tutorial's, but that it clips to ±4 and not to ±1: latents of unit variance go beyond 1."""
+    limits = {"clip_sample_min": -4, "clip_sample_max": 4}
+    return DDPMScheduler(1000, schedule="linear_beta", beta_start=0.0015, beta_end=0.0195, **limits)
 
 
 def build_augmentation(image_size: int):
