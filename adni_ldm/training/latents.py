@@ -209,7 +209,8 @@ def encode_slices(
             images = batch["image"].to(accelerator.device, torch.float32)  # (CHUNK, 1, H, W)
             if variant:
                 images = vary(images, share[number * CHUNK : (number + 1) * CHUNK], variant)
-            posterior = vae.encode(images).latent_dist
+            with torch.no_grad():  # else a trainable VAE's graph would grow with every slice
+                posterior = vae.encode(images).latent_dist
             rows = accelerator.gather(torch.stack([posterior.mean, posterior.std], dim=1).contiguous())
             rows = rows[: total - start]
             progress.update(len(rows))

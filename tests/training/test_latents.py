@@ -207,6 +207,11 @@ def test_statistics_of_a_stream_are_those_of_the_whole(vae, accelerator):
     assert found[1] == pytest.approx(variance.sqrt().tolist(), rel=1e-6)
 
 
+def test_encoding_with_a_vae_in_training_keeps_no_graph_of_the_slices(vae, accelerator):
+    vae.requires_grad_(True)
+    assert not any(batch.requires_grad for batch in encode_slices(vae, Slices(), accelerator))
+
+
 def test_slices_with_a_manifest_are_known_without_their_pixels(accelerator):
     """Slices has no `arrays` to read pixels of: without a manifest that is what is asked for."""
     record = {"class_names": ("AD", "NC"), "persons_known": True, "subjects": {"train": {"a": {"1"}}}}
