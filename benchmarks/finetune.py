@@ -21,11 +21,9 @@ from measure import RESULTS, flags, report, run, spread, table
 from yardstick import FEATURES, Yardstick, told
 
 import numpy as np  # isort: skip
-import pandas as pd
 
 from adni_ldm.data.phantom import write_phantom_cohort
-from adni_ldm.data.slices import load_slices
-from adni_ldm.evaluation.image_sets import ImageSet, real_set, sample_set
+from adni_ldm.evaluation.image_sets import ImageSet, sample_set
 from adni_ldm.loading import load_pipeline
 
 COHORT_SEED = 7  # other people than those of the demo, whose cohort has seed 0
@@ -61,11 +59,11 @@ def main() -> None:
         work = Path(name)
         cohort = {"subjects": 58, "slices": options.slices, "image_size": size, "seed": COHORT_SEED}
         write_phantom_cohort(work / "data", **cohort, plane="coronal", contrast="t2")
-        splits = load_slices(work / "data")
-        train, test = (real_set(splits[split], size) for split in ("train", "test"))
-        yardstick = Yardstick(test, train, pd.read_csv(work / "data/test/metadata.csv").pixel_mm[0])
-        before = {"training slices": train, "the model, before": draw(options, model, work / "before", 0)}
-        rows = [(title, "–", "–", "–", *cells([judge(yardstick, drawn)])) for title, drawn in before.items()]
+        yardstick = Yardstick(work / "data", size, 2 * options.num_images)
+        train, test = yardstick.train, yardstick.held_out
+        drawn = draw(options, model, work / "before", 0)
+        before = {"other real slices": yardstick.others, "the model, before": drawn}
+        rows = [(title, "–", "–", "–", *cells([judge(yardstick, one)])) for title, one in before.items()]
         common = {"data_dir": work / "data", "image_size": size, "max_steps": options.steps}
         common |= {"batch_size": options.batch_size, "learning_rate": options.learning_rate}
         common |= {"warmup_steps": options.steps // 20, "snr_gamma": 0, "checkpointing_steps": 0}
@@ -94,7 +92,7 @@ def main() -> None:
         "",
         *table(COLUMNS, rows),
         "",
-        f"- Medians of {options.repeats} runs; in brackets the lowest and highest, for KID the 95 % interval "
+        f"- Median of {options.repeats} runs; in brackets the lowest and highest, for KID the 95 % interval "
         "of the middle one. val_loss is the denoiser's error on held-out subjects.",
         f"- KID, precision and recall are against the test slices; {FEATURES}",
     ]

@@ -37,8 +37,6 @@ from peer_student import train_student
 from peer_training import Trained
 from yardstick import FEATURES, Yardstick
 
-from adni_ldm.data.slices import load_slices
-from adni_ldm.evaluation.image_sets import real_set
 from adni_ldm.figures import save_rows
 from adni_ldm.loading import load_pipeline
 from adni_ldm.precision import choose_precision
@@ -157,13 +155,10 @@ def main() -> None:
         work = Path(folder)
         subjects, slices = (1526, 20) if preset.name == "adni" else (200, 10)
         data = options.data_dir or make_cohort(work / "data", subjects, slices, preset.image_size)
-        splits = load_slices(data)
-        train, held_out = (real_set(splits[split], preset.image_size) for split in ("train", "test"))
-        truth = pd.read_csv(Path(data) / "test/metadata.csv")
-        others = train.take(np.sort(np.random.default_rng(0).permutation(len(train))[:count]))
-        yardstick = Yardstick(held_out, others, truth.pixel_mm[0])
-        floor = yardstick.cells(others.floats(), others.subjects, others.labels)
-        rows = [("other real slices", "–", "–", *floor, "–")]
+        truth = pd.read_csv(data / "test/metadata.csv")
+        yardstick = Yardstick(data, preset.image_size, count)
+        train, held_out = yardstick.train, yardstick.held_out
+        rows = [("other real slices", "–", "–", *yardstick.floor(), "–")]
         pictures = {f"real, {name}": some(held_out.of_class(name).floats()) for name in CLASSES}
         for name in options.methods:
             print(f"{name}: training for {seconds:.0f} s", flush=True)
@@ -180,7 +175,6 @@ def main() -> None:
             print(" | ".join(row), flush=True)
 
     areas = [truth.ventricle_mm2[truth.label == name].mean() for name in CLASSES]
-    measured = yardstick.ventricle_difference(held_out.floats(), held_out.labels)
     lines = [
         f"{seconds:.0f} s of training for each; {len(train)} slices to train on, {len(held_out)} of other "
         f"subjects to compare with, {count} drawn, of {preset.image_size} px. KID with its 95 % interval.",
@@ -188,7 +182,7 @@ def main() -> None:
         *table(COLUMNS, rows),
         "",
         f"- AD − NC is the difference of the mean area of the lateral ventricle, measured in the pictures. "
-        f"Held-out slices show {measured:.0f} mm², in truth {areas[0] - areas[1]:.0f} mm².",
+        f"Held-out slices show {yardstick.truth():.0f} mm², in truth {areas[0] - areas[1]:.0f} mm².",
         f"- The row of other real slices is what {count} of the training slices reach in the samples' place.",
         # what "monai" is explains "monai, our lr" as well
         *(f"- {name}: {text}" for name, text in METHODS.items() if name in " ".join(options.methods)),

@@ -13,13 +13,9 @@ import time
 from pathlib import Path
 
 from measure import DEVICE, RESULTS, report, synchronize, table
-
-import numpy as np  # isort: skip
-import pandas as pd
 from yardstick import FEATURES, Yardstick
 
-from adni_ldm.data.slices import load_slices
-from adni_ldm.evaluation.image_sets import drawn_set, real_set
+from adni_ldm.evaluation.image_sets import drawn_set
 from adni_ldm.loading import load_pipeline
 from adni_ldm.precision import choose_precision
 from adni_ldm.sampling import use_scheduler
@@ -49,25 +45,20 @@ def main() -> None:
     pipeline = load_pipeline(str(options.run / "ldm")).to(DEVICE)
     pipeline.set_progress_bar_config(disable=True)
     size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    splits = load_slices(options.run / "data")
-    train, held_out = (real_set(splits[split], size) for split in ("train", "test"))
-    others = train.take(np.sort(np.random.default_rng(0).permutation(len(train))[: options.samples]))
-    pixel_mm = pd.read_csv(options.run / "data/test/metadata.csv").pixel_mm[0]
-    yardstick = Yardstick(held_out, others, pixel_mm)
-    rows = [("other real slices", *yardstick.cells(others.floats(), others.subjects, others.labels), "–")]
+    yardstick = Yardstick(options.run / "data", size, options.samples)
+    rows = [("other real slices", *yardstick.floor(), "–")]
     for name, way in WAYS.items():
         rows.append((name, *row(pipeline, yardstick, way, options)))
         print(" | ".join(rows[-1]), flush=True)
 
-    measured = yardstick.ventricle_difference(held_out.floats(), held_out.labels)
     lines = [
-        f"{options.samples} slices a row against {len(held_out)} of people that the model has not seen, "
-        f"{size} px, guidance {GUIDANCE} where nothing else is said. KID with its 95 % interval.",
+        f"{options.samples} slices a row against {len(yardstick.held_out)} of people not seen in training, {size} px, "
+        f"guidance {GUIDANCE} where nothing else is said. KID with its 95 % interval.",
         "",
         *table(COLUMNS, rows),
         "",
         f"- AD − NC is the difference of the mean area of the lateral ventricle, measured in the pictures: "
-        f"{measured:.0f} mm² in held-out slices.",
+        f"{yardstick.truth():.0f} mm² in held-out slices.",
         "- Mark: KID of 20 steps of DPM-Solver++ no worse, within its interval, than of 50 of DDIM.",
         f"- {FEATURES}",
     ]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from measure import DEVICE
 
 import numpy as np  # isort: skip
+import pandas as pd
 import torch
 from torchvision.models import vgg16
 
+from adni_ldm.data.slices import load_slices
 from adni_ldm.evaluation.anatomy import ventricle_area
 from adni_ldm.evaluation.estimates import Estimate
 from adni_ldm.evaluation.fidelity import compare
-from adni_ldm.evaluation.image_sets import ImageSet
+from adni_ldm.evaluation.image_sets import real_set
 
 FEATURES = (
     "features are those of a VGG16 with random weights of a fixed seed (Naeem et al. 2020, "
@@ -31,14 +35,22 @@ def random_features(images: torch.Tensor) -> np.ndarray:
 
 
 class Yardstick:
-    """Held-out slices, and the unit that features are measured in: that of some training slices."""
+    """A cohort's training slices, the held-out ones of its test split, and the unit of the features.
 
-    def __init__(self, held_out: ImageSet, others: ImageSet, pixel_mm: float):
-        self.held_out, self.pixel_mm = held_out, pixel_mm
-        features = random_features(others.floats())
+    The unit is that of ``count`` of the training slices, ``others``: in the samples' place they reach what a
+    perfect model would.
+    """
+
+    def __init__(self, cohort: Path, image_size: int, count: int):
+        splits = load_slices(cohort)
+        self.train, self.held_out = (real_set(splits[split], image_size) for split in ("train", "test"))
+        self.pixel_mm = pd.read_csv(cohort / "test/metadata.csv").pixel_mm[0]
+        order = np.random.default_rng(0).permutation(len(self.train))
+        self.others = self.train.take(np.sort(order[:count]))
+        features = random_features(self.others.floats())
         # mean 0 and mean square 1: features of a random network have no scale of their own
         self.centre, self.scale = features.mean(0), features.std()
-        self.real = self.in_units(random_features(held_out.floats()))
+        self.real = self.in_units(random_features(self.held_out.floats()))
 
     def in_units(self, features: np.ndarray) -> np.ndarray:
         return (features - self.centre) / self.scale
@@ -53,6 +65,14 @@ class Yardstick:
         found = self.compare(images, subjects)
         manifold = (f"{found[name].value:.2f}" for name in ("precision", "recall"))
         return told(found["kid"]), *manifold, f"{self.ventricle_difference(images, labels):.0f}"
+
+    def floor(self) -> tuple[str, ...]:
+        """The same cells, of the training slices in the samples' place."""
+        return self.cells(self.others.floats(), self.others.subjects, self.others.labels)
+
+    def truth(self) -> float:
+        """AD − NC of the lateral ventricle of the held-out slices, measured as in the samples, mm²."""
+        return self.ventricle_difference(self.held_out.floats(), self.held_out.labels)
 
     def ventricle_difference(self, images: torch.Tensor, labels: np.ndarray) -> float:
         areas = ventricle_area(images, self.pixel_mm)
