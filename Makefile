@@ -53,6 +53,7 @@ bench: .venv | runs/demo/ldm  ## how fast, how it grows, how good beside others:
 	$(VENV) benchmarks/throughput.py
 	$(VENV) benchmarks/scaling.py
 	$(VENV) benchmarks/peers.py
+	$(VENV) benchmarks/end_to_end.py
 	$(VENV) benchmarks/samplers.py --run runs/demo
 	$(VENV) benchmarks/finetune.py --model runs/demo/ldm
 	$(VENV) benchmarks/counterfactual.py --run runs/demo

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
@@ -19,11 +18,10 @@ from measure import RESULTS, report, table
 import numpy as np  # isort: skip
 import pandas as pd
 import torch
-from PIL import Image
+from phantoms import read_test_set, redraw
 from tqdm.auto import tqdm
 
 from adni_ldm.data import phantom
-from adni_ldm.data.phantom_atlas import load_atlas
 from adni_ldm.evaluation.anatomy import ventricle_area
 from adni_ldm.evaluation.estimates import proportion
 from adni_ldm.loading import load_pipeline
@@ -63,13 +61,13 @@ def main() -> None:
     wanted = numbers[np.linspace(0, len(numbers) - 1, args.slices + 2).round().astype(int)[1:-1]]
     members = np.flatnonzero(slices["slice"].isin(wanted))
     chosen, given = slices.iloc[members].reset_index(drop=True), images[members]
-    truth = true_differences(args.run / "data", chosen, given)
+    truth = (redraw(args.run / "data", chosen, other_disease) - given).numpy()
     area = ventricle_area(given, slices.pixel_mm[0])
     real = area[chosen.label == "AD"].mean() - area[chosen.label == "NC"].mean()
     rows = []
     settings = [(scale, strength) for scale in args.guidance_scales for strength in args.strengths]
     for scale, strength in tqdm(settings, desc="strengths", file=sys.stderr):
-        result = redraw(pipeline, given, chosen.label, strength, args.steps, scale)
+        result = convert(pipeline, given, chosen.label, strength, args.steps, scale)
         change = ventricle_area(result.images, slices.pixel_mm[0]) - area
         by_subject = chosen.assign(change=change).groupby(["label", "subject"]).change.mean()
         same = nearest_subjects(result.images, images, slices.subject) == chosen.subject.to_numpy()
@@ -90,14 +88,7 @@ def main() -> None:
     report("counterfactual", "Counterfactuals", lines, args.results)
 
 
-def read_test_set(data: Path) -> tuple[pd.DataFrame, torch.Tensor]:
-    """The lines of metadata.csv, and their slices (N, 1, H, W) in [-1, 1]."""
-    table = pd.read_csv(data / "test/metadata.csv")
-    pixels = np.stack([np.asarray(Image.open(data / "test" / name)) for name in table.file_name])
-    return table, torch.from_numpy(pixels)[:, None] / 127.5 - 1
-
-
-def redraw(pipeline, given, labels, strength: float, steps: int, guidance_scale: float) -> Counterfactual:
+def convert(pipeline, given, labels, strength: float, steps: int, guidance_scale: float) -> Counterfactual:
     """The counterfactuals of slices (N, 1, H, W), each in the class that it is not of, in their order."""
     parts = [torch.empty_like(given) for _ in Counterfactual._fields]
     for source, target in OTHER.items():
@@ -108,26 +99,12 @@ def redraw(pipeline, given, labels, strength: float, steps: int, guidance_scale:
     return Counterfactual(*parts)
 
 
-def true_differences(data: Path, chosen: pd.DataFrame, given: torch.Tensor) -> np.ndarray:
-    """What the disease changes in these slices, (N, 1, H, W), grey range 1: same subject, same noise."""
-    settings = json.loads((data / "manifest.json").read_text())["settings"]
-    atlas, seed, size = load_atlas(), settings["seed"], settings["image_size"]
-    drawn = []
-    for row in tqdm(chosen.itertuples(), total=len(chosen), desc="truth", file=sys.stderr):
-        subject = phantom.draw_subject(seed, int(row.subject.partition("p")[2]))
-        shifts = {
-            name: phantom.SEVERITY[OTHER[row.label]][name][0] - phantom.SEVERITY[row.label][name][0]
-            for name in ("ventricle", "atrophy", "hippocampus")
-        }
-        ill = dataclasses.replace(
-            subject, **{name: getattr(subject, name) + by for name, by in shifts.items()}
-        )
-        rng = np.random.default_rng(np.random.SeedSequence([seed, subject.index, row.slice]))
-        picture, _, _ = phantom.render_slice(
-            ill, phantom.disease_field(ill, atlas), row.slice_mm, size, rng, atlas
-        )
-        drawn.append(picture / 255.0)
-    return np.stack(drawn)[:, None] - (given.numpy() + 1) / 2
+def other_disease(subject: phantom.Subject, label: str) -> phantom.Subject:
+    """The same person, with the disease that the means of the groups differ by."""
+    ours, theirs = phantom.SEVERITY[label], phantom.SEVERITY[OTHER[label]]
+    names = ("ventricle", "atrophy", "hippocampus")
+    changed = {name: getattr(subject, name) + theirs[name][0] - ours[name][0] for name in names}
+    return dataclasses.replace(subject, **changed)
 
 
 def nearest_subjects(images: torch.Tensor, real: torch.Tensor, subjects: pd.Series) -> np.ndarray:

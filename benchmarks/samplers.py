@@ -52,8 +52,8 @@ def main() -> None:
         print(" | ".join(rows[-1]), flush=True)
 
     lines = [
-        f"{options.samples} slices a row against {len(yardstick.held_out)} of people not seen in training, {size} px, "
-        f"guidance {GUIDANCE} where nothing else is said. KID with its 95 % interval.",
+        f"{options.samples} slices a row against {len(yardstick.held_out)} of people not seen in training, "
+        f"{size} px, guidance {GUIDANCE} where nothing else is said. KID with its 95 % interval.",
         "",
         *table(COLUMNS, rows),
         "",

@@ -11,6 +11,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import end_to_end  # noqa: E402
 import measure  # noqa: E402
 import peers  # noqa: E402
 import plain_loop  # noqa: E402
@@ -19,6 +20,7 @@ import throughput  # noqa: E402
 from peer_monai import train_monai  # noqa: E402
 from peer_student import train_student  # noqa: E402
 from peer_training import Trained  # noqa: E402
+from phantoms import read_test_set, redraw  # noqa: E402
 from yardstick import Yardstick  # noqa: E402
 
 from adni_ldm.data.slices import load_slices  # noqa: E402
@@ -82,9 +84,9 @@ def test_a_peer_stops_in_time_and_draws(name, splits):
     assert drawn.shape == (3, 1, 32, 32) and drawn.isfinite().all()
 
 
-def test_a_method_is_judged_beside_held_out_slices(splits):
-    train, held_out = splits
-    yardstick = Yardstick(held_out, train, pixel_mm=6.5)
+def test_a_method_is_judged_beside_held_out_slices(phantom_dir):
+    yardstick = Yardstick(phantom_dir, image_size=32, count=100)
+    train = yardstick.train
     rows = torch.arange(64) % len(train)
     noise = torch.rand(64, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     kid = {}
@@ -95,6 +97,28 @@ def test_a_method_is_judged_beside_held_out_slices(splits):
         assert float(row[2]) > 60, "reconstructing without a loss"
         kid[name] = float(row[3].split()[0])
     assert kid["copier"] < kid["noise"] / 3
+
+
+def test_a_phantom_slice_is_drawn_once_more(phantom_dir):
+    slices, given = read_test_set(phantom_dir)
+    assert torch.equal(redraw(phantom_dir, slices, lambda subject, _: subject), given)
+    clean = redraw(phantom_dir, slices, end_to_end.without_noise)
+    assert 0.001 < (clean - given).square().mean().sqrt() < 0.05, "only the noise is gone"
+
+
+def test_an_autoencoder_is_compared_with_slices_and_their_truth(phantom_dir, bench):
+    rows, pictures = end_to_end.compare(phantom_dir, bench.work / "vae", 4)
+    psnr = {row[:2]: float(row[2]) for row in rows}
+    assert psnr["noise-free slice", "slice"] > 25 > psnr["reconstruction", "slice"], "it was never trained"
+    assert all(images.min() >= 0 and images.max() <= 1 for images in pictures.values())
+
+
+def test_a_shortened_preset_keeps_its_shape():
+    preset = measure.Preset.load("adni")
+    settings = end_to_end.shortened(preset.vae, preset.vae["max_steps"] // 10, preset.vae["batch_size"] // 2)
+    for name in ("warmup_steps", "discriminator_start"):
+        assert settings[name] == preset.vae[name] // 10
+    assert settings["ema_halflife_images"] == preset.vae["ema_halflife_images"] // 20
 
 
 @pytest.mark.slow
