@@ -47,10 +47,10 @@ from adni_ldm.training.checkpoints import (
 )
 from adni_ldm.training.finetuning import (
     add_lora,
+    fit,
     freeze,
     merge_lora,
     refuse_missing_start,
-    resize,
     save_lora,
 )
 from adni_ldm.training.kernels import refuse_missing_kernels, set_kernels
@@ -94,22 +94,23 @@ def main() -> int:
     if cfg.push_to_hub and accelerator.is_main_process:
         check_login(HfApi(), cfg.hub_model_id)  # now, and not when training has ended
     pipeline = load_pipeline(cfg.init_from) if cfg.init_from else None
-    vae = pipeline.vae if pipeline else load_autoencoder(cfg.vae)
+    vae_name = cfg.vae or cfg.init_from or "runs/vae"
+    vae = pipeline.vae if pipeline and not cfg.vae else load_autoencoder(vae_name)
     if vae.config.latents_mean is None:
         raise UserError(
-            f"--vae {cfg.vae}: its latents are not measured; fine-tune it with train_vae.py --init_from"
+            f"--vae {vae_name}: its latents are not measured; fine-tune it with train_vae.py --init_from"
         )
     channels, size, _ = latent_shape(vae, cfg.image_size)
     train, val, data = load_training_slices(
         accelerator, cfg.data_dir, cfg.image_size, cfg.val_fraction, class_names(cfg.classes), cfg.table
     )
-    refuse_leak(cfg.init_from or cfg.vae, vae.config.get("_trained_on"), data)
+    refuse_leak(vae_name, vae.config.get("_trained_on"), data)
     accelerator.print(f"{len(train)} training slices, {len(val)} held out; {describe(accelerator)}")
 
     # ---- Denoiser and noise schedule -----------------------------------------------------------------------
     if pipeline:
         refuse_leak(cfg.init_from, pipeline.unet.config.get("_trained_on"), data)
-        resize(pipeline.unet, size)
+        fit(pipeline.unet, channels, size)
         scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         tokens = pipeline.class_embedding.with_classes(data.class_names)
         denoiser = ConditionalDenoiser(pipeline.unet, tokens)

@@ -1,10 +1,11 @@
 """Is a model worth starting from? Forty subjects of another contrast and plane: prints a table.
 
-    python benchmarks/finetune.py --model runs/demo/ldm [--steps 200] [--repeats 3]
+    python benchmarks/finetune.py --model runs/demo/ldm [--vae_steps 300] [--steps 200] [--repeats 3]
 
-A phantom cohort is made, coronal and T2-like, of people that the model (sagittal, T1) never saw. It is
-trained on from scratch, from the model's weights, and by a LoRA beside them: the same U-Net, batches and
-number of updates, so nearly the same seconds, which the table tells. All read latents of the model's own VAE.
+A phantom cohort is made, coronal and T2-like, of people that the model (sagittal, T1) never saw. Autoencoder
+and denoiser are trained on it from scratch, from the model's weights, and from these with a LoRA beside the
+denoiser's: the same networks, batches and number of updates, so nearly the same seconds, which the table
+tells.
 """
 
 from __future__ import annotations
@@ -16,27 +17,29 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from measure import RESULTS, flags, report, run, spread, table
 from yardstick import FEATURES, Yardstick, told
 
 import numpy as np  # isort: skip
+from diffusers import DiffusionPipeline
 
 from adni_ldm.data.phantom import write_phantom_cohort
 from adni_ldm.evaluation.image_sets import ImageSet, sample_set
 from adni_ldm.loading import load_pipeline
 
 COHORT_SEED = 7  # other people than those of the demo, whose cohort has seed 0
-
-
-COLUMNS = ("trained", "seconds", "weights, MiB", "val_loss", "KID × 1000", "precision", "recall")
+COLUMNS = ("trained", "seconds", "of the denoiser, MiB", "PSNR, dB", "KID × 1000", "precision", "recall")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default="runs/demo/ldm", help="pipeline to start from")
-    parser.add_argument("--steps", type=int, default=200, help="updates of a run")
-    parser.add_argument("--batch_size", type=int, default=16, help="slices of an update")
+    parser.add_argument("--vae_steps", type=int, default=300, help="updates of an autoencoder")
+    parser.add_argument("--steps", type=int, default=200, help="updates of a denoiser")
+    parser.add_argument("--vae_batch_size", type=int, default=8, help="slices of an autoencoder's update")
+    parser.add_argument("--batch_size", type=int, default=16, help="slices of a denoiser's update")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="peak, of all runs")
     parser.add_argument("--lora_rank", type=int, default=8, help="rank of the LoRA")
     parser.add_argument("--slices", type=int, default=8, help="slices of a subject")
@@ -45,58 +48,105 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder that the page is written to")
     options = parser.parse_args()
 
-    pipeline = load_pipeline(options.model)
-    unet, model = pipeline.unet.config, Path(options.model).resolve()
-    size = unet.sample_size * pipeline.vae_scale_factor
-    shape = {"unet_widths": unet.block_out_channels, "layers_per_block": unet.layers_per_block}
-    shape = {name: list(value) if isinstance(value, tuple) else value for name, value in shape.items()}
-    starts = {
-        "from scratch": {"vae": model / "vae", "token_dim": unet.cross_attention_dim, **shape},
-        "from the model": {"init_from": model},
-        f"LoRA of rank {options.lora_rank}": {"init_from": model, "lora_rank": options.lora_rank},
-    }
+    pipeline, model = load_pipeline(options.model), Path(options.model).resolve()
+    size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     with tempfile.TemporaryDirectory(prefix="adni_ldm_finetune_") as name:
         work = Path(name)
         cohort = {"subjects": 58, "slices": options.slices, "image_size": size, "seed": COHORT_SEED}
         write_phantom_cohort(work / "data", **cohort, plane="coronal", contrast="t2")
         yardstick = Yardstick(work / "data", size, 2 * options.num_images)
-        train, test = yardstick.train, yardstick.held_out
         drawn = draw(options, model, work / "before", 0)
         before = {"other real slices": yardstick.others, "the model, before": drawn}
         rows = [(title, "–", "–", "–", *cells([judge(yardstick, one)])) for title, one in before.items()]
-        common = {"data_dir": work / "data", "image_size": size, "max_steps": options.steps}
-        common |= {"batch_size": options.batch_size, "learning_rate": options.learning_rate}
-        common |= {"warmup_steps": options.steps // 20, "snr_gamma": 0, "checkpointing_steps": 0}
-        common |= {"sample_steps": options.steps, "num_inference_steps": 1, "report_to": "none"}
-        for title, settings in starts.items():
-            seconds, losses, found = [], [], []
-            for seed in range(options.repeats):
-                folder = work / f"{len(rows)}-{seed}"
-                words = flags(common | settings | {"seed": seed, "output_dir": folder / "ldm"})
-                started = time.perf_counter()
-                run([sys.executable, "train_ldm.py", *words])
-                seconds.append(time.perf_counter() - started)
-                losses.append(held_out_loss(folder / "ldm"))
-                found.append(judge(yardstick, draw(options, folder / "ldm", folder / "samples", seed)))
-            written = folder / "ldm/pytorch_lora_weights.safetensors"
-            if not written.is_file():
-                written = folder / "ldm/unet/diffusion_pytorch_model.safetensors"
-            row = (title, spread(seconds, 0), f"{written.stat().st_size / 2**20:.1f}", spread(losses, 4))
-            rows.append((*row, *cells(found)))
+        recipes = Recipes(work, options, pipeline, model)
+        for title, tuned, more in (
+            ("from scratch", False, recipes.shape_of_denoiser()),
+            ("from the model", True, {"init_from": model}),
+            (f"LoRA of rank {options.lora_rank}", True, {"init_from": model, "lora_rank": options.lora_rank}),
+        ):
+            runs = [recipes.run(f"{len(rows)}-{seed}", tuned, more, seed) for seed in range(options.repeats)]
+            found = [judge(yardstick, draw(options, one.folder, one.folder / "samples", 0)) for one in runs]
+            row = (title, spread([one.seconds for one in runs], 0), f"{runs[0].mib:.1f}")
+            rows.append((*row, spread([one.psnr for one in runs]), *cells(found)))
             print(" | ".join(rows[-1]), flush=True)
 
     lines = [
-        f"{len(train)} training slices of {len(set(train.subjects))} subjects, {len(test)} test slices of "
-        f"{len(set(test.subjects))}, {size} px; {options.steps} updates of {options.batch_size} slices, "
-        f"{2 * options.num_images} slices drawn by 20 steps of DPM-Solver++ without guidance.",
+        f"{len(yardstick.train)} training slices of {len(set(yardstick.train.subjects))} subjects, "
+        f"{len(yardstick.held_out)} test slices of {len(set(yardstick.held_out.subjects))}, {size} px; "
+        f"{options.vae_steps} updates of {options.vae_batch_size} slices, then {options.steps} of "
+        f"{options.batch_size}; {2 * options.num_images} slices drawn by 20 steps of DPM-Solver++ without "
+        "guidance.",
         "",
         *table(COLUMNS, rows),
         "",
         f"- Median of {options.repeats} runs; in brackets the lowest and highest, for KID the 95 % interval "
-        "of the middle one. val_loss is the denoiser's error on held-out subjects.",
+        "of the middle one. Seconds are of both commands. PSNR is the autoencoder's, on held-out subjects.",
         f"- KID, precision and recall are against the test slices; {FEATURES}",
     ]
     report("finetune", "Fine-tuning", lines, options.results)
+
+
+class Run(NamedTuple):
+    """A trained pipeline."""
+
+    folder: Path
+    seconds: float  # of both recipes
+    psnr: float  # of its autoencoder, dB
+    mib: float  # of the denoiser's weights, or of the LoRA's
+
+
+class Recipes:
+    """The two commands, with the sizes of the model's networks."""
+
+    def __init__(self, work: Path, options: argparse.Namespace, pipeline: DiffusionPipeline, model: Path):
+        self.work, self.options, self.model = work, options, model
+        self.vae, self.unet = pipeline.vae.config, pipeline.unet.config
+        size = self.unet.sample_size * pipeline.vae_scale_factor
+        self.common = {"data_dir": work / "data", "image_size": size, "report_to": "none"}
+        self.common |= {"learning_rate": options.learning_rate, "checkpointing_steps": 0}
+        self.autoencoders: dict[tuple[bool, int], tuple[float, float]] = {}
+
+    def shape_of_denoiser(self) -> dict:
+        widths, layers = list(self.unet.block_out_channels), self.unet.layers_per_block
+        return {"unet_widths": widths, "layers_per_block": layers, "token_dim": self.unet.cross_attention_dim}
+
+    def autoencoder(self, tuned: bool, seed: int) -> tuple[Path, float, float]:
+        """Folder, seconds and PSNR of one, which is trained once: a LoRA takes the one that was tuned."""
+        folder = self.work / f"vae-{'tuned' if tuned else 'scratch'}-{seed}"
+        if (tuned, seed) not in self.autoencoders:
+            settings = self.common | {"max_steps": self.options.vae_steps, "output_dir": folder, "seed": seed}
+            settings |= {"batch_size": self.options.vae_batch_size}
+            settings |= {"warmup_steps": self.options.vae_steps // 20}
+            shape = {"widths": list(self.vae.block_out_channels)}
+            shape |= {"latent_channels": self.vae.latent_channels}
+            seconds = timed("train_vae", settings | ({"init_from": self.model} if tuned else shape))
+            self.autoencoders[tuned, seed] = (seconds, last(folder, "val_psnr"))
+        return folder, *self.autoencoders[tuned, seed]
+
+    def run(self, name: str, tuned: bool, more: dict, seed: int) -> Run:
+        """Autoencoder and denoiser, from the model or from scratch."""
+        vae, seconds, psnr = self.autoencoder(tuned, seed)
+        folder, steps = self.work / name, self.options.steps
+        settings = self.common | {"vae": vae, "max_steps": steps, "output_dir": folder, "seed": seed}
+        settings |= {"batch_size": self.options.batch_size, "warmup_steps": steps // 20, "snr_gamma": 0}
+        settings |= {"sample_steps": 0, "ema_halflife_images": steps * self.options.batch_size // 10}
+        seconds += timed("train_ldm", settings | more)
+        weights = folder / "pytorch_lora_weights.safetensors"
+        weights = weights if weights.is_file() else folder / "unet/diffusion_pytorch_model.safetensors"
+        return Run(folder, seconds, psnr, weights.stat().st_size / 2**20)
+
+
+def timed(recipe: str, settings: dict) -> float:
+    """Run a recipe; its seconds from the start of the command."""
+    started = time.perf_counter()
+    run([sys.executable, f"{recipe}.py", *flags(settings)])
+    return time.perf_counter() - started
+
+
+def last(folder: Path, name: str) -> float:
+    """The last figure of that name in a run's metrics.csv."""
+    with (folder / "metrics.csv").open() as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row[name]][-1]
 
 
 def draw(options: argparse.Namespace, model: Path, folder: Path, seed: int) -> ImageSet:
@@ -118,12 +168,6 @@ def cells(found: list[dict]) -> tuple[str, str, str]:
     return told(middle), *(
         f"{statistics.median(one[name].value for one in found):.2f}" for name in ("precision", "recall")
     )
-
-
-def held_out_loss(folder: Path) -> float:
-    """The last val_loss of a run."""
-    with (folder / "metrics.csv").open() as file:
-        return [float(row["val_loss"]) for row in csv.DictReader(file) if row["val_loss"]][-1]
 
 
 if __name__ == "__main__":

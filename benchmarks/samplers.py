@@ -3,7 +3,8 @@
     python benchmarks/samplers.py [--run runs/demo] [--samples 256]
 
 Every row starts from the same noise, so that rows differ by the sampler alone. KID, precision and recall are
-against held-out slices; the cohort's own other people stand in the first row.
+against held-out slices. In the first row stand the cohort's own other people, in the second what the
+autoencoder leaves of their slices: no denoiser can do better.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import time
 from pathlib import Path
 
 from measure import DEVICE, RESULTS, report, synchronize, table
+
+import torch  # isort: skip
 from yardstick import FEATURES, Yardstick
 
 from adni_ldm.evaluation.image_sets import drawn_set
@@ -47,6 +50,7 @@ def main() -> None:
     size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     yardstick = Yardstick(options.run / "data", size, options.samples)
     rows = [("other real slices", *yardstick.floor(), "–")]
+    rows.append(("the same through the autoencoder", *reconstructed(pipeline, yardstick), "–"))
     for name, way in WAYS.items():
         rows.append((name, *row(pipeline, yardstick, way, options)))
         print(" | ".join(rows[-1]), flush=True)
@@ -63,6 +67,15 @@ def main() -> None:
         f"- {FEATURES}",
     ]
     report("samplers", "Samplers", lines, options.results)
+
+
+@torch.no_grad()
+def reconstructed(pipeline, yardstick: Yardstick) -> tuple[str, ...]:
+    """The cells of training slices that went through the autoencoder: what no denoiser can better."""
+    others, vae = yardstick.others, pipeline.vae
+    parts = [vae.encode(part.to(DEVICE)).latent_dist.mean for part in others.floats().split(64)]
+    images = torch.cat([vae.decode(part).sample.clamp(-1, 1).cpu() for part in parts])
+    return yardstick.cells(images, others.subjects, others.labels)
 
 
 def row(pipeline, yardstick: Yardstick, way: tuple, options: argparse.Namespace) -> tuple[str, ...]:

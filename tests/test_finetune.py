@@ -122,6 +122,22 @@ def test_train_vae_goes_on_from_an_autoencoder_of_colour(colour, phantom_dir, ru
     assert tuned.config.scaling_factor == 1 and len(tuned.config.latents_mean) == 4
 
 
+def test_a_pipeline_goes_on_with_its_autoencoder_tuned_to_other_slices(base, phantom_dir, run, tmp_path):
+    data, moving = ("--data_dir", phantom_dir), ("--max_steps", 2, "--learning_rate", 1e-3)
+    run(train_vae, "--init_from", base, *data, "--output_dir", tmp_path / "vae", *COMMON, *moving)
+    words = ("--init_from", base, *data, *LDM, *STILL)
+    run(train_ldm, *words, "--vae", tmp_path / "vae", "--output_dir", tmp_path / "tuned")
+    before, tuned = load(base), load(tmp_path / "tuned")
+    assert weights_equal(tuned.vae, load_autoencoder(str(tmp_path / "vae")))
+    assert not weights_equal(tuned.vae, before.vae) and weights_equal(tuned.unet, before.unet)
+
+    other = build_autoencoder(16, widths=(16, 32), latent_channels=8)
+    other.register_to_config(latents_mean=[0.0] * 8, latents_std=[1.0] * 8)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="--vae: its latents have 8 channels"):
+        run(train_ldm, *words, "--vae", tmp_path / "other", "--output_dir", tmp_path / "odd")
+
+
 def test_what_is_no_autoencoder_of_slices_is_refused(phantom_dir, base, run, tmp_path):
     build_autoencoder(16, widths=(16, 32)).save_pretrained(tmp_path / "vae")
     config = json.loads((tmp_path / "vae/config.json").read_text())

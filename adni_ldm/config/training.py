@@ -161,7 +161,10 @@ class TrainLDMConfig(TrainingConfig):
     output_dir: str = setting(
         "runs/ldm", "Folder that the pipeline, its log and its pictures are written to."
     )
-    vae: str = setting("runs/vae", "Folder or Hub name of the VAE that train_vae.py wrote.")
+    vae: str | None = setting(
+        None,
+        "Folder or Hub name of the VAE that train_vae.py wrote. Default: that of --init_from, else runs/vae.",
+    )
     latent_cache: str | None = setting(
         None,
         "Folder that the slices' latents are kept in, for this run's resume and for others on the same VAE "

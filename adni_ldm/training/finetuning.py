@@ -30,12 +30,17 @@ def refuse_missing_start(init_from: str | None, freeze: Sequence[str], lora_rank
         raise UserError("--lora_rank: peft is not installed: pip install 'adni-ldm[lora]'")
 
 
-def resize(unet: UNet2DConditionModel, latent_size: int) -> None:
+def fit(unet: UNet2DConditionModel, channels: int, latent_size: int) -> None:
     """Let the U-Net take latents of another side, in place; its weights know none.
 
     Raises:
-        UserError: the side cannot be halved as often as the U-Net does.
+        UserError: the side cannot be halved as often as the U-Net does, or the channels are other ones.
     """
+    if channels != unet.config.in_channels:
+        raise UserError(
+            f"--vae: its latents have {channels} channels and the U-Net of --init_from takes "
+            f"{unet.config.in_channels}; tune that pipeline's own with train_vae.py --init_from"
+        )
     factor = 2 ** (len(unet.config.block_out_channels) - 1)
     if latent_size % factor:
         raise UserError(
