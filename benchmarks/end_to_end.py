@@ -92,11 +92,12 @@ def shortened(preset: dict, steps: int | None, batch_size: int | None) -> dict:
     if not steps:
         return {"max_steps": preset["max_steps"], "batch_size": batch_size}
     share = steps / preset["max_steps"]
-    halflife = preset["ema_halflife_images"] * share * batch_size / preset["batch_size"]
-    settings = {"max_steps": steps, "batch_size": batch_size, "ema_halflife_images": max(1, round(halflife))}
+    settings = {"max_steps": steps, "batch_size": batch_size}
     for name in ("warmup_steps", "discriminator_start"):
         if name in preset:
             settings[name] = max(1, round(preset[name] * share))
+    if halflife := preset.get("ema_halflife_images"):
+        settings["ema_halflife_images"] = max(1, round(halflife * share * batch_size / preset["batch_size"]))
     return settings | ({"sample_steps": 0} if "sample_steps" in preset else {})
 
 
