@@ -107,8 +107,9 @@ def test_a_phantom_slice_is_drawn_once_more(phantom_dir):
 
 
 def test_an_autoencoder_is_compared_with_slices_and_their_truth(phantom_dir, bench):
-    rows, pictures = end_to_end.compare(phantom_dir, bench.work / "vae", 4)
+    count, rows, pictures = end_to_end.compare(phantom_dir, bench.work / "vae", 4)
     psnr = {row[:2]: float(row[2]) for row in rows}
+    assert count == 4
     assert psnr["noise-free slice", "slice"] > 25 > psnr["reconstruction", "slice"], "it was never trained"
     assert all(images.min() >= 0 and images.max() <= 1 for images in pictures.values())
 
