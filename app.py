@@ -30,13 +30,13 @@ except ImportError:
 
 from adni_ldm import web
 from adni_ldm.config import AppConfig, parse_config
+from adni_ldm.counterfactual import redraw
 from adni_ldm.errors import UserError, run_recipe
 from adni_ldm.figures import colour_limit, difference_picture
+from adni_ldm.generation import generate_progressively, image_seed, weights_hash
 from adni_ldm.hub.space import push_space
 from adni_ldm.loading import load_pipeline
 from adni_ldm.precision import choose_precision
-from adni_ldm.redrawing import redraw
-from adni_ldm.sampling import draw_step_by_step, image_seed, weights_hash
 
 LOOKS = 10  # times that a drawing is shown on its way
 CSS = """
@@ -244,7 +244,7 @@ class Model:
         options = {"num_inference_steps": steps, "guidance_scale": guidance}
         every = max(1, steps // LOOKS)
         numbers = self.pipeline.class_embedding.labels_of(labels)
-        return draw_step_by_step(self.pipeline, numbers, seeds, every, self.precision, **options)
+        return generate_progressively(self.pipeline, numbers, seeds, every, self.precision, **options)
 
     def _rows(self, files, labels, seeds, steps: int, guidance: float) -> list[dict]:
         same = {"steps": steps, "guidance_scale": guidance, "eta": 0.0, "scheduler": "ddim"}

@@ -23,28 +23,28 @@ import torch
 from PIL import Image
 
 from adni_ldm.config import EvaluateConfig, class_names, parse_config
-from adni_ldm.data.lineage import DataRecord, describe_data, refuse_leak
+from adni_ldm.data.provenance import DataRecord, check_leakage, describe_data
 from adni_ldm.data.slices import open_folder, read_slices
 from adni_ldm.environment import installed_versions
 from adni_ldm.errors import UserError, run_recipe
-from adni_ldm.evaluation import pictures
+from adni_ldm.evaluation import figures
 from adni_ldm.evaluation.anatomy import measure_anatomy
 from adni_ldm.evaluation.classifier import train_classifier
+from adni_ldm.evaluation.conditioning import agreement, agreement_by_guidance
 from adni_ldm.evaluation.effects import compare_anatomy
-from adni_ldm.evaluation.faithfulness import agreement, agreement_by_guidance
 from adni_ldm.evaluation.features import load_extractor
 from adni_ldm.evaluation.fidelity import fidelity
-from adni_ldm.evaluation.image_sets import ImageSet, drawn_set, join, real_set, sample_set, thin
+from adni_ldm.evaluation.image_sets import ImageSet, generate_image_set, join, load_samples, real_set, thin
+from adni_ldm.evaluation.model_outputs import bottleneck_features, reconstruct
 from adni_ldm.evaluation.privacy import examine
-from adni_ldm.evaluation.probing import bottleneck_features, reconstruct
 from adni_ldm.evaluation.report import Gallery, write_metrics, write_page
-from adni_ldm.evaluation.utility import usefulness
+from adni_ldm.evaluation.tstr import usefulness
 from adni_ldm.evaluation.verdicts import verdicts
 from adni_ldm.figures import save_rows
+from adni_ldm.generation import denoising_trajectory, image_seed, weights_hash
 from adni_ldm.loading import load_pipeline
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
 from adni_ldm.precision import choose_precision
-from adni_ldm.sampling import draw_trajectory, image_seed, weights_hash
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def main() -> None:
 
     # ---- What is compared ----------------------------------------------------------------------------------
     names = class_names(cfg.classes)
-    samples = sample_set(cfg.samples, names, cfg.max_slices)
+    samples = load_samples(cfg.samples, names, cfg.max_slices)
     size = samples.images.shape[-1]
     scan = open_folder(cfg.real, names, cfg.table)
     splits = read_slices(scan, cfg.val_fraction)
@@ -93,7 +93,7 @@ def main() -> None:
         def draw(guidance_scale: float) -> ImageSet:
             options = {"num_inference_steps": cfg.curve_steps, "precision": choose_precision(None)}
             options["guidance_scale"] = guidance_scale
-            return drawn_set(pipeline, cfg.curve_images, cfg.seed, **options)
+            return generate_image_set(pipeline, cfg.curve_images, cfg.seed, **options)
 
         faithfulness["by_guidance"] = agreement_by_guidance(judge, draw, cfg.guidance_scales, test)
     privacy = examine(samples, everyone_trained_on, unseen, pipeline=pipeline, seed=cfg.seed)
@@ -114,7 +114,7 @@ def main() -> None:
         "features",
         f"The slices by their features ({extract.name}), near where they are alike (UMAP)",
     )
-    pictures.save_umap(path, f"features of {extract.name}", *shown, seed=cfg.seed)
+    figures.save_umap(path, f"features of {extract.name}", *shown, seed=cfg.seed)
     if pipeline:
         draw_insides(gallery, pipeline, unseen, samples, cfg)
 
@@ -168,7 +168,7 @@ def refuse_leaks(model: str | None, drawn: Mapping[str, str], data: DataRecord) 
     for part in ("vae", "unet"):
         config = folder / part / "config.json"
         if config.is_file():
-            refuse_leak(str(folder), json.loads(config.read_text()).get("_trained_on"), data)
+            check_leakage(str(folder), json.loads(config.read_text()).get("_trained_on"), data)
 
 
 def open_pipeline(
@@ -212,26 +212,26 @@ def draw_comparisons(
 ) -> None:
     """Pictures that need no model."""
     path = gallery.add("pictures", "slices", "Real slices of unseen people, and samples, by class")
-    pictures.save_real_beside_samples(path, unseen, samples)
+    figures.save_real_beside_samples(path, unseen, samples)
     path = gallery.add(
         "anatomy", "class_difference", "What sets the first class apart: mean picture minus mean of the last"
     )
-    pictures.save_class_difference(path, unseen, samples)
+    figures.save_class_difference(path, unseen, samples)
     path = gallery.add("anatomy", "anatomy", "Measures of the anatomy by class, real and synthetic")
-    pictures.save_anatomy(path, unseen, anatomy[0], samples, anatomy[1])
+    figures.save_anatomy(path, unseen, anatomy[0], samples, anatomy[1])
     path = gallery.add(
         "privacy",
         "nearest_pairs",
         "The ten samples that come nearest to a training slice. People are numbered, not named",
     )
-    pictures.save_pairs(path, privacy.pairs, samples, train)
+    figures.save_pairs(path, privacy.pairs, samples, train)
     path = gallery.add("privacy", "distances", "How near samples and other people's slices come to training")
-    pictures.save_nearest_histogram(path, privacy.samples.ratios, privacy.held_out.ratios, privacy.rule)
+    figures.save_nearest_histogram(path, privacy.samples.ratios, privacy.held_out.ratios, privacy.rule)
     if curve := questions["faithfulness"].get("by_guidance"):
         path = gallery.add(
             "faithfulness", "guidance", "Share of samples taken for the class asked for, by guidance scale"
         )
-        pictures.save_guidance_curve(path, curve)
+        figures.save_guidance_curve(path, curve)
 
 
 def draw_insides(
@@ -246,18 +246,19 @@ def draw_insides(
     options = {"num_inference_steps": cfg.curve_steps, "precision": choose_precision(None)}
     labels = range(len(unseen.class_names))
     rows = [
-        draw_trajectory(pipeline, label, image_seed(cfg.seed, 0), frames=9, **options) for label in labels
+        denoising_trajectory(pipeline, label, image_seed(cfg.seed, 0), frames=9, **options)
+        for label in labels
     ]
     save_rows(path, dict(zip(unseen.class_names, rows)))
 
     path = gallery.add("pictures", "reconstructions", "What the autoencoder keeps of unseen people's slices")
     some = unseen.take(np.unique(np.linspace(0, len(unseen) - 1, 8).astype(int)))
-    pictures.save_reconstructions(path, some, reconstruct(pipeline.vae, some))
+    figures.save_reconstructions(path, some, reconstruct(pipeline.vae, some))
 
     path = gallery.add("pictures", "bottleneck", "The slices as the U-Net's middle sees them (UMAP)")
     chosen = [part.take(thin(part.subjects, 300, cfg.seed)) for part in (unseen, samples)]
     shown = [(bottleneck_features(pipeline, part, seed=cfg.seed), part) for part in chosen]
-    pictures.save_umap(path, "the U-Net's bottleneck", *shown, seed=cfg.seed)
+    figures.save_umap(path, "the U-Net's bottleneck", *shown, seed=cfg.seed)
 
     for title, folder in run_folders(Path(cfg.model)).items():
         path = gallery.add("pictures", f"loss_{title}", f"Loss curves of the {title}")

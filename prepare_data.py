@@ -26,14 +26,14 @@ from adni_ldm.config import (
 from adni_ldm.errors import UserError, run_recipe
 
 if TYPE_CHECKING:
-    from adni_ldm.data.check import CheckReport
+    from adni_ldm.data.qc import CheckReport
 
 
 def make_phantom(arguments: list[str]) -> None:
     """Write a synthetic cohort: real anatomy, known disease, no download."""
     cfg = parse_config(PhantomConfig, make_phantom.__doc__, arguments, prog="prepare_data.py phantom")
     try:
-        from adni_ldm.data.phantom import write_phantom_cohort
+        from adni_ldm.preprocessing.phantom import write_phantom_cohort
 
         table = write_phantom_cohort(
             cfg.output_dir,
@@ -62,9 +62,14 @@ def scans(arguments: list[str]) -> int:
     """
     cfg = parse_config(ScansConfig, scans.__doc__, arguments, prog="prepare_data.py scans")
     try:
-        from adni_ldm.data.convert import convert_scans, decide_splits, earlier_splits, parse_shard
-        from adni_ldm.data.pictures import Method, mask_names
-        from adni_ldm.data.study import read_study
+        from adni_ldm.preprocessing.conversion import (
+            convert_scans,
+            decide_splits,
+            earlier_splits,
+            parse_shard,
+        )
+        from adni_ldm.preprocessing.scan_to_slices import Method, mask_names
+        from adni_ldm.preprocessing.study import read_study
 
         if "mni" in (cfg.register, cfg.brain_mask):
             import nilearn  # noqa: F401
@@ -106,7 +111,7 @@ def _read_list(path: str) -> set[str]:
 def merge(arguments: list[str]) -> int:
     """Make one data folder of what all shards of `scans` wrote. Exit status 3: some are in rejected.csv."""
     cfg = parse_config(MergeConfig, merge.__doc__, arguments, prog="prepare_data.py merge")
-    from adni_ldm.data.merge import merge_scans
+    from adni_ldm.preprocessing.assembly import merge_scans
 
     merged = merge_scans(cfg.output_dir)
     table = merged.table
@@ -123,7 +128,7 @@ def check(arguments: list[str]) -> int:
 
     Draws a contact sheet of each class and histograms into check/ of the current folder, or into --figures.
     """
-    from adni_ldm.data.check import check_folder
+    from adni_ldm.data.qc import check_folder
 
     if arguments and not arguments[0].startswith("-"):  # the folder may stand alone
         arguments = ["--data_dir", *arguments]
@@ -136,7 +141,7 @@ def check(arguments: list[str]) -> int:
 
 def draw(report: CheckReport, figures: str | None) -> None:
     """Pictures of a report, into check/ of the current folder if not told; never into the data unasked."""
-    from adni_ldm.data.look import draw_check
+    from adni_ldm.data.qc_figures import draw_check
 
     folder = Path(figures or "check")
     if figures is None and folder.resolve().is_relative_to(report.folder.resolve()):

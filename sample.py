@@ -34,13 +34,13 @@ from torchvision.transforms.functional import to_pil_image
 from tqdm.auto import tqdm
 
 from adni_ldm.config import SampleConfig, parse_config
+from adni_ldm.counterfactual import write_counterfactual, write_morph
 from adni_ldm.errors import UserError, run_recipe
 from adni_ldm.figures import save_rows
+from adni_ldm.generation import denoising_trajectory, generate_images, image_seed, use_scheduler, weights_hash
 from adni_ldm.loading import load_pipeline
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
 from adni_ldm.precision import choose_precision
-from adni_ldm.redrawing import write_counterfactual, write_morph
-from adni_ldm.sampling import draw_images, draw_trajectory, image_seed, use_scheduler, weights_hash
 
 PREVIEW = 16  # slices of each class in grid.png
 SETTINGS = ".settings.json"  # what the folder's slices are; hidden, since the folder is a data set
@@ -117,7 +117,9 @@ def main() -> None:
             if not all(path.is_file() for path in paths):
                 # a batch is drawn whole: the rounding of its slices depends on their number
                 seeds = [image_seed(cfg.seed, index) for index in indices]
-                drawn = draw_images(pipeline, [label] * len(seeds), seeds, len(seeds), precision, **options)
+                drawn = generate_images(
+                    pipeline, [label] * len(seeds), seeds, len(seeds), precision, **options
+                )
                 (images,) = drawn  # (B, 1, H, W)
                 list(written)  # the batch before is on the disk, or its error is raised here
                 written = writers.map(write_png, images, paths)
@@ -137,7 +139,7 @@ def main() -> None:
         save_rows(output_dir / "grid.png", rows, columns=8)
         if cfg.trajectory:
             rows = {
-                name: draw_trajectory(
+                name: denoising_trajectory(
                     pipeline, label, image_seed(cfg.seed, 0), frames=9, precision=precision, **options
                 )
                 for label, name in labels.items()

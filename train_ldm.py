@@ -25,11 +25,12 @@ from huggingface_hub.constants import HF_HOME
 from tqdm.auto import tqdm
 
 from adni_ldm.config import TrainLDMConfig, class_names, parse_config, save_config, settings_to_keep
-from adni_ldm.data.lineage import refuse_leak, trained_on
+from adni_ldm.data.provenance import check_leakage, training_records
 from adni_ldm.errors import UserError, run_recipe
 from adni_ldm.evaluation.image_sets import image_set
-from adni_ldm.evaluation.watch import Watch, keep_best
+from adni_ldm.evaluation.online import OnlineEvaluation, save_best
 from adni_ldm.figures import save_rows
+from adni_ldm.generation import generate_images, hash_weights, image_seed
 from adni_ldm.hub.push import check_login
 from adni_ldm.hub.share import share_model
 from adni_ldm.loading import load_autoencoder, load_pipeline
@@ -37,13 +38,22 @@ from adni_ldm.models.autoencoder import latent_shape
 from adni_ldm.models.class_embedding import ClassEmbedding
 from adni_ldm.models.denoiser import ConditionalDenoiser, build_denoiser
 from adni_ldm.pipeline import ClassConditionalLDMPipeline, normalize_latents
-from adni_ldm.sampling import draw_images, hash_weights, image_seed
-from adni_ldm.training.batches import BatchIndices, BatchNoise
+from adni_ldm.training.batch_sampling import BatchIndices, BatchNoise
 from adni_ldm.training.checkpoints import (
     load_checkpoint,
     refuse_earlier_run,
     save_checkpoint,
     write_state,
+)
+from adni_ldm.training.compute import refuse_missing_kernels, set_kernels
+from adni_ldm.training.ema import (
+    average,
+    averaged_weights,
+    build_optimizer,
+    learning_rate_at,
+    set_learning_rate,
+    trainable,
+    update_average,
 )
 from adni_ldm.training.finetuning import (
     add_lora,
@@ -53,23 +63,13 @@ from adni_ldm.training.finetuning import (
     refuse_missing_start,
     save_lora,
 )
-from adni_ldm.training.kernels import refuse_missing_kernels, set_kernels
+from adni_ldm.training.fsdp import whole
 from adni_ldm.training.latents import LatentPosteriors, encode_posteriors
-from adni_ldm.training.log import RunLog
 from adni_ldm.training.losses import diffusion_loss
-from adni_ldm.training.optimization import (
-    average,
-    averaged_weights,
-    build_optimizer,
-    learning_rate_at,
-    set_learning_rate,
-    trainable,
-    update_average,
-)
-from adni_ldm.training.record import hash_slices, record_start, run_identity
-from adni_ldm.training.setup import describe, load_training_slices, on_gpu, start_accelerator
-from adni_ldm.training.sharding import whole
-from adni_ldm.training.updates import UpdateCheck, exit_code, stop_nonfinite
+from adni_ldm.training.metrics import RunLog
+from adni_ldm.training.run import describe, load_training_slices, on_gpu, start_accelerator
+from adni_ldm.training.run_record import hash_slices, record_start, run_identity
+from adni_ldm.training.update_guard import UpdateCheck, exit_code, stop_nonfinite
 
 COLUMNS = ("loss", "learning_rate", "skipped", "val_loss", "kid", "agreement", "copies")
 
@@ -104,12 +104,12 @@ def main() -> int:
     train, val, data = load_training_slices(
         accelerator, cfg.data_dir, cfg.image_size, cfg.val_fraction, class_names(cfg.classes), cfg.table
     )
-    refuse_leak(vae_name, vae.config.get("_trained_on"), data)
+    check_leakage(vae_name, vae.config.get("_trained_on"), data)
     accelerator.print(f"{len(train)} training slices, {len(val)} held out; {describe(accelerator)}")
 
     # ---- Denoiser and noise schedule -----------------------------------------------------------------------
     if pipeline:
-        refuse_leak(cfg.init_from, pipeline.unet.config.get("_trained_on"), data)
+        check_leakage(cfg.init_from, pipeline.unet.config.get("_trained_on"), data)
         fit(pipeline.unet, channels, size)
         scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         tokens = pipeline.class_embedding.with_classes(data.class_names)
@@ -129,7 +129,7 @@ def main() -> int:
         )
 
     unet = denoiser.unet
-    unet.register_to_config(_trained_on=trained_on(data, unet.config.get("_trained_on")))
+    unet.register_to_config(_trained_on=training_records(data, unet.config.get("_trained_on")))
     start = {"weights of --init_from": hash_weights(denoiser)} if pipeline else {}
     if cfg.lora_rank:
         if accelerator.distributed_type == DistributedType.FSDP:
@@ -180,7 +180,7 @@ def main() -> int:
         accelerator.init_trackers("logs")
     log = RunLog(accelerator, output_dir, COLUMNS, resumed_at=step)
     if cfg.evaluate_every and accelerator.is_main_process:
-        watch = Watch(
+        watch = OnlineEvaluation(
             *(image_set(part, cfg.evaluate_slices, cfg.seed) for part in (train, val)),
             count=cfg.evaluate_images,
             classifier_steps=cfg.classifier_steps,
@@ -247,7 +247,7 @@ def main() -> int:
                     judged.set_progress_bar_config(disable=True)
                     figures = watch(judged)
                     log.write(step, **figures)
-                    keep_best(judged, output_dir, step, figures)
+                    save_best(judged, output_dir, step, figures)
         due = cfg.checkpointing_steps and step % cfg.checkpointing_steps == 0
         if (due or check.stop) and not last:
             save_checkpoint(accelerator, output_dir, step, cfg.keep_checkpoints, **state, **check.counts)
@@ -339,7 +339,7 @@ def draw_samples(
     options = {"num_inference_steps": cfg.num_inference_steps, "guidance_scale": cfg.guidance_scale}
     rows = {}
     for label, name in enumerate(pipeline.class_embedding.config.class_names):
-        rows[name] = torch.cat(list(draw_images(pipeline, [label] * count, seeds, count, **options)))
+        rows[name] = torch.cat(list(generate_images(pipeline, [label] * count, seeds, count, **options)))
     save_rows(path, rows)
 
 

@@ -25,26 +25,23 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from tqdm.auto import tqdm
 
 from adni_ldm.config import TrainVAEConfig, class_names, parse_config, save_config, settings_to_keep
-from adni_ldm.data.lineage import refuse_leak, trained_on
+from adni_ldm.data.provenance import check_leakage, training_records
 from adni_ldm.data.slices import SliceTensors
 from adni_ldm.errors import run_recipe
 from adni_ldm.figures import save_rows
+from adni_ldm.generation import hash_weights
 from adni_ldm.loading import load_autoencoder
 from adni_ldm.models.autoencoder import ReconstructingVAE, build_autoencoder, latent_shape
-from adni_ldm.sampling import hash_weights
-from adni_ldm.training.adversary import Adversary, Discriminator, refuse_sharding
-from adni_ldm.training.batches import BatchIndices, BatchNoise
+from adni_ldm.training.adversarial_loss import Adversary, Discriminator, refuse_sharding
+from adni_ldm.training.batch_sampling import BatchIndices, BatchNoise
 from adni_ldm.training.checkpoints import (
     load_checkpoint,
     refuse_earlier_run,
     save_checkpoint,
     write_state,
 )
-from adni_ldm.training.kernels import refuse_missing_kernels, set_kernels
-from adni_ldm.training.latents import channel_statistics, encode_slices
-from adni_ldm.training.log import RunLog
-from adni_ldm.training.losses import kl_divergence, reconstruction_loss, spectral_loss
-from adni_ldm.training.optimization import (
+from adni_ldm.training.compute import refuse_missing_kernels, set_kernels
+from adni_ldm.training.ema import (
     average,
     averaged_weights,
     build_optimizer,
@@ -52,11 +49,14 @@ from adni_ldm.training.optimization import (
     set_learning_rate,
     update_average,
 )
-from adni_ldm.training.perception import load_perception
-from adni_ldm.training.record import hash_slices, record_start, run_identity
-from adni_ldm.training.setup import describe, load_training_slices, on_gpu, start_accelerator
-from adni_ldm.training.sharding import whole
-from adni_ldm.training.updates import UpdateCheck, exit_code, ignore_stop_signals, stop_nonfinite
+from adni_ldm.training.fsdp import whole
+from adni_ldm.training.latents import channel_statistics, encode_slices
+from adni_ldm.training.losses import kl_divergence, reconstruction_loss, spectral_loss
+from adni_ldm.training.metrics import RunLog
+from adni_ldm.training.perceptual_loss import load_perception
+from adni_ldm.training.run import describe, load_training_slices, on_gpu, start_accelerator
+from adni_ldm.training.run_record import hash_slices, record_start, run_identity
+from adni_ldm.training.update_guard import UpdateCheck, exit_code, ignore_stop_signals, stop_nonfinite
 
 COLUMNS = ("loss", "reconstruction_loss", "spectral_loss", "perceptual_loss", "kl")
 COLUMNS += ("adversarial_loss", "discriminator_loss", "learning_rate", "skipped")
@@ -87,7 +87,7 @@ def main() -> int:
     # ---- Model, what judges it, and optimizer --------------------------------------------------------------
     if cfg.init_from:
         vae = load_autoencoder(cfg.init_from)
-        refuse_leak(f"--init_from {cfg.init_from}", vae.config.get("_trained_on"), data)
+        check_leakage(f"--init_from {cfg.init_from}", vae.config.get("_trained_on"), data)
     else:
         vae = build_autoencoder(
             cfg.image_size, cfg.latent_channels, cfg.widths, cfg.layers_per_block, cfg.mid_attention
@@ -238,7 +238,7 @@ def main() -> int:
     vae = whole(vae)
     mean, std = channel_statistics(encode_slices(vae, train, accelerator))
     vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0, shift_factor=None)
-    vae.register_to_config(_trained_on=trained_on(data, vae.config.get("_trained_on")))
+    vae.register_to_config(_trained_on=training_records(data, vae.config.get("_trained_on")))
     if accelerator.is_main_process:
         vae.save_pretrained(output_dir)
     log.draw()

@@ -21,11 +21,11 @@ import torch
 from phantoms import read_test_set, redraw
 from tqdm.auto import tqdm
 
-from adni_ldm.data import phantom
 from adni_ldm.evaluation.anatomy import ventricle_area
 from adni_ldm.evaluation.estimates import proportion
 from adni_ldm.loading import load_pipeline
 from adni_ldm.pipeline import Counterfactual
+from adni_ldm.preprocessing import phantom
 
 OTHER = {"NC": "AD", "AD": "NC"}
 COLUMNS = ("guidance", "strength", "grows to AD", "shrinks to NC", "change, mm²", "same subject", "truth, r")

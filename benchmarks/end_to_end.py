@@ -26,11 +26,11 @@ from phantoms import read_test_set, redraw
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm.auto import tqdm
 
-from adni_ldm.data.phantom import Subject
 from adni_ldm.figures import save_rows
+from adni_ldm.generation import generate_images, image_seed
 from adni_ldm.loading import load_pipeline
 from adni_ldm.precision import choose_precision
-from adni_ldm.sampling import draw_images, image_seed
+from adni_ldm.preprocessing.phantom import Subject
 
 STAGES = ("stage", "steps", "images a step", "seconds")
 LIKENESS = ("what", "beside what", "PSNR, dB", "SSIM")
@@ -149,10 +149,10 @@ def draw(model: Path, count: int) -> tuple[torch.Tensor, float]:
     labels, seeds = [index % 2 for index in range(count)], [image_seed(0, index) for index in range(count)]
     options = {"num_inference_steps": 50, "guidance_scale": 1.5}
     if DEVICE.type == "cuda":
-        list(draw_images(pipeline, labels, seeds, count, precision, **options))
+        list(generate_images(pipeline, labels, seeds, count, precision, **options))
     synchronize()
     started = time.perf_counter()
-    drawn = torch.cat(list(draw_images(pipeline, labels, seeds, count, precision, **options)))
+    drawn = torch.cat(list(generate_images(pipeline, labels, seeds, count, precision, **options)))
     synchronize()
     return drawn, time.perf_counter() - started
 

@@ -25,9 +25,9 @@ from yardstick import FEATURES, Yardstick, told
 import numpy as np  # isort: skip
 from diffusers import DiffusionPipeline
 
-from adni_ldm.data.phantom import write_phantom_cohort
-from adni_ldm.evaluation.image_sets import ImageSet, sample_set
+from adni_ldm.evaluation.image_sets import ImageSet, load_samples
 from adni_ldm.loading import load_pipeline
+from adni_ldm.preprocessing.phantom import write_phantom_cohort
 
 COHORT_SEED = 7  # other people than those of the demo, whose cohort has seed 0
 COLUMNS = ("trained", "seconds", "of the denoiser, MiB", "PSNR, dB", "KID × 1000", "precision", "recall")
@@ -154,7 +154,7 @@ def draw(options: argparse.Namespace, model: Path, folder: Path, seed: int) -> I
     settings = {"model": model, "output_dir": folder, "num_images": options.num_images, "batch_size": 50}
     settings |= {"seed": seed, "steps": 20, "scheduler": "dpm++", "guidance_scale": 1}
     run([sys.executable, "sample.py", *flags(settings)])
-    return sample_set(folder, ("AD", "NC"))
+    return load_samples(folder, ("AD", "NC"))
 
 
 def judge(yardstick: Yardstick, drawn: ImageSet) -> dict:

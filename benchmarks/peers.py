@@ -38,9 +38,9 @@ from peer_training import Trained
 from yardstick import FEATURES, Yardstick
 
 from adni_ldm.figures import save_rows
+from adni_ldm.generation import generate_images, image_seed
 from adni_ldm.loading import load_pipeline
 from adni_ldm.precision import choose_precision
-from adni_ldm.sampling import draw_images, image_seed
 
 CLASSES = ("AD", "NC")
 METHODS = {
@@ -98,7 +98,7 @@ def train_ours(work: Path, data: Path, preset: Preset, seconds: float) -> Traine
         nonlocal drawn
         seeds = [image_seed(0, drawn + index) for index in range(len(labels))]
         drawn += len(labels)
-        return torch.cat(list(draw_images(pipeline, labels.tolist(), seeds, 64, precision))) * 2 - 1
+        return torch.cat(list(generate_images(pipeline, labels.tolist(), seeds, 64, precision))) * 2 - 1
 
     def reconstruct(images: torch.Tensor) -> torch.Tensor:
         return pipeline.vae.decode(pipeline.vae.encode(images).latent_dist.mean).sample

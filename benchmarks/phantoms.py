@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from adni_ldm.data.phantom import (
+from adni_ldm.preprocessing.phantom import (
     CENTRE_MM,
     PLANES,
     Subject,
@@ -22,7 +22,7 @@ from adni_ldm.data.phantom import (
     render_slice,
     slice_positions,
 )
-from adni_ldm.data.phantom_atlas import load_atlas
+from adni_ldm.preprocessing.phantom_atlas import load_atlas
 
 
 def read_test_set(cohort: Path) -> tuple[pd.DataFrame, torch.Tensor]:

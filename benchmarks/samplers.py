@@ -18,10 +18,10 @@ from measure import DEVICE, RESULTS, report, synchronize, table
 import torch  # isort: skip
 from yardstick import FEATURES, Yardstick
 
-from adni_ldm.evaluation.image_sets import drawn_set
+from adni_ldm.evaluation.image_sets import generate_image_set
+from adni_ldm.generation import use_scheduler
 from adni_ldm.loading import load_pipeline
 from adni_ldm.precision import choose_precision
-from adni_ldm.sampling import use_scheduler
 
 GUIDANCE = 1.5
 WAYS = {  # sampler, steps, guidance, the part of the noise schedule that is guided
@@ -86,7 +86,7 @@ def row(pipeline, yardstick: Yardstick, way: tuple, options: argparse.Namespace)
     synchronize()
     started = time.perf_counter()
     count, precision = options.samples // 2, choose_precision(None)
-    drawn = drawn_set(pipeline, count, 0, options.batch_size, precision=precision, **call)
+    drawn = generate_image_set(pipeline, count, 0, options.batch_size, precision=precision, **call)
     synchronize()
     seconds = (time.perf_counter() - started) * 64 / len(drawn)
     return *yardstick.cells(drawn.floats(), drawn.subjects, drawn.labels), f"{seconds:.1f}"

@@ -27,7 +27,7 @@ from scipy import ndimage
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from adni_ldm.data.phantom_atlas import load_atlas  # noqa: E402
+from adni_ldm.preprocessing.phantom_atlas import load_atlas  # noqa: E402
 
 SHAPE = (170, 256, 256)
 DIFFERENT = 4  # heads; the others are links to them

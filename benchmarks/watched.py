@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch  # noqa: E402
 
-from adni_ldm.training.log import RunLog  # noqa: E402
+from adni_ldm.training.metrics import RunLog  # noqa: E402
 
 
 def own_gib() -> float:

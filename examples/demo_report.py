@@ -17,7 +17,7 @@ from adni_ldm.data.manifest import read_manifest
 from adni_ldm.data.slices import SliceTensors, load_slices, to_arrays
 from adni_ldm.errors import UserError, run_recipe
 from adni_ldm.evaluation.anatomy import cohens_d, ventricle_area
-from adni_ldm.evaluation.image_sets import sample_set
+from adni_ldm.evaluation.image_sets import load_samples
 from adni_ldm.figures import save_rows
 from adni_ldm.loading import load_autoencoder
 
@@ -34,7 +34,7 @@ def main() -> None:
     real = SliceTensors(to_arrays(splits["test"], vae.config.sample_size))
     pixel_mm = pd.read_csv(folder / "data/test/metadata.csv").pixel_mm[0]
     names = splits["test"].features["label"].names
-    drawn = sample_set(folder / "samples", names)
+    drawn = load_samples(folder / "samples", names)
     samples = {name: drawn.of_class(name).floats() for name in names}
 
     draw_picture(folder / "brains.png", vae, real, samples)

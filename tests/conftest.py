@@ -69,7 +69,7 @@ def ad_nc_folder(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def phantom_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared folder of 12 synthetic subjects, 3 slices each, at 32 px. Not to be written to."""
-    from adni_ldm.data.phantom import write_phantom_cohort
+    from adni_ldm.preprocessing.phantom import write_phantom_cohort
 
     folder = tmp_path_factory.mktemp("phantom") / "cohort"
     write_phantom_cohort(folder, subjects=12, slices=3, image_size=32, seed=0, workers=1)

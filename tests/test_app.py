@@ -26,8 +26,8 @@ from stand_ins import blob_image, make_pipeline
 
 from adni_ldm import web
 from adni_ldm.errors import UserError
+from adni_ldm.generation import generate_images, generate_progressively, image_seed, weights_hash
 from adni_ldm.hub.space import push_space, write_space
-from adni_ldm.sampling import draw_images, draw_step_by_step, image_seed, weights_hash
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium")
@@ -159,7 +159,7 @@ def drawn(label, seed, number, steps, guidance_scale=1.5):
     """What sample.py draws, (number, H, W) in 8 bits."""
     seeds = [image_seed(seed, index) for index in range(number)]
     options = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
-    images = next(draw_images(make_pipeline(), [label] * number, seeds, number, **options))
+    images = next(generate_images(make_pipeline(), [label] * number, seeds, number, **options))
     return (images[:, 0] * 255).round().numpy()
 
 
@@ -392,16 +392,18 @@ def test_without_a_report_the_page_says_so(tmp_path, model):
 def test_a_drawing_that_nobody_waits_for_ends(pipeline):
     calls = []
     pipeline.unet.register_forward_pre_hook(lambda *_: calls.append(1))
-    steps = draw_step_by_step(pipeline, [0], [1], every=2, num_inference_steps=500)
+    steps = generate_progressively(pipeline, [0], [1], every=2, num_inference_steps=500)
     assert next(steps)[0] == 2
     steps.close()
     options = {"every": 1, "num_inference_steps": 3}
-    seen = list(draw_step_by_step(pipeline, [0, 1], [1, 2], **options))  # waits until the other has ended
+    seen = list(
+        generate_progressively(pipeline, [0, 1], [1, 2], **options)
+    )  # waits until the other has ended
     assert [done for done, _ in seen] == [1, 2, 3] and len(calls) < 300
-    expected = next(draw_images(pipeline, [0, 1], [1, 2], 2, num_inference_steps=3))
+    expected = next(generate_images(pipeline, [0, 1], [1, 2], 2, num_inference_steps=3))
     assert torch.equal(seen[-1][1], expected)
     with pytest.raises(ValueError, match="knows no class"):
-        list(draw_step_by_step(pipeline, [7], [1], **options))
+        list(generate_progressively(pipeline, [7], [1], **options))
 
 
 def test_a_space_holds_the_same_page_with_all_it_needs(tmp_path):

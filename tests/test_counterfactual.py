@@ -11,7 +11,7 @@ from test_recipes import run
 
 import sample
 from adni_ldm.errors import UserError
-from adni_ldm.sampling import draw_images, draw_morph
+from adni_ldm.generation import generate_images, interpolate_classes
 
 
 @pytest.fixture
@@ -90,8 +90,8 @@ def test_a_perfect_denoiser_is_walked_exactly(pipeline, prediction_type):
 def test_a_morph_begins_and_ends_with_what_is_drawn_of_the_classes(pipeline):
     for guidance_scale in (1, 1.5):
         options = {"num_inference_steps": 5, "guidance_scale": guidance_scale}
-        frames = draw_morph(pipeline, "NC", "AD", seed=7, frames=4, **options)
-        ends = torch.cat(list(draw_images(pipeline, [1, 0], [7, 7], 2, **options)))
+        frames = interpolate_classes(pipeline, "NC", "AD", seed=7, frames=4, **options)
+        ends = torch.cat(list(generate_images(pipeline, [1, 0], [7, 7], 2, **options)))
         assert frames.shape == (4, 1, 16, 16)
         assert torch.allclose(frames[[0, -1]], ends, atol=1e-4)
         steps = (frames[1:] - frames[:-1]).abs().mean((1, 2, 3))

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 import evaluate
-from adni_ldm.data.phantom import write_phantom_cohort
 from adni_ldm.errors import UserError
+from adni_ldm.preprocessing.phantom import write_phantom_cohort
 
 QUESTIONS = ("fidelity", "usefulness", "faithfulness", "anatomy", "privacy")
 VERDICTS = ("fidelity", "usefulness", "faithfulness", "privacy")
@@ -182,13 +182,13 @@ def test_what_cannot_be_compared_is_refused(real, perfect, others, tmp_path, mon
 
 def test_people_the_model_was_trained_on_are_no_test(real, perfect, tmp_path, monkeypatch):
     """The samples' metadata.csv names the model, whose config says whom it was trained on."""
-    from adni_ldm.data.lineage import describe_data, trained_on
+    from adni_ldm.data.provenance import describe_data, training_records
     from adni_ldm.data.slices import open_folder, read_slices
 
     scan = open_folder(real)
     splits = read_slices(scan)
     swapped = {"train": splits["test"], "test": splits["train"]}
-    records = trained_on(describe_data(scan, swapped))
+    records = training_records(describe_data(scan, swapped))
     (tmp_path / "model/unet").mkdir(parents=True)
     (tmp_path / "model/unet/config.json").write_text(json.dumps({"_trained_on": records}))
     folder = shutil.copytree(perfect, tmp_path / "samples")

@@ -8,16 +8,16 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from adni_ldm.models import ClassEmbedding
-from adni_ldm.pipeline import ClassConditionalLDMPipeline, denormalize_latents
-from adni_ldm.sampling import (
+from adni_ldm.generation import (
     SCHEDULERS,
-    draw_images,
-    draw_trajectory,
+    denoising_trajectory,
+    generate_images,
     image_seed,
     use_scheduler,
     weights_hash,
 )
+from adni_ldm.models import ClassEmbedding
+from adni_ldm.pipeline import ClassConditionalLDMPipeline, denormalize_latents
 
 
 def seeded(*seeds):
@@ -130,7 +130,9 @@ def test_an_image_depends_on_its_seed_and_not_on_its_batch(pipeline):
     for options in ({}, {"eta": 1.0}):
         draws = [
             torch.cat(
-                list(draw_images(pipeline, [0, 1, 0, 1, 1], seeds, size, num_inference_steps=4, **options))
+                list(
+                    generate_images(pipeline, [0, 1, 0, 1, 1], seeds, size, num_inference_steps=4, **options)
+                )
             )
             for size in (1, 2, 5)
         ]
@@ -217,8 +219,8 @@ def test_wrong_input_is_refused(pipeline, arguments, message):
 
 
 def test_a_trajectory_goes_from_noise_to_the_image(pipeline):
-    frames = draw_trajectory(pipeline, 0, seed=7, frames=4, num_inference_steps=6)
-    image = next(draw_images(pipeline, [0], [7], 1, num_inference_steps=6))
+    frames = denoising_trajectory(pipeline, 0, seed=7, frames=4, num_inference_steps=6)
+    image = next(generate_images(pipeline, [0], [7], 1, num_inference_steps=6))
     assert frames.shape == (4, 1, 16, 16)
     assert torch.allclose(frames[-1:], image, atol=1e-5)
     assert not torch.allclose(frames[:1], image, atol=1e-2)

@@ -7,9 +7,9 @@ command reads `--config FILE.yaml` first and lays its flags over it.
 from adni_ldm.config.classes import class_names
 from adni_ldm.config.data import CheckConfig, MergeConfig, PhantomConfig, ScansConfig
 from adni_ldm.config.evaluation import EvaluateConfig
+from adni_ldm.config.hub import PushConfig, PushSamplesConfig
 from adni_ldm.config.parsing import parse_config
 from adni_ldm.config.sampling import AppConfig, SampleConfig
-from adni_ldm.config.sharing import PushConfig, PushSamplesConfig
 from adni_ldm.config.training import TrainLDMConfig, TrainVAEConfig, save_config, settings_to_keep
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 A folder is {train,val,test}/{AD,NC}/SUBJECT_SLICE.png (or .jpeg, .tif ...). Each split folder may hold a
 metadata.csv, whose columns file_name, subject, image_id and slice go before what the file's name says.
-`scan_folder` is the only reader of this layout: `load_slices` refuses a folder with problems, `check_folder`
+`list_folder` is the only reader of this layout: `load_slices` refuses a folder with problems, `check_folder`
 prints them.
 """
 
@@ -25,7 +25,7 @@ _NAME = re.compile(r"(?P<subject>.+)_(?P<slice>\d+)")  # 218391_78, sub-01_78, 0
 _IMAGE_ID = re.compile(r"[Ii]?\d+")  # what stands before _ is a scan's number in the archive, and no person
 
 
-PERSONS_UNKNOWN = (
+SUBJECTS_UNKNOWN = (
     "the number before _ is a scan's, and one person may have several: whether two splits share a person "
     "cannot be known from the names; give the archive's study table with --table"
 )
@@ -46,13 +46,13 @@ class SliceFile:
 
 
 @dataclass
-class Scan:
+class FolderListing:
     """What lies in a data folder, by names and sizes alone: no image is decoded."""
 
     root: Path  # the folder that holds train/
     class_names: Sequence[str] = ()
     table: str | Path | None = None  # the study table that named the subjects
-    persons_known: bool = True  # no, where a subject is a scan's number taken for a person
+    subjects_known: bool = True  # no, where a subject is a scan's number taken for a person
     files: list[SliceFile] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)  # each names a path and what to do; training is refused
     notes: list[str] = field(default_factory=list)  # worth knowing, no hindrance
@@ -65,7 +65,9 @@ class Scan:
             raise DataError(self.problems[0] + more)
 
 
-def scan_folder(data_dir: str | Path, class_names: Sequence[str], table: str | Path | None = None) -> Scan:
+def list_folder(
+    data_dir: str | Path, class_names: Sequence[str], table: str | Path | None = None
+) -> FolderListing:
     """Every image of a data folder with its split, label, subject and slice, and all that is wrong by name.
 
     `data_dir` is the folder that holds train/, or a parent of it. `table` is the archive's study table: what
@@ -75,7 +77,9 @@ def scan_folder(data_dir: str | Path, class_names: Sequence[str], table: str | P
     Raises UserError where there is no such folder, or no such table.
     """
     persons = read_persons(table) if table else None
-    scan = Scan(_find_root(Path(os.path.abspath(os.path.expanduser(data_dir)))), tuple(class_names), table)
+    scan = FolderListing(
+        _find_root(Path(os.path.abspath(os.path.expanduser(data_dir)))), tuple(class_names), table
+    )
     for split in SPLITS:
         folders = [scan.root / name for name in _ALIASES.get(split, (split,)) if (scan.root / name).is_dir()]
         if folders:
@@ -89,8 +93,8 @@ def scan_folder(data_dir: str | Path, class_names: Sequence[str], table: str | P
             scan.notes.append(f"{scan.root}: there is no {split}/ folder; {then}")
     if persons is not None:
         _name_persons(scan, persons)
-    elif not scan.persons_known:
-        scan.notes.append(f"{scan.root}: {PERSONS_UNKNOWN}")
+    elif not scan.subjects_known:
+        scan.notes.append(f"{scan.root}: {SUBJECTS_UNKNOWN}")
     _report_shared_subjects(scan)
     return scan
 
@@ -132,7 +136,7 @@ def _find_root(folder: Path, depth: int = 3) -> Path:
     raise DataError(f"{folder}: there is no train/ folder in it; give the folder that holds train/AD")
 
 
-def _scan_split(scan: Scan, folder: Path, split: str, class_names: Sequence[str]) -> None:
+def _scan_split(scan: FolderListing, folder: Path, split: str, class_names: Sequence[str]) -> None:
     """Adds the files, problems and notes of one split folder to `scan`."""
     metadata = _read_metadata(scan, folder / "metadata.csv")
     known = {name: label for label, cls in enumerate(class_names) for name in _ALIASES.get(cls, (cls,))}
@@ -159,7 +163,12 @@ def _scan_split(scan: Scan, folder: Path, split: str, class_names: Sequence[str]
 
 
 def _scan_file(
-    scan: Scan, path: Path, split: str, label: int, row: Mapping[str, str], class_names: Sequence[str]
+    scan: FolderListing,
+    path: Path,
+    split: str,
+    label: int,
+    row: Mapping[str, str],
+    class_names: Sequence[str],
 ) -> None:
     """Adds one image to `scan`. `row` is its line of metadata.csv, empty where it has none."""
     try:
@@ -187,13 +196,13 @@ def _scan_file(
     visit = f"{subject}/{row['session']}" if row.get("session") else None
     one_scan = row.get("image_id") or visit or (match["subject"] if match else subject)
     if subject is not None and not row.get("subject") and _IMAGE_ID.fullmatch(subject):
-        scan.persons_known = False
+        scan.subjects_known = False
     age = row.get("age") or ""
     age = float(age) if re.fullmatch(r"\d+(\.\d*)?", age) else None
     scan.files.append(SliceFile(path.as_posix(), split, label, subject, slice_number, one_scan, size, age))
 
 
-def _name_persons(scan: Scan, persons: Mapping[str, Person]) -> None:
+def _name_persons(scan: FolderListing, persons: Mapping[str, Person]) -> None:
     """Puts the person of the study table in the place of each file's subject."""
     unknown: set[str] = set()
     for index, file in enumerate(scan.files):
@@ -205,7 +214,7 @@ def _name_persons(scan: Scan, persons: Mapping[str, Person]) -> None:
             continue
         age = file.age if person.age is None else person.age
         scan.files[index] = dataclasses.replace(file, subject=person.subject, age=age)
-    scan.persons_known = not unknown
+    scan.subjects_known = not unknown
     if unknown:
         scan.problems.append(
             f"{scan.table}: has no row for {_count(unknown, 'scan')} of {scan.root} ({_first(unknown)}); "
@@ -223,7 +232,7 @@ def _count(things: Sized, noun: str) -> str:
     return f"{len(things)} {noun}{'s' * (len(things) != 1)}"
 
 
-def _read_metadata(scan: Scan, path: Path) -> dict[str, dict[str, str]]:
+def _read_metadata(scan: FolderListing, path: Path) -> dict[str, dict[str, str]]:
     """Rows of a metadata.csv by file name, all text so that subject 007 stays so; {} where there is none."""
     if not path.is_file():
         return {}
@@ -239,7 +248,7 @@ def _read_metadata(scan: Scan, path: Path) -> dict[str, dict[str, str]]:
     return {os.path.normpath(row["file_name"]): row for row in rows}
 
 
-def _report_empty_classes(scan: Scan, folder: Path, split: str, class_names: Sequence[str]) -> None:
+def _report_empty_classes(scan: FolderListing, folder: Path, split: str, class_names: Sequence[str]) -> None:
     filled = {f.label for f in scan.files if f.split == split}
     for label, cls in enumerate(class_names):
         if label not in filled:
@@ -247,7 +256,7 @@ def _report_empty_classes(scan: Scan, folder: Path, split: str, class_names: Seq
             scan.problems.append(f"{folder / cls}: no images of class {cls}; put some there ({suffixes})")
 
 
-def _report_shared_subjects(scan: Scan) -> None:
+def _report_shared_subjects(scan: FolderListing) -> None:
     by_split = {s: {f.subject for f in scan.files if f.split == s and f.subject is not None} for s in SPLITS}
     scans: dict[str, set[str]] = {}
     for file in scan.files:

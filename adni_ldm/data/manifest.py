@@ -16,7 +16,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath, PureWindowsPath
 
-from adni_ldm.data.folder import Scan, SliceFile, classes_in, scan_folder
+from adni_ldm.data.folder import FolderListing, SliceFile, classes_in, list_folder
 from adni_ldm.data.splits import SPLITS, DataError
 from adni_ldm.environment import installed_versions
 
@@ -37,7 +37,7 @@ def write_manifest(data_dir: str | Path, settings: Mapping) -> str:
 
     Raises DataError where there is no such folder.
     """
-    scan = scan_folder(data_dir, classes_in(data_dir))
+    scan = list_folder(data_dir, classes_in(data_dir))
     splits = {
         split: {cls: _describe(files) for cls, files in classes.items()}
         for split, classes in _by_split_and_class(scan).items()
@@ -88,7 +88,7 @@ def manifest_splits(manifest: Mapping | None) -> dict[str, str]:
     }
 
 
-def data_hash(scan: Scan) -> tuple[str, str]:
+def data_hash(scan: FolderListing) -> tuple[str, str]:
     """Identity of the data, 64 hex digits, and what it is taken over.
 
     That of manifest.json where there is one; else taken in memory over the subjects and the names and sizes
@@ -103,7 +103,7 @@ def data_hash(scan: Scan) -> tuple[str, str]:
     return _digest(lines), "subjects, names and sizes of files (SHA-256)"
 
 
-def manifest_problems(scan: Scan, content: bool = False) -> list[str]:
+def manifest_problems(scan: FolderListing, content: bool = False) -> list[str]:
     """Where the folder is not what its manifest.json says, one line a split and class; [] without a manifest.
 
     Compares names, sizes and subjects (where no study table names them) and, with `content`, every byte.
@@ -132,7 +132,7 @@ def manifest_problems(scan: Scan, content: bool = False) -> list[str]:
     return problems
 
 
-def _by_split_and_class(scan: Scan) -> dict[str, dict[str, list[SliceFile]]]:
+def _by_split_and_class(scan: FolderListing) -> dict[str, dict[str, list[SliceFile]]]:
     """Files of each split and class that has any, sorted by name."""
     found: dict[str, dict[str, list[SliceFile]]] = {}
     for split in SPLITS:

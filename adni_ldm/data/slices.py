@@ -32,7 +32,7 @@ from datasets import (
 from PIL import Image as PILImage
 from PIL import ImageOps, UnidentifiedImageError
 
-from adni_ldm.data.folder import Scan, SliceFile, scan_folder
+from adni_ldm.data.folder import FolderListing, SliceFile, list_folder
 from adni_ldm.data.manifest import manifest_problems
 from adni_ldm.data.splits import SPLITS, DataError, choose_val_subjects
 
@@ -70,14 +70,14 @@ def load_slices(
 
 def open_folder(
     data_dir: str | Path, class_names: Sequence[str] = CLASS_NAMES, table: str | Path | None = None
-) -> Scan:
-    """What `scan_folder` finds in a folder or zip, and where it is not what its manifest.json says."""
-    scan = scan_folder(open_data_dir(data_dir), class_names, table)
+) -> FolderListing:
+    """What `list_folder` finds in a folder or zip, and where it is not what its manifest.json says."""
+    scan = list_folder(open_data_dir(data_dir), class_names, table)
     scan.problems += manifest_problems(scan)
     return scan
 
 
-def read_slices(scan: Scan, val_fraction: float = 0.1) -> DatasetDict:
+def read_slices(scan: FolderListing, val_fraction: float = 0.1) -> DatasetDict:
     """`load_slices` of a folder that was opened. Raises DataError if it has problems."""
     scan.raise_problems()
 

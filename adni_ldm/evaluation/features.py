@@ -19,8 +19,8 @@ from transformers.utils import logging
 
 from adni_ldm.errors import UserError
 from adni_ldm.evaluation.image_sets import ImageSet
+from adni_ldm.generation import hash_weights
 from adni_ldm.pipeline import normalize_latents
-from adni_ldm.sampling import hash_weights
 
 
 @dataclass(frozen=True)

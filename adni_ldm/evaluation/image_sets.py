@@ -12,8 +12,8 @@ from datasets import Dataset
 
 from adni_ldm.data.slices import SliceTensors, prepare_image, read_image, to_arrays
 from adni_ldm.errors import UserError
+from adni_ldm.generation import generate_images, image_seed
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
-from adni_ldm.sampling import draw_images, image_seed
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def image_set(slices: SliceTensors, most: int | None = None, seed: int = 0) -> I
     return ImageSet(pixels, slices.labels[chosen].numpy(), slices.subjects[chosen], slices.class_names)
 
 
-def sample_set(folder: str | Path, class_names: Sequence[str], most: int | None = None) -> ImageSet:
+def load_samples(folder: str | Path, class_names: Sequence[str], most: int | None = None) -> ImageSet:
     """The samples below `folder`, one subfolder a class, as sample.py writes them.
 
     Args:
@@ -102,7 +102,7 @@ def sample_set(folder: str | Path, class_names: Sequence[str], most: int | None 
     return _of_samples(torch.stack(images)[:, None], np.array(labels), class_names)
 
 
-def drawn_set(
+def generate_image_set(
     pipeline: ClassConditionalLDMPipeline, count: int, seed: int, batch_size: int = 50, **options
 ) -> ImageSet:
     """`count` slices of each class drawn anew, image k of each class from the same noise.
@@ -113,7 +113,7 @@ def drawn_set(
     names = tuple(pipeline.class_embedding.config.class_names)
     labels = np.repeat(np.arange(len(names)), count)
     seeds = [image_seed(seed, index) for index in range(count)] * len(names)
-    images = torch.cat(list(draw_images(pipeline, labels.tolist(), seeds, batch_size, **options)))
+    images = torch.cat(list(generate_images(pipeline, labels.tolist(), seeds, batch_size, **options)))
     return _of_samples(images.mul(255).round().to(torch.uint8), labels, names)
 
 

@@ -19,8 +19,13 @@ from scipy import stats
 
 from adni_ldm.evaluation.estimates import FEWEST_SUBJECTS, Estimate, bootstrap, proportion, unknown
 from adni_ldm.evaluation.image_sets import ImageSet, thin
-from adni_ldm.evaluation.nearest import SURROUNDINGS, Neighbours, nearest_in_features, nearest_in_pixels
-from adni_ldm.evaluation.probing import denoising_losses
+from adni_ldm.evaluation.model_outputs import denoising_losses
+from adni_ldm.evaluation.nearest_neighbors import (
+    SURROUNDINGS,
+    Neighbours,
+    nearest_in_features,
+    nearest_in_pixels,
+)
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
 
 FALSE_ALARMS = 0.01  # share of real slices of other people that may be called copies

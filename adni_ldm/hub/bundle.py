@@ -20,13 +20,13 @@ from pathlib import Path
 from datasets import DatasetDict
 from torchvision.transforms.functional import to_pil_image
 
-from adni_ldm.data.folder import Scan
+from adni_ldm.data.folder import FolderListing
 from adni_ldm.data.manifest import data_hash, read_manifest
 from adni_ldm.data.slices import open_folder, read_slices
 from adni_ldm.errors import UserError
+from adni_ldm.generation import generate_images, image_seed
 from adni_ldm.hub.card import Report, write_dataset_card, write_model_card
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
-from adni_ldm.sampling import draw_images, image_seed
 
 PREVIEWS = 4  # of each class
 STEPS = 30
@@ -44,7 +44,7 @@ _OF_REPORT = (
 
 def open_data(
     data_dirs: Sequence[str], class_names: Sequence[str], table: str | None, wanted: Sequence[str]
-) -> list[Scan]:
+) -> list[FolderListing]:
     """The folders of data that a model was trained on, one for each of the hashes `wanted`.
 
     Raises UserError for a folder that is none, or is other data, and where one is missing.
@@ -61,7 +61,7 @@ def open_data(
     return scans
 
 
-def count_split(scan: Scan, val_fraction: float) -> list[dict]:
+def count_split(scan: FolderListing, val_fraction: float) -> list[dict]:
     """Subjects and slices of each split and class, as training splits the data."""
     rows = []
     splits: DatasetDict = read_slices(scan, val_fraction)
@@ -74,7 +74,7 @@ def count_split(scan: Scan, val_fraction: float) -> list[dict]:
     return rows
 
 
-def is_synthetic(scans: Sequence[Scan]) -> bool:
+def is_synthetic(scans: Sequence[FolderListing]) -> bool:
     """Whether all the data are the phantom cohort, by their manifests."""
     manifests = [read_manifest(scan.root) or {} for scan in scans]
     return all(manifest.get("settings", {}).get("source") == "phantom" for manifest in manifests)
@@ -85,7 +85,7 @@ def bundle_model(
     run: Path,
     repo_id: str,
     pipeline: ClassConditionalLDMPipeline,
-    scans: Sequence[Scan],
+    scans: Sequence[FolderListing],
     val_fraction: float,
     report: Report,
     report_dir: Path,
@@ -114,7 +114,12 @@ def bundle_model(
 
 
 def bundle_samples(
-    folder: Path, samples: Path, repo_id: str, scans: Sequence[Scan], report: Report, license: str | None
+    folder: Path,
+    samples: Path,
+    repo_id: str,
+    scans: Sequence[FolderListing],
+    report: Report,
+    license: str | None,
 ) -> None:
     """Write into the new `folder` what is pushed of the slices that sample.py wrote to `samples`.
 
@@ -161,7 +166,7 @@ def _draw_previews(pipeline: ClassConditionalLDMPipeline, folder: Path) -> list[
     seeds = [image_seed(0, index) for index in range(PREVIEWS)]
     names = []
     for label, name in enumerate(pipeline.class_embedding.config.class_names):
-        batches = draw_images(pipeline, [label] * PREVIEWS, seeds, PREVIEWS, num_inference_steps=STEPS)
+        batches = generate_images(pipeline, [label] * PREVIEWS, seeds, PREVIEWS, num_inference_steps=STEPS)
         for index, image in enumerate(image for batch in batches for image in batch):
             names.append(f"previews/{name}-{index}.png")
             to_pil_image(image).save(folder / names[-1])

@@ -12,8 +12,8 @@ from pathlib import Path
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
 from adni_ldm.errors import UserError
+from adni_ldm.generation import weights_hash
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
-from adni_ldm.sampling import weights_hash
 
 QUESTIONS = ("fidelity", "usefulness", "faithfulness", "privacy")
 TAGS = ("diffusers", "latent-diffusion", "class-conditional", "medical-imaging", "mri", "brain", "alzheimer")

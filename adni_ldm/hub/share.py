@@ -10,14 +10,14 @@ import torch
 from huggingface_hub import HfApi
 from PIL import Image
 
-from adni_ldm.data.folder import Scan
+from adni_ldm.data.folder import FolderListing
 from adni_ldm.errors import UserError
+from adni_ldm.generation import weights_hash
 from adni_ldm.hub.bundle import bundle_model, bundle_samples, open_data, read_samples
 from adni_ldm.hub.card import read_report, read_settings, refuse_privacy_risk
-from adni_ldm.hub.look_through import hash_data, look_through
+from adni_ldm.hub.leak_scan import hash_data, look_through
 from adni_ldm.hub.push import check_login, push_folder
 from adni_ldm.loading import load_pipeline
-from adni_ldm.sampling import weights_hash
 
 MOST_FINDINGS = 20  # named in the refusal
 
@@ -115,7 +115,7 @@ def _recorded_data(settings: dict) -> list[str]:
 
 def _send(
     fill: Callable[[Path], None],
-    scans: Sequence[Scan],
+    scans: Sequence[FolderListing],
     size: int,
     repo_id: str | None,
     repo_type: str,

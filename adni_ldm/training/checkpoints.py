@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from adni_ldm.errors import UserError
-from adni_ldm.training.sealed import damage_of, seal
+from adni_ldm.files import commit_folder, find_damage
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def write_state(
     if not problems and accelerator.is_main_process:
         progress = {"step": step, **counts, "identity": identity or {}}
         try:
-            seal(partial, target, PROGRESS, progress)
+            commit_folder(partial, target, PROGRESS, progress)
         except OSError as error:
             problem = error
     if problems := problems or _gathered(problem):
@@ -180,13 +180,13 @@ def _choose(folder: Path, resume_from: str, identity: Identity) -> Path | None:
             raise UserError(
                 f"--resume_from_checkpoint {path}: no checkpoint there; give its folder, or latest"
             )
-        if damage := damage_of(path, PROGRESS):
+        if damage := find_damage(path, PROGRESS):
             raise UserError(f"--resume_from_checkpoint {path} is damaged: {damage}; give another, or latest")
         _hold_against(path, identity)
         return path
     damages = []
     for path in reversed(_checkpoints(folder)):
-        damage = damage_of(path, PROGRESS)
+        damage = find_damage(path, PROGRESS)
         if not damage:
             _hold_against(path, identity)
             return path

@@ -32,9 +32,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from adni_ldm.errors import UserError
+from adni_ldm.files import commit_folder, find_damage
+from adni_ldm.generation import hash_weights
 from adni_ldm.models.autoencoder import latent_shape
-from adni_ldm.sampling import hash_weights
-from adni_ldm.training.sealed import damage_of, seal
 
 RECORD = "latents.json"
 # Slices that are encoded together. Always the same ones, filled up where they run out: so the cache has the
@@ -129,7 +129,7 @@ def encode_posteriors(
             folder.mkdir(parents=True, exist_ok=True)
             # Another run may be writing the same: wait for it, and read what it wrote.
             lock = FileLock(folder / f"{key}.lock").acquire()
-            missing = damage_of(folder / key, RECORD) is not None
+            missing = find_damage(folder / key, RECORD) is not None
             if missing:
                 shutil.rmtree(folder / f"{key}.partial", ignore_errors=True)  # left by a kill
                 (folder / f"{key}.partial").mkdir()
@@ -168,7 +168,9 @@ def _write(
         mean, std = channel_statistics(_saved(batches, file, problems))
     if accelerator.is_main_process and not problems:
         try:
-            seal(partial, target, RECORD, {"mean": mean, "std": std, "labels": slices.labels.tolist()})
+            commit_folder(
+                partial, target, RECORD, {"mean": mean, "std": std, "labels": slices.labels.tolist()}
+            )
         except OSError as error:
             problems.append(str(error))
     if problems:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from adni_ldm.data.check import check_folder
 from adni_ldm.data.duplicates import NEAR, difference_hash, near_pairs
-from adni_ldm.data.look import draw_check
+from adni_ldm.data.qc import check_folder
+from adni_ldm.data.qc_figures import draw_check
 
 
 def test_one_picture_in_two_splits_is_a_problem_in_any_format(ad_nc_folder):

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from adni_ldm.data.check import check_folder
 from adni_ldm.data.manifest import write_manifest
+from adni_ldm.data.qc import check_folder
 from adni_ldm.data.slices import load_slices
 from adni_ldm.data.splits import DataError
 from adni_ldm.errors import UserError

@@ -17,8 +17,8 @@ from volume_files import head, write_dicom
 
 from adni_ldm.data.slices import open_data_dir, read_image
 from adni_ldm.data.splits import DataError
-from adni_ldm.data.study import read_study
-from adni_ldm.data.volumes import VolumeError, read_volume
+from adni_ldm.preprocessing.study import read_study
+from adni_ldm.preprocessing.volumes import VolumeError, read_volume
 
 
 def zip_of(path, members):

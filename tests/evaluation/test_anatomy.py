@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from adni_ldm.data.phantom import write_phantom_cohort
 from adni_ldm.evaluation.anatomy import brain_area, cohens_d, measure_anatomy, ventricle_area
+from adni_ldm.preprocessing.phantom import write_phantom_cohort
 
 
 def cohort(folder, image_size: int, subjects: int):

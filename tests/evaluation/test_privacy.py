@@ -9,11 +9,11 @@ import torch
 from diffusers import DDIMScheduler
 from scipy import ndimage
 
-from adni_ldm.data.phantom import write_phantom_cohort
 from adni_ldm.data.slices import load_slices
 from adni_ldm.errors import UserError
 from adni_ldm.evaluation.image_sets import ImageSet, real_set
-from adni_ldm.evaluation.nearest import Neighbours, nearest_in_features, nearest_in_pixels
+from adni_ldm.evaluation.model_outputs import bottleneck_features, denoising_losses, reconstruct
+from adni_ldm.evaluation.nearest_neighbors import Neighbours, nearest_in_features, nearest_in_pixels
 from adni_ldm.evaluation.privacy import (
     calibrate,
     copy_figures,
@@ -22,9 +22,9 @@ from adni_ldm.evaluation.privacy import (
     membership_auc,
     nearest_pairs,
 )
-from adni_ldm.evaluation.probing import bottleneck_features, denoising_losses, reconstruct
 from adni_ldm.models import ClassEmbedding, build_autoencoder, build_denoiser
 from adni_ldm.pipeline import ClassConditionalLDMPipeline, normalize_latents
+from adni_ldm.preprocessing.phantom import write_phantom_cohort
 
 SIZE = 48
 

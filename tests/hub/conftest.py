@@ -5,9 +5,9 @@ import json
 import pytest
 from stand_ins import make_pipeline
 
-from adni_ldm.data.lineage import describe_data, trained_on
+from adni_ldm.data.provenance import describe_data, training_records
 from adni_ldm.data.slices import open_folder, read_slices
-from adni_ldm.sampling import weights_hash
+from adni_ldm.generation import weights_hash
 
 
 def write_report(
@@ -26,7 +26,7 @@ def write_report(
 def write_run(run, data_dir):
     pipeline = make_pipeline(image_size=32)
     scan = open_folder(data_dir)
-    records = trained_on(describe_data(scan, read_slices(scan)))
+    records = training_records(describe_data(scan, read_slices(scan)))
     pipeline.vae.register_to_config(_trained_on=records, _name_or_path="/home/somebody/runs/vae")
     pipeline.unet.register_to_config(_trained_on=records)
     pipeline.save_pretrained(run)

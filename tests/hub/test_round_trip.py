@@ -19,8 +19,8 @@ from huggingface_hub import constants
 from PIL import Image
 
 from adni_ldm.errors import UserError
+from adni_ldm.generation import weights_hash
 from adni_ldm.loading import load_pipeline
-from adni_ldm.sampling import weights_hash
 
 ROOT = Path(__file__).parents[2]
 

@@ -22,8 +22,8 @@ from torch.utils.data import Dataset
 from adni_ldm.models.autoencoder import ReconstructingVAE, build_autoencoder
 from adni_ldm.models.class_embedding import ClassEmbedding
 from adni_ldm.models.denoiser import ConditionalDenoiser, build_denoiser
-from adni_ldm.training.adversary import Adversary, Discriminator
-from adni_ldm.training.batches import BatchNoise
+from adni_ldm.training.adversarial_loss import Adversary, Discriminator
+from adni_ldm.training.batch_sampling import BatchNoise
 from adni_ldm.training.latents import LatentPosteriors, encode_posteriors
 from adni_ldm.training.losses import (
     diffusion_loss,
@@ -31,8 +31,8 @@ from adni_ldm.training.losses import (
     reconstruction_loss,
     spectral_loss,
 )
-from adni_ldm.training.setup import start_accelerator
-from adni_ldm.training.updates import UpdateCheck
+from adni_ldm.training.run import start_accelerator
+from adni_ldm.training.update_guard import UpdateCheck
 
 TOTAL = 8  # rows of an update, over all processes and accumulated batches
 

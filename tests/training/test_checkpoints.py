@@ -9,11 +9,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from adni_ldm import files
 from adni_ldm.config import TrainLDMConfig, settings_to_keep
 from adni_ldm.errors import UserError
-from adni_ldm.training import sealed
 from adni_ldm.training.checkpoints import load_checkpoint, refuse_earlier_run, save_checkpoint
-from adni_ldm.training.optimization import average, update_average
+from adni_ldm.training.ema import average, update_average
 
 
 @pytest.fixture
@@ -121,8 +121,8 @@ def test_nothing_is_unpickled_but_weights(prepared, tmp_path):
     progress.pop("sha256")
     entry = progress["files"]["optimizer.bin"]
     entry["bytes"] = (folder / "optimizer.bin").stat().st_size
-    entry["sha256"] = sealed._sha256(folder / "optimizer.bin")
-    progress["sha256"] = sealed._sha256_of(progress)
+    entry["sha256"] = files._sha256(folder / "optimizer.bin")
+    progress["sha256"] = files._sha256_of(progress)
     (folder / "progress.json").write_text(json.dumps(progress))
     with pytest.raises(pickle.UnpicklingError, match="[Ww]eights"):
         load_checkpoint(accelerator, tmp_path, "latest", ema=ema)

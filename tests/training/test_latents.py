@@ -7,8 +7,8 @@ from accelerate import Accelerator
 from filelock import FileLock
 from torch.utils.data import Dataset
 
-from adni_ldm.data.lineage import DataRecord
 from adni_ldm.data.manifest import CONTENT
+from adni_ldm.data.provenance import DataRecord
 from adni_ldm.errors import UserError
 from adni_ldm.models import build_autoencoder
 from adni_ldm.pipeline import denormalize_latents, normalize_latents
@@ -20,7 +20,7 @@ from adni_ldm.training.latents import (
     encode_slices,
     vary,
 )
-from adni_ldm.training.record import hash_slices
+from adni_ldm.training.run_record import hash_slices
 
 
 class Slices(Dataset):
@@ -214,7 +214,7 @@ def test_encoding_with_a_vae_in_training_keeps_no_graph_of_the_slices(vae, accel
 
 def test_slices_with_a_manifest_are_known_without_their_pixels(accelerator):
     """Slices has no `arrays` to read pixels of: without a manifest that is what is asked for."""
-    record = {"class_names": ("AD", "NC"), "persons_known": True, "subjects": {"train": {"a": {"1"}}}}
+    record = {"class_names": ("AD", "NC"), "subjects_known": True, "subjects": {"train": {"a": {"1"}}}}
     known = DataRecord(hash="1" * 64, hash_of=CONTENT, **record)
     found = hash_slices(accelerator, known, 16, train=Slices())
     assert found == hash_slices(accelerator, known, 16, train=Slices())

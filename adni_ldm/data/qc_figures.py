@@ -1,0 +1,91 @@
+"""Pictures of what `check_folder` found, so that a person sees at a glance what the numbers do not say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from adni_ldm.data.folder import SliceFile
+from adni_ldm.data.qc import CheckReport
+from adni_ldm.data.slices import prepare_image, read_image
+from adni_ldm.figures import save_histograms, save_rows
+
+SIDE = 160  # pixels of a slice in a picture
+COLUMNS = 8
+
+
+def draw_check(report: CheckReport, folder: str | Path) -> list[Path]:
+    """Draw what was found into `folder`, which is made; returns the pictures' paths, [] without any image.
+
+    contact_sheet.png: three rows of slices of each class, spread over its subjects and over their slices.
+    histograms.png: of each class the intensities (0 to 255, the black background left out) and, where known,
+    the ages, one a subject. near_duplicates.png, where there are any: pairs of slices above each other.
+    """
+    if not report.files:
+        return []
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    by_class = {
+        cls: [file for file in report.files if file.label == label]
+        for label, cls in enumerate(report.class_names)
+    }
+    by_class = {cls: files for cls, files in by_class.items() if files}
+
+    sheet = {cls: _pictures(_spread(files, 3 * COLUMNS)) for cls, files in by_class.items()}
+    save_rows(folder / "contact_sheet.png", sheet, columns=COLUMNS)
+    save_histograms(folder / "histograms.png", _histograms(report, by_class))
+    if report.near:
+        pairs = report.near[:COLUMNS]
+        rows = {"one": [pair.first for pair in pairs], "other": [pair.second for pair in pairs]}
+        path = folder / "near_duplicates.png"
+        save_rows(path, {title: _pictures(files) for title, files in rows.items()}, columns=COLUMNS)
+    drawn = ("contact_sheet.png", "histograms.png", "near_duplicates.png")
+    return [folder / name for name in drawn[: 3 if report.near else 2]]
+
+
+def _spread(files: Sequence[SliceFile], most: int) -> list[SliceFile]:
+    """Files of subjects evenly over all subjects; from one to the next, another of the subject's slices."""
+    by_subject: dict[str | None, list[SliceFile]] = {}
+    for file in sorted(files, key=lambda file: (file.slice or 0, file.path)):
+        by_subject.setdefault(file.subject, []).append(file)
+    subjects = sorted(by_subject, key=str)
+    chosen = np.linspace(0, len(subjects) - 1, min(most, len(subjects))).round().astype(int)
+    places = np.linspace(0, 1, COLUMNS)  # across a row: from the first to the last slice
+    picked = []
+    for position, index in enumerate(chosen):
+        slices = by_subject[subjects[index]]
+        picked.append(slices[round(places[position % COLUMNS] * (len(slices) - 1))])
+    return picked
+
+
+def _pictures(files: Sequence[SliceFile]) -> torch.Tensor:
+    """(n, 1, H, W) in [0, 1]."""
+    images = np.stack([prepare_image(read_image(file.path), SIDE) for file in files])
+    return torch.from_numpy(images)[:, None] / 255
+
+
+def _histograms(report: CheckReport, by_class: dict[str, list[SliceFile]]) -> dict:
+    """Panels for `save_histograms`: {title: {class: (edges, shares)}}."""
+    edges = np.arange(0, 257, 4)
+    intensities = {}
+    for cls, counts in report.intensities.items():
+        counts = counts.copy()
+        counts[:4] = 0  # the background, and what JPEG makes of it
+        intensities[cls] = (edges, counts.reshape(-1, 4).sum(1) / max(1, counts.sum()))
+    panels = {"intensity, 0 to 255, without the background": intensities}
+
+    ages = {
+        cls: list({file.subject: file.age for file in files if file.age is not None}.values())
+        for cls, files in by_class.items()
+    }
+    known = {f"{cls} (n = {len(years)})": years for cls, years in ages.items() if years}
+    if known:
+        everyone = [age for years in known.values() for age in years]
+        edges = np.arange(5 * (min(everyone) // 5), max(everyone) + 5.01, 5)
+        panels["age, years, one a subject"] = {
+            cls: (edges, np.histogram(years, edges)[0] / len(years)) for cls, years in known.items()
+        }
+    return panels

@@ -1,0 +1,193 @@
+"""Drawing many images: which sampler, which seed, in batches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from queue import Queue
+from threading import Event, Lock, Thread
+
+import diffusers
+import numpy as np
+import torch
+
+from adni_ldm.pipeline import ClassConditionalLDMPipeline
+
+# Noise schedule, prediction type and trailing timesteps come from the pipeline's own scheduler. DPM-Solver++
+# ends with a step of first order to the clean image, by default. Its steps are even in time: even in log(SNR)
+# (use_lu_lambdas) they are better on Gaussian latents and worse on brains, where many see only noise.
+SCHEDULERS = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "dpm++_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+
+_one_drawing = Lock()  # the pipeline's scheduler counts the steps of one drawing
+
+
+def use_scheduler(pipeline: ClassConditionalLDMPipeline, name: str) -> None:
+    """Give the pipeline another sampler for the same noise schedule; `name` is one of SCHEDULERS."""
+    class_name, options = SCHEDULERS[name]
+    pipeline.scheduler = getattr(diffusers, class_name).from_config(pipeline.scheduler.config, **options)
+
+
+def image_seed(seed: int, index: int) -> int:
+    """Seed of image `index` of a run with `seed`; hashed, so that neighbouring seeds share no image."""
+    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint32)[0])
+
+
+def generate_images(
+    pipeline: ClassConditionalLDMPipeline,
+    labels: Sequence[int],
+    seeds: Sequence[int],
+    batch_size: int,
+    precision: str = "no",
+    **options,
+) -> Iterator[torch.Tensor]:
+    """Draw an image for each label from the seed beside it, in batches (B, 1, H, W) in [0, 1], on the CPU.
+
+    Each image has a generator of its own, so it depends on its seed and not on its batch (up to the
+    rounding of batched arithmetic).
+
+    Args:
+        precision: "no", "fp16" or "bf16", of the U-Net alone.
+        options: further arguments of the pipeline's call.
+    """
+    for first in range(0, len(labels), batch_size):
+        batch = slice(first, first + batch_size)
+        # seeded on the CPU: a seed means the same noise on every machine
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[batch]]
+        with _autocast(pipeline.device, precision):
+            yield (
+                pipeline(list(labels[batch]), generator=generators, output_type="pt", **options)
+                .images.float()
+                .cpu()
+            )
+
+
+def generate_progressively(
+    pipeline: ClassConditionalLDMPipeline,
+    labels: Sequence[int],
+    seeds: Sequence[int],
+    every: int,
+    precision: str = "no",
+    **options,
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """As `generate_images` in one batch, looked at on the way: (steps done, images (B, 1, H, W) in [0, 1]).
+
+    Comes every `every` steps, and last with the images themselves. Draws in a thread of its own, one at a
+    time in the whole process; closing the iterator ends it after the step it is at.
+    """
+    updates: Queue[tuple[int, torch.Tensor] | Exception | None] = Queue()
+    left = Event()
+
+    def look(_pipeline, step, _timestep, tensors):
+        if left.is_set():
+            raise InterruptedError("nobody waits for these images")
+        if (step + 1) % every == 0 and step + 1 < options["num_inference_steps"]:
+            updates.put((step + 1, pipeline.decode_latents(tensors["latents"]).float().cpu()))
+        return {}
+
+    def draw():
+        try:
+            with _one_drawing:
+                batches = generate_images(
+                    pipeline, labels, seeds, len(labels), precision, callback_on_step_end=look, **options
+                )
+                updates.put((options["num_inference_steps"], next(batches)))
+            updates.put(None)
+        except Exception as error:
+            updates.put(error)
+
+    Thread(target=draw, daemon=True).start()
+    try:
+        while (update := updates.get()) is not None:
+            if isinstance(update, Exception):
+                raise update
+            yield update
+    finally:
+        left.set()
+
+
+def denoising_trajectory(
+    pipeline: ClassConditionalLDMPipeline,
+    label: int,
+    seed: int,
+    frames: int,
+    precision: str = "no",
+    **options,
+) -> torch.Tensor:
+    """One image coming out of the noise: (frames, 1, H, W) in [0, 1], from pure noise to the image.
+
+    Args:
+        precision: "no", "fp16" or "bf16", of the U-Net alone.
+        options: further arguments of the pipeline's call.
+    """
+    shape = (1, pipeline.unet.config.in_channels, *[pipeline.unet.config.sample_size] * 2)
+    latents = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(pipeline.device)]
+
+    def keep(_pipeline, _step, _timestep, tensors):
+        latents.append(tensors["latents"])
+        return {}
+
+    with _autocast(pipeline.device, precision):
+        pipeline(label, latents=latents[0], output_type="latent", callback_on_step_end=keep, **options)
+    chosen = torch.linspace(0, len(latents) - 1, min(frames, len(latents))).round().int()
+    return pipeline.decode_latents(torch.cat([latents[index] for index in chosen])).float().cpu()
+
+
+@torch.no_grad()
+def interpolate_classes(
+    pipeline: ClassConditionalLDMPipeline,
+    source: str | int,
+    target: str | int,
+    seed: int,
+    frames: int,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 1.5,
+) -> torch.Tensor:
+    """One brain going from a class to another: (frames, 1, H, W) in [0, 1], of one noise.
+
+    The class tokens go from the one class's to the other's in a straight line; the first and the last frame
+    are what DDIM draws of the two classes from that seed.
+
+    Raises:
+        ValueError: a class that the model does not know.
+    """
+    embedding, config = pipeline.class_embedding, pipeline.unet.config
+    labels = [*embedding.labels_of([source, target]), embedding.null_label]
+    first, last, null = embedding(torch.tensor(labels, device=pipeline.device)).split(1)  # (1, 2, D) each
+    tokens = torch.cat([first.lerp(last, share) for share in torch.linspace(0, 1, frames).tolist()])
+    if guidance_scale != 1:
+        tokens = torch.cat([null.expand_as(tokens), tokens])  # (2 · frames, 2, D)
+    shape = (1, config.in_channels, config.sample_size, config.sample_size)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(pipeline.device)
+    train_steps = len(pipeline.scheduler.alphas_cumprod)
+    timesteps = torch.linspace(0, train_steps, num_inference_steps + 1)[1:].round().int() - 1
+    latents = pipeline.ddim(noise.expand(frames, -1, -1, -1), timesteps, tokens, guidance_scale)
+    return pipeline.decode_latents(latents).float().cpu()
+
+
+def _autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+    return torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()
+
+
+def weights_hash(pipeline: ClassConditionalLDMPipeline) -> str:
+    """`hash_weights` of all that is trained: tells which model an image came from."""
+    return hash_weights(pipeline.vae, pipeline.unet, pipeline.class_embedding)
+
+
+def hash_weights(*modules: torch.nn.Module) -> str:
+    """SHA-256 over the names and values of the modules' weights, first 16 hex digits."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,349 @@
+"""The phantom cohort: sagittal brain slices with a known AD-NC difference, made with no download.
+
+Every subject is the MNI152 T1 template (1 mm, skull-stripped, shipped inside nilearn) seen through a
+deformation of its own. A point p of the subject, in mm, is traced back to the template in three moves:
+
+1. rotation and scale about the middle of the brain;
+2. a sum of plane waves of 35 to 120 mm: the smooth difference between one healthy head and the next;
+3. disease: the flow of a velocity field built from distance maps. The walls of the lateral ventricles move
+   outward along their normal by a * exp(-d / 12 mm), d the distance to the wall; the surface of the brain
+   moves inward by b * exp(-depth / 12 mm) and the sulci open; the hippocampi contract about their centres.
+
+The truth of a slice, its areas of ventricle and of brain, comes from the template's masks at the very points
+its picture is sampled from. a, b and the contraction of a subject are drawn from `SEVERITY`: groups overlap.
+
+Axes: RAS, mm, MNI152 space (x right, y anterior, z superior). Pictures: superior up; anterior to the left in
+the sagittal plane, the subject's right to the left in the coronal one.
+"""
+
+import dataclasses
+import functools
+import multiprocessing
+import os
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+from scipy import ndimage
+from threadpoolctl import threadpool_limits
+from tqdm.auto import tqdm
+
+from adni_ldm.data.manifest import write_manifest
+from adni_ldm.errors import UserError
+from adni_ldm.preprocessing.phantom_atlas import Atlas, load_atlas
+
+CLASSES = ("AD", "NC")
+SPLITS = ("train", "val", "test")
+PLANES = {"sagittal": 0, "coronal": 1}  # axis that the plane stands on
+CONTRASTS = ("t1", "t2")
+FIELD_OF_VIEW_MM = 208.0  # side of a picture; the template's brain is 180 x 154 mm
+CENTRE_MM = np.array([0.0, -17.0, 4.0], np.float32)  # MNI point in the middle of a picture
+HALF_SPAN_MM = 24.0  # slices lie evenly so far about the middle of the brain
+LATTICE = 129  # nodes a side at which a slice's deformation is evaluated
+FLOW_STEPS = 4  # one long step would cross the thin horns of the ventricles
+HIPPOCAMPI_MM = np.array([[-26.0, -22.0, -14.0], [26.0, -22.0, -14.0]], np.float32)
+HIPPOCAMPUS_RADII_MM = np.array([8.0, 18.0, 8.0], np.float32)
+
+SEVERITY = {  # mean, standard deviation over the subjects of a class
+    "AD": {"ventricle": (4.5, 1.2), "atrophy": (1.8, 0.5), "hippocampus": (0.25, 0.08), "age": (76, 7)},
+    "NC": {"ventricle": (1.0, 1.2), "atrophy": (0.4, 0.5), "hippocampus": (0.04, 0.08), "age": (73, 7)},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """One person: what is written about them, and the numbers that make their head.
+
+    `ventricle` and `atrophy` are displacements in mm, `hippocampus` a relative contraction, `x_offset` mm;
+    `to_template` (3, 3); `waves` = wave vectors (K, 3) in 1/mm, phases (K,), amplitudes (K, 3) in mm; `bias`
+    likewise with amplitudes (K,) of the log intensity; `noise` is in units of white matter's intensity.
+    """
+
+    index: int
+    label: str
+    age: int
+    sex: str
+    ventricle: float
+    atrophy: float
+    hippocampus: float
+    x_offset: float
+    to_template: np.ndarray
+    waves: tuple[np.ndarray, np.ndarray, np.ndarray]
+    bias: tuple[np.ndarray, np.ndarray, np.ndarray]
+    gamma: float
+    noise: float
+
+
+def draw_subject(seed: int, index: int) -> Subject:
+    """Subject `index` of cohort `seed`: the same whatever the size of the cohort. Even is AD, odd is NC."""
+    rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
+    label = CLASSES[index % 2]
+    severity = {name: rng.normal(*moments) for name, moments in SEVERITY[label].items()}
+
+    scale = np.clip(rng.normal(1, 0.035), 0.93, 1.06) * rng.normal(1, 0.012, size=3)
+    pitch, roll, yaw = np.radians(rng.normal(0, [3.0, 1.0, 1.0]))
+    rotation = np.array([[1, -yaw, roll], [yaw, 1, -pitch], [-roll, pitch, 1]])
+    rotation, _ = np.linalg.qr(rotation)  # small angles, made orthogonal
+    rotation *= np.sign(np.diag(rotation))  # qr may mirror an axis
+
+    vectors, phases = _draw_waves(rng, 24, shortest=35, longest=120)
+    amplitude = rng.normal(size=(24, 3)) / np.linalg.norm(vectors, axis=1, keepdims=True)  # all equally steep
+    amplitude *= np.array([1.0, 2.0, 2.0]) / np.sqrt((amplitude**2).sum(0) / 2)  # rms in x, y, z, mm
+    bias = (*_draw_waves(rng, 4, shortest=150, longest=300), rng.normal(0, 0.05, size=4))
+    return Subject(
+        index=index,
+        label=label,
+        age=int(np.clip(round(severity["age"]), 55, 92)),
+        sex=str(rng.choice(["F", "M"])),
+        ventricle=float(np.clip(severity["ventricle"], -2, 9)),
+        atrophy=float(np.clip(severity["atrophy"], -1, 4)),
+        hippocampus=float(np.clip(severity["hippocampus"], -0.2, 0.6)),
+        x_offset=float(rng.uniform(-1.5, 1.5)),
+        to_template=(rotation / scale).astype(np.float32),
+        waves=tuple(part.astype(np.float32) for part in (vectors, phases, amplitude)),
+        bias=tuple(part.astype(np.float32) for part in bias),
+        gamma=float(np.exp(rng.normal(0, 0.1))),
+        noise=float(rng.uniform(0.015, 0.035)),
+    )
+
+
+def _draw_waves(rng: np.random.Generator, count: int, shortest: float, longest: float) -> tuple:
+    """Wave vectors (count, 3) in 1/mm, evenly over the sphere and the lengths in mm; phases (count,)."""
+    vectors = rng.normal(size=(count, 3))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors *= 2 * np.pi / rng.uniform(shortest, longest, size=(count, 1))
+    return vectors, rng.uniform(0, 2 * np.pi, size=count)
+
+
+def _wave_sum(points: np.ndarray, waves: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
+    """Sum of plane waves at points (..., 3): (...) or (..., 3), as the amplitudes are (K,) or (K, 3)."""
+    vectors, phases, amplitudes = waves
+    return np.cos(points @ vectors.T + phases) @ amplitudes
+
+
+def _sample(volume: np.ndarray, points: np.ndarray, atlas: Atlas, spacing: int, mode: str) -> np.ndarray:
+    """Trilinear values (...) of a volume at points (..., 3) in mm."""
+    voxels = np.moveaxis((points - atlas.origin_mm) / spacing, -1, 0)
+    return ndimage.map_coordinates(volume, voxels, output=np.float32, order=1, mode=mode)
+
+
+def disease_field(subject: Subject, atlas: Atlas) -> np.ndarray:
+    """Velocity (3, X/2, Y/2, Z/2), mm, of the flow that opens the ventricles and shrinks the brain."""
+    return subject.ventricle * atlas.ventricle_field + subject.atrophy * atlas.atrophy_field
+
+
+def template_points(points: np.ndarray, subject: Subject, field: np.ndarray, atlas: Atlas) -> np.ndarray:
+    """Where in the template, mm, the tissue at a subject's points (..., 3) float32, mm, comes from."""
+    points = CENTRE_MM + (points - CENTRE_MM) @ subject.to_template.T
+    points = points + _wave_sum(points, subject.waves)
+    for _ in range(FLOW_STEPS):
+        velocity = [_sample(along, points, atlas, spacing=2, mode="nearest") for along in field]
+        points = points + np.stack(velocity, axis=-1) / FLOW_STEPS
+    for centre in HIPPOCAMPI_MM:
+        offset = points - centre
+        reach = np.exp(-0.5 * ((offset / HIPPOCAMPUS_RADII_MM) ** 2).sum(-1, keepdims=True))
+        points = points + subject.hippocampus * reach * offset
+    return points
+
+
+def render_slice(
+    subject: Subject,
+    field: np.ndarray,  # its disease_field
+    position_mm: float,
+    image_size: int,
+    rng: np.random.Generator,
+    atlas: Atlas,
+    plane: str = "sagittal",
+    contrast: str = "t1",
+) -> tuple[np.ndarray, float, float]:
+    """Picture (H, W) uint8 of the plane at x (or y) = position_mm, 0 outside the brain; ventricle and brain
+    area, mm².
+
+    Pixels wider than about 1.5 mm are averages over finer points, as a scanner averages over a voxel.
+    """
+    finer = max(1, round(FIELD_OF_VIEW_MM / image_size))
+    side = image_size * finer
+    half = FIELD_OF_VIEW_MM / 2
+    nodes = np.linspace(-half, half, LATTICE)
+    centres = (np.arange(side) + 0.5) * FIELD_OF_VIEW_MM / side - half
+    to_centres = np.stack([np.interp(centres, nodes, one) for one in np.eye(LATTICE)], axis=1)
+    to_centres = to_centres.astype(np.float32)  # (side, LATTICE)
+
+    # Trace the lattice back to the template; between its nodes, 1.6 mm apart, the points are linear.
+    row, column = np.meshgrid(nodes, nodes, indexing="ij")  # down, and to the right
+    lattice = np.stack([CENTRE_MM[0] - column, CENTRE_MM[1] - column, CENTRE_MM[2] - row], axis=-1)
+    lattice[..., PLANES[plane]] = position_mm
+    lattice = lattice.astype(np.float32)  # (LATTICE, LATTICE, 3)
+    traced = np.moveaxis(template_points(lattice, subject, field, atlas), -1, 0)  # (3, LATTICE, LATTICE)
+    points = np.moveaxis(to_centres @ traced @ to_centres.T, 0, -1)  # (side, side, 3)
+    brain = _sample(atlas.brain, points, atlas, spacing=1, mode="constant") > 0.5
+    ventricle = brain & (_sample(atlas.ventricle, points, atlas, spacing=1, mode="constant") > 0.5)
+
+    # Fluid is 0.25 and white matter 0.86 in the template; darker fluid is closer to a scan of one person.
+    intensity = _sample(atlas.intensity, points, atlas, spacing=1, mode="constant")
+    intensity = np.clip((intensity - 0.12) / 0.78, 0, None) ** subject.gamma
+    if contrast == "t2":  # fluid bright, white matter dark; the template knows no more of T2
+        intensity = np.clip(1.12 - intensity, 0.05, None)
+    intensity *= np.exp(to_centres @ _wave_sum(lattice, subject.bias) @ to_centres.T)
+
+    def pixels(fine):
+        return fine.reshape(image_size, finer, image_size, finer).mean((1, 3), dtype=np.float32)
+
+    real, imaginary = subject.noise * rng.standard_normal((2, image_size, image_size), dtype=np.float32)
+    noisy = np.hypot(pixels(intensity * brain) + real, imaginary)  # Rician, as in magnitude images
+    grey = np.where(pixels(brain) > 0.5, np.clip(noisy * 215, 1, 255), 0).astype(np.uint8)
+    area = (FIELD_OF_VIEW_MM / side) ** 2
+    return grey, float(ventricle.sum() * area), float(brain.sum() * area)
+
+
+def slice_positions(slices: int) -> np.ndarray:
+    """Planes (slices,), mm from the middle: the middles of equal parts of -HALF_SPAN_MM .. HALF_SPAN_MM."""
+    return ((np.arange(slices) + 0.5) / slices * 2 - 1) * HALF_SPAN_MM
+
+
+_worker_atlas: Atlas | None = None  # of a worker process: handed over once, not with every subject
+
+
+def _start_worker(atlas: Atlas) -> None:
+    global _worker_atlas
+    _worker_atlas = atlas
+    # Matrix products in as many threads as there are cores, in as many processes, wait for each other.
+    threadpool_limits(1)
+
+
+def _write_subject(
+    task: tuple[int, str],  # index, split
+    root: Path,
+    name_width: int,
+    slices: int,
+    image_size: int,
+    seed: int,
+    plane: str,
+    contrast: str,
+    atlas: Atlas | None = None,
+) -> list[dict]:
+    """Write one subject's pictures below root; their rows of metadata.csv, with the split added."""
+    index, split = task
+    atlas = atlas or _worker_atlas
+    subject = draw_subject(seed, index)
+    field = disease_field(subject, atlas)
+    name = f"s{seed}p{index:0{name_width}d}"  # nobody of one cohort is taken for somebody of another
+    rows = []
+    for number, position in enumerate(slice_positions(slices)):
+        rng = np.random.default_rng(np.random.SeedSequence([seed, index, number]))
+        position_mm = float(CENTRE_MM[PLANES[plane]] + position) + subject.x_offset
+        picture, ventricle, brain = render_slice(
+            subject, field, position_mm, image_size, rng, atlas, plane, contrast
+        )
+        file_name = f"{subject.label}/{name}_{number:02d}.png"
+        Image.fromarray(picture).save(root / split / file_name, compress_level=1)
+        rows.append(
+            {
+                "file_name": file_name,
+                "label": subject.label,
+                "subject": name,
+                "slice": number,
+                "slice_mm": round(position_mm, 2),
+                "age": subject.age,
+                "sex": subject.sex,
+                "pixel_mm": FIELD_OF_VIEW_MM / image_size,
+                "ventricle_mm2": round(ventricle, 1),
+                "brain_mm2": round(brain, 1),
+                "split": split,
+            }
+        )
+    return rows
+
+
+def split_subjects(subjects: int, seed: int) -> list[str]:
+    """The split of every subject: within each class 70 % train, 15 % val, 15 % test, none of them empty."""
+    splits = [""] * subjects
+    rng = np.random.default_rng(np.random.SeedSequence([seed, subjects]))  # an index that no subject has
+    for first in range(len(CLASSES)):
+        members = rng.permutation(np.arange(first, subjects, len(CLASSES)))
+        train = min(round(0.7 * len(members)), len(members) - 2)
+        val = max(1, min(round(0.15 * len(members)), len(members) - train - 1))
+        for place, member in enumerate(members):
+            splits[member] = SPLITS[0 if place < train else 1 if place < train + val else 2]
+    return splits
+
+
+def write_phantom_cohort(
+    output_dir: Path,
+    subjects: int = 200,
+    slices: int = 10,
+    image_size: int = 64,
+    seed: int = 0,
+    workers: int | None = None,
+    plane: str = "sagittal",
+    contrast: str = "t1",
+) -> pd.DataFrame:
+    """Write a cohort as output_dir/{train,val,test}/{AD,NC}/SUBJECT_SLICE.png with a metadata.csv a split
+    and a manifest.json.
+
+    Pictures are 8-bit grey, image_size pixels and 208 mm a side, brain only, 0 outside, superior up, anterior
+    (coronal: the subject's right) to the left. Subjects alternate AD, NC and stay within one split.
+    metadata.csv: file_name (relative to its folder), label, subject, slice, slice_mm (x; coronal: y), age,
+    sex, pixel_mm, ventricle_mm2, brain_mm2 (the truth).
+    Bytes depend on the seed and the sizes, never on `workers` (None: one a CPU). Returns the rows of all
+    splits, with a column `split`.
+
+    Raises UserError (a ValueError) for sizes out of range and FileExistsError for an output_dir that is not
+    empty; nothing is written then. A run that is killed leaves only .NAME.partial beside output_dir.
+    """
+    workers = os.cpu_count() if workers is None else workers
+    for name, value, low, high in (
+        ("subjects", subjects, 6, None),  # three splits of two classes
+        ("slices", slices, 1, 100),  # two digits in a file's name
+        ("image_size", image_size, 16, 1024),
+        ("seed", seed, 0, None),
+        ("workers", workers, 1, None),
+    ):
+        if value < low or (high is not None and value > high):
+            raise UserError(f"{name}={value}: choose {low} or more" + (f", at most {high}" if high else ""))
+    if plane not in PLANES or contrast not in CONTRASTS:
+        raise UserError(f"plane={plane}, contrast={contrast}: choose of {', '.join((*PLANES, *CONTRASTS))}")
+    output_dir = Path(output_dir)
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise FileExistsError(f"{output_dir} is not an empty folder: remove it or choose another")
+
+    atlas = load_atlas()
+    building = output_dir.with_name(f".{output_dir.name}.partial")
+    shutil.rmtree(building, ignore_errors=True)
+    for split in SPLITS:
+        for label in CLASSES:
+            (building / split / label).mkdir(parents=True)
+    tasks = list(enumerate(split_subjects(subjects, seed)))
+    write = functools.partial(
+        _write_subject,
+        root=building,
+        name_width=max(4, len(str(subjects - 1))),
+        slices=slices,
+        image_size=image_size,
+        seed=seed,
+        plane=plane,
+        contrast=contrast,
+    )
+    progress = functools.partial(tqdm, total=subjects, desc="phantom", unit="subject")
+    if workers == 1:
+        rows = [row for task in progress(tasks) for row in write(task, atlas=atlas)]
+    else:
+        # spawn: a fork of a process in which torch has started its threads can hang
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(workers, subjects), spawn, _start_worker, (atlas,)) as pool:
+            rows = [row for some in progress(pool.map(write, tasks)) for row in some]
+
+    table = pd.DataFrame(rows)
+    for split in SPLITS:
+        rows_of_split = table[table.split == split].drop(columns="split")
+        rows_of_split.to_csv(building / split / "metadata.csv", index=False)
+    settings = {"source": "phantom", "subjects": subjects, "slices": slices, "image_size": image_size}
+    settings |= {"plane": plane, "contrast": contrast, "seed": seed}
+    write_manifest(building, settings)
+    if output_dir.exists():
+        output_dir.rmdir()
+    building.rename(output_dir)
+    return table

@@ -1,0 +1,249 @@
+"""Which scans there are, of whom: the files of a study joined with its table.
+
+Three layouts are known. An archive tree, as ADNI's downloads unpack, with the archive's CSV:
+
+    ADNI/SUBJECT/DESCRIPTION/DATE/IMAGE_ID/*.nii or *.dcm    Image Data ID, Subject, Group, Sex, Age ...
+
+BIDS, with its own participants.tsv (participant_id, group or diagnosis, age, sex):
+
+    sub-*/[ses-*/]anat/*_T1w.nii.gz
+
+And a plain folder with a table that has a column `path`, relative to the folder, beside subject and group.
+Each column may go by another name: `columns={"group": "DX_bl"}`.
+
+A subject is in the splits if the table says who they are, whether or not their scan can be read: adding files
+moves nobody, and every part of a cluster's job comes to the same split.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from adni_ldm.data.study_table import classify, has_path_column, left_out_notes, read_table
+from adni_ldm.errors import UserError
+from adni_ldm.preprocessing.volumes import NIFTI_SUFFIXES, is_dicom
+
+_ADNI_SUBJECT = re.compile(r"\d{3}_S_\d{4,5}")
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyScan:
+    """One scan to read. `key` is unique and begins a picture's name; age in years; "" is not known."""
+
+    key: str
+    path: str  # of the NIfTI file or the DICOM folder, relative to the input folder
+    subject: str
+    label: str
+    session: str = ""
+    image_id: str = ""
+    age: str = ""
+    sex: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rejected:
+    """What cannot be used, and why: a file, or a row of the table without one (path "")."""
+
+    path: str
+    subject: str
+    image_id: str
+    reason: str
+
+
+@dataclasses.dataclass
+class Study:
+    """Scans in the order of their keys; `people`, one row a subject: subject, label, age, sex; the rest."""
+
+    scans: list[StudyScan]
+    people: pd.DataFrame
+    rejected: list[Rejected]
+    notes: list[str]
+
+
+def read_study(
+    input_dir: str | Path,
+    table: str | Path | None = None,  # None: participants.tsv of a BIDS folder
+    classes: Sequence[str] = ("AD", "NC"),
+    columns: Mapping[str, str] | None = None,  # {"group": "DX_bl"}: the table's names where ours do not fit
+    ignore: Iterable[str] = (),  # names of files that are no scans, such as masks, as glob patterns
+) -> Study:
+    """The scans of a folder with what a table says of them. Raises UserError for what is wrong as a whole."""
+    root = Path(input_dir)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; give the one that holds the scans")
+    bids = any(root.glob("sub-*")) and not has_path_column(table, columns)
+    table = Path(table) if table else root / "participants.tsv"
+    if not table.is_file():
+        more = "" if bids else " (columns such as Image Data ID, Subject, Group, Age, Sex), with --table"
+        raise UserError(f"{table}: no such file; give the table that says who is who{more}")
+    rows = read_table(table, columns or {})
+    if bids:
+        rows["subject"] = "sub-" + rows.subject.str.removeprefix("sub-")
+    if "path" in rows:
+        rows["path"] = [Path(path).as_posix() if path else "" for path in rows.path]  # ./a.nii is a.nii
+    rows = classify(rows, classes)
+    usable = rows[rows.use == "yes"]
+    if usable.empty:
+        raise UserError(f"{table}: no row of {' or '.join(classes)}; see --classes and --columns")
+    by_subject = usable.groupby("subject", sort=True)
+    people = by_subject.agg(label=("label", "first"), age=("years", "min"), sex=("sex", "max")).reset_index()
+    people["sex"] = people.sex.where(people.sex != "")
+
+    files = find_scans(root, bids, ignore)
+    linked, rejected = _link(root, files, rows, table)
+    scans = [_to_scan(path, rows.loc[index], bids) for path, index in linked]
+    _refuse_same_keys(scans)
+    return Study(sorted(scans, key=lambda scan: scan.key), people, rejected, left_out_notes(rows, classes))
+
+
+def find_scans(root: Path, bids: bool = False, ignore: Iterable[str] = ()) -> list[str]:
+    """Paths relative to `root`, sorted, of all NIfTI files and of all folders with DICOM files below it.
+
+    In BIDS only anat/*_T1w. Hidden names are passed over, and names that match a pattern of `ignore`.
+    """
+    found = []
+    for place, folders, names in os.walk(root):
+        folder = Path(place)
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        if bids and folder == root:  # derivatives/ has copies of the same names
+            folders[:] = [f for f in folders if f.startswith("sub-")]
+        if bids and folder.name != "anat":
+            continue
+        names = [
+            n for n in sorted(names) if not n.startswith(".") and not any(Path(n).match(p) for p in ignore)
+        ]
+        niftis = [n for n in names if n.endswith(NIFTI_SUFFIXES)]
+        found += [folder / n for n in niftis if not bids or "_T1w." in n]
+        others = [
+            n
+            for n in names
+            if Path(n).suffix.lower() in (".dcm", ".ima", "") or n.rsplit(".", 1)[-1].isdigit()
+        ]
+        if not bids and any(is_dicom(folder / n) for n in others[:3]):
+            found.append(folder)
+    return [path.relative_to(root).as_posix() for path in found]
+
+
+def _link(
+    root: Path, files: Sequence[str], rows: pd.DataFrame, table: Path
+) -> tuple[list[tuple[str, int]], list[Rejected]]:
+    """Pairs of a file and its row; files without a row, rows without a file, rows that are rejected."""
+    if "path" in rows:
+        find_row = _finder_by_path(rows)
+        files = sorted({*files, *(p for p in rows.path if p and (root / p).exists())})
+    elif "image_id" in rows:
+        find_row = _finder_by_image(root, rows, table)
+    else:
+        find_row = _finder_by_subject(rows, table)
+    linked, rejected, taken = [], [], {}
+    for path in files:
+        index = _LEAVES if _leaves(root, path) else find_row(path)
+        if isinstance(index, str):
+            rejected.append(Rejected(path, "", "", index))
+            continue
+        row = rows.loc[index]
+        reason = "" if row.use in ("yes", "no") else row.use
+        if row.get("image_id") and index in taken:
+            reason = reason or f"the same image as {taken[index]}"
+        taken[index] = path
+        if reason:
+            rejected.append(Rejected(path, row.subject, row.get("image_id", ""), reason))
+        elif row.use == "yes":
+            linked.append((path, index))
+    for index, row in rows.iterrows():
+        if index not in taken and row.use != "no":
+            reason = "no file for this row of the table" if row.use == "yes" else row.use
+            rejected.append(Rejected(row.get("path", ""), row.subject, row.get("image_id", ""), reason))
+    return linked, rejected
+
+
+_NO_ROW = "no row of the table is about it"
+_LEAVES = "lies outside the folder of scans, by its path or by a link; move it there"
+
+
+def _leaves(root: Path, path: str) -> bool:
+    """Whether a file, a folder or a link in that folder leads out of `root`: scans may be anybody's."""
+    full, root = root / path, root.resolve()
+    inside = [Path(entry) for entry in os.scandir(full) if entry.is_symlink()] if full.is_dir() else []
+    return not all(one.resolve().is_relative_to(root) for one in (full, *inside))
+
+
+def _finder_by_path(rows: pd.DataFrame):
+    by_path = {}
+    for index, path in rows.path.items():
+        if path and by_path.setdefault(path, index) != index:
+            raise UserError(f"the table has two rows for {path}; keep one")
+    return lambda path: by_path.get(path, _NO_ROW)
+
+
+def _finder_by_image(root: Path, rows: pd.DataFrame, table: Path):
+    by_image = {}
+    for index, name in rows.image_id.items():
+        number = name.lstrip("IiDd")
+        if number and by_image.setdefault(number, index) != index:
+            first = rows.loc[by_image[number]]
+            if first.subject != rows.subject[index] or first.label != rows.label[index]:
+                raise UserError(f"{table}: image {name} has two rows that differ; keep one")
+
+    def find(path: str) -> int | str:
+        number = _image_number(root, path)
+        if number not in by_image:
+            return _NO_ROW if number else "no image ID in its path, such as …/I14437/…"
+        subject = rows.subject[by_image[number]]
+        told = {match[0] for match in map(_ADNI_SUBJECT.search, Path(path).parts) if match}
+        if told and _ADNI_SUBJECT.fullmatch(subject) and subject not in told:
+            return f"lies under {', '.join(sorted(told))}, but the table has its image of {subject}"
+        return by_image[number]
+
+    return find
+
+
+def _image_number(root: Path, path: str) -> str | None:
+    """14437 of …_I14437.nii, else of a folder I14437 or 14437. A folder S12345 is a series, no image."""
+    full = root / path
+    name = full.name if full.is_file() else next((n for n in sorted(os.listdir(full)) if n[0] != "."), "")
+    if match := re.search(r"_I(\d+)(?=[._]|$)", name):
+        return match[1]
+    folders = Path(path).parts if full.is_dir() else Path(path).parent.parts
+    matches = (re.fullmatch(r"[ID]?(\d+)", folder) for folder in reversed(folders))
+    return next((match[1] for match in matches if match), None)
+
+
+def _finder_by_subject(rows: pd.DataFrame, table: Path):
+    if (twice := rows.subject[rows.subject.duplicated()]).any():
+        raise UserError(
+            f"{table}: {twice.iloc[0]} has several rows, and no column tells which file each is about; "
+            "name one with --columns image_id=NAME or path=NAME"
+        )
+    by_subject = {subject: index for index, subject in rows.subject.items()}
+    return lambda path: next((by_subject[p] for p in Path(path).parts if p in by_subject), _NO_ROW)
+
+
+def _to_scan(path: str, row: pd.Series, bids: bool) -> StudyScan:
+    name = Path(path).name
+    session, image_id = row.session, row.get("image_id", "")
+    if bids:
+        key = name.split(".")[0].removesuffix("_T1w")
+        session = session or next((p[4:] for p in Path(path).parts if p.startswith("ses-")), "")
+    elif image_id:
+        key = f"{row.subject}_{image_id}"
+    else:  # a name that stays when other scans come
+        key = "_".join(filter(None, [row.subject, session, hashlib.sha256(path.encode()).hexdigest()[:6]]))
+    key = re.sub(r"[^\w.+-]", "-", key).lstrip(".")
+    return StudyScan(key, path, row.subject, row.label, session, image_id, row.age, row.sex)
+
+
+def _refuse_same_keys(scans: Sequence[StudyScan]) -> None:
+    by_key = defaultdict(list)
+    for scan in scans:
+        by_key[scan.key].append(scan.path)
+    if twice := next((paths for paths in by_key.values() if len(paths) > 1), None):
+        raise UserError(f"{twice[0]} and {twice[1]} would have pictures of the same name; move one away")

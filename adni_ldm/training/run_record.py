@@ -1,0 +1,115 @@
+"""What a run is and where it ran: the identity that a resume is held against, and run.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from adni_ldm.data.manifest import CONTENT
+from adni_ldm.data.provenance import DataRecord
+from adni_ldm.data.slices import SliceTensors
+from adni_ldm.environment import installed_versions
+
+LIBRARIES = ("adni-ldm", "torch", "diffusers", "accelerate", "transformers", "datasets", "safetensors")
+
+
+def hash_slices(
+    accelerator: Accelerator, data: DataRecord, image_size: int, **splits: SliceTensors
+) -> dict[str, str]:
+    """SHA-256 of what training sees of each split, first 16 hex digits. Every process calls it.
+
+    Where the data's manifest.json has a hash of the files' content: over that, who is in the split and the
+    slices' side, so that no pixel is read. Else over the pixels. The same slices in the same order have the
+    same hash wherever they lie.
+    """
+    hashes = {}
+    for split, slices in splits.items() if accelerator.is_main_process else ():
+        digest = hashlib.sha256(slices.labels.numpy().tobytes())
+        if data.hash_of == CONTENT:
+            subjects = {name: sorted(scans) for name, scans in data.subjects[split].items()}
+            parts = [data.hash, split, subjects, data.class_names, image_size]
+            digest.update(json.dumps(parts, sort_keys=True).encode())
+        else:
+            for batch in slices.arrays.iter(batch_size=256):
+                digest.update(batch["image"].tobytes())
+        hashes[split] = digest.hexdigest()[:16]
+    return broadcast_object_list([hashes])[0]
+
+
+def run_identity(
+    accelerator: Accelerator,
+    settings: Mapping[str, Mapping[str, object]],
+    data_hash: str,
+    **hashes: str,
+) -> dict[str, dict[str, object]]:
+    """What a resumed run must have in common with the one it goes on from, and what it should.
+
+    Args:
+        settings: "must" and "should", as `config.settings_to_keep` gives them.
+        data_hash: of the slices trained on.
+        hashes: of what else goes in.
+    """
+    device = accelerator.device
+    must = {
+        "number of processes": accelerator.num_processes,
+        "distribution": accelerator.distributed_type.value,
+        "precision": accelerator.mixed_precision,
+        "device": device.type,
+        "data": data_hash[:16],
+        **hashes,
+        **settings["must"],
+    }
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.get_num_threads()
+    should = {
+        "torch": torch.__version__,
+        "GPU" if device.type == "cuda" else "number of threads": machine,
+        **settings["should"],
+    }
+    return json.loads(json.dumps({"must": must, "should": should}))  # as it comes back from a file
+
+
+def record_start(output_dir: str | Path, step: int, identity: Mapping[str, object]) -> None:
+    """Add this start to `run.json`: command, versions, git commit, and what the run is."""
+    path = Path(output_dir) / "run.json"
+    try:
+        starts = json.loads(path.read_text())["starts"] if step else []
+    except (OSError, ValueError, KeyError):
+        starts = []
+    start = {
+        "step": step,
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "git": git_commit(Path(__file__).parents[2]),
+        "versions": installed_versions(LIBRARIES),
+        **identity,
+    }
+    partial = path.with_name("run.json.partial")
+    partial.write_text(json.dumps({"starts": [*starts, start]}, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def git_commit(clone: Path) -> str | None:
+    """Commit that a clone stands at, with `+changes` where files differ from it; None outside a clone."""
+    if not (clone / ".git").exists():
+        return None
+
+    def ask(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(clone), *words], capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
+
+    try:
+        commit = ask("rev-parse", "HEAD")
+        return commit + ("+changes" if ask("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
