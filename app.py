@@ -247,7 +247,7 @@ class Model:
         return generate_progressively(self.pipeline, numbers, seeds, every, self.precision, **options)
 
     def _rows(self, files, labels, seeds, steps: int, guidance: float) -> list[dict]:
-        same = {"steps": steps, "guidance_scale": guidance, "eta": 0.0, "scheduler": "ddim"}
+        same = {"num_inference_steps": steps, "guidance_scale": guidance, "eta": 0.0, "scheduler": "ddim"}
         same |= {"precision": self.precision, "model_hash": self.hash}
         return [
             {"file_name": name, "label": label, "seed": seed, **same}

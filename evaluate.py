@@ -155,7 +155,7 @@ def sample_facts(folder: str) -> dict[str, str]:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: cannot be read as a table ({error}); sample.py writes it") from error
-    columns = ("model", "model_hash", "data_hash", "guidance_scale", "steps", "scheduler")
+    columns = ("model", "model_hash", "data_hash", "guidance_scale", "num_inference_steps", "scheduler")
     return {name: ", ".join(sorted(set(table[name]))) for name in columns if name in table}
 
 

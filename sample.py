@@ -1,7 +1,7 @@
 """Draw slices of the class asked for.
 
     python sample.py --class AD --num_images 64 --model runs/ldm --output_dir samples
-    python sample.py --class all --steps 20 --scheduler dpm++ --guidance_scale 3
+    python sample.py --class all --num_inference_steps 20 --scheduler dpm++ --guidance_scale 3
     accelerate launch sample.py --num_images 100000 --batch_size 256        # shared among the GPUs
     python sample.py --from_image scan.png --from NC --to AD        # a real slice, as it would look in AD
     python sample.py --morph 9 --from NC --to AD                    # one brain from NC to AD in 9 frames
@@ -61,7 +61,7 @@ def main() -> None:
     pipeline.to(state.device)
 
     # ---- A real slice in another class, or a brain on its way there: that and nothing else -----------------
-    options = {"num_inference_steps": cfg.steps, "guidance_scale": cfg.guidance_scale}
+    options = {"num_inference_steps": cfg.num_inference_steps, "guidance_scale": cfg.guidance_scale}
     if cfg.from_image and state.is_main_process:
         options["strength"] = cfg.strength
         row = write_counterfactual(output_dir, pipeline, cfg.from_image, cfg.source, cfg.target, **options)
@@ -77,9 +77,17 @@ def main() -> None:
         return
 
     # ---- Folder: empty, or of a run with the same settings -------------------------------------------------
-    options = {"num_inference_steps": cfg.steps, "guidance_scale": cfg.guidance_scale, "eta": cfg.eta}
+    options = {
+        "num_inference_steps": cfg.num_inference_steps,
+        "guidance_scale": cfg.guidance_scale,
+        "eta": cfg.eta,
+    }
     options["guidance_interval"] = tuple(cfg.guidance_interval)
-    columns = {"steps": cfg.steps, "guidance_scale": cfg.guidance_scale, "eta": cfg.eta}
+    columns = {
+        "num_inference_steps": cfg.num_inference_steps,
+        "guidance_scale": cfg.guidance_scale,
+        "eta": cfg.eta,
+    }
     columns |= {
         "scheduler": cfg.scheduler,
         "precision": precision,

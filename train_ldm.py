@@ -179,7 +179,7 @@ def main() -> int:
     if cfg.report_to != "none":
         accelerator.init_trackers("logs")
     log = RunLog(accelerator, output_dir, COLUMNS, resumed_at=step)
-    if cfg.evaluate_every and accelerator.is_main_process:
+    if cfg.evaluation_steps and accelerator.is_main_process:
         watch = OnlineEvaluation(
             *(image_set(part, cfg.evaluate_slices, cfg.seed) for part in (train, val)),
             count=cfg.evaluate_images,
@@ -232,14 +232,14 @@ def main() -> int:
         if step % cfg.log_steps == 0 or last:
             line = log.write_means(step, learning_rate=learning_rate, skipped=check.skipped)
             progress.set_postfix(loss=f"{line['loss']:.4f}")
-        if cfg.sample_steps and (step % cfg.sample_steps == 0 or last):
+        if cfg.validation_steps and (step % cfg.validation_steps == 0 or last):
             with averaged_weights(ema, trained), accelerator.autocast():
                 sampled = whole_denoiser(denoiser)
                 if accelerator.is_main_process:  # the others go on, and wait at the next gradient
                     held_out = held_out_loss(sampled, val_latents, vae, scheduler, cfg)
                     draw_samples(build_pipeline(vae, sampled, scheduler), output_dir / "samples.png", cfg)
                     log.write(step, val_loss=held_out)
-        if cfg.evaluate_every and (step % cfg.evaluate_every == 0 or last):
+        if cfg.evaluation_steps and (step % cfg.evaluation_steps == 0 or last):
             with averaged_weights(ema, denoiser.parameters()), accelerator.autocast():
                 sampled = whole_denoiser(denoiser)
                 if accelerator.is_main_process:
@@ -250,7 +250,9 @@ def main() -> int:
                     save_best(judged, output_dir, step, figures)
         due = cfg.checkpointing_steps and step % cfg.checkpointing_steps == 0
         if (due or check.stop) and not last:
-            save_checkpoint(accelerator, output_dir, step, cfg.keep_checkpoints, **state, **check.counts)
+            save_checkpoint(
+                accelerator, output_dir, step, cfg.checkpoints_total_limit, **state, **check.counts
+            )
         if check.exhausted:
             diagnostic = output_dir / "nonfinite"
             write_state(accelerator, diagnostic, step, **state, **check.counts)

@@ -219,7 +219,9 @@ def main() -> int:
                 progress.write(text.format(step, **quality))
         due = cfg.checkpointing_steps and step % cfg.checkpointing_steps == 0
         if (due or check.stop) and not last:
-            save_checkpoint(accelerator, output_dir, step, cfg.keep_checkpoints, **state, **check.counts)
+            save_checkpoint(
+                accelerator, output_dir, step, cfg.checkpoints_total_limit, **state, **check.counts
+            )
         if check.exhausted:
             diagnostic = output_dir / "nonfinite"
             write_state(accelerator, diagnostic, step, **state, **check.counts)

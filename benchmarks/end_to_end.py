@@ -98,7 +98,7 @@ def shortened(preset: dict, steps: int | None, batch_size: int | None) -> dict:
             settings[name] = max(1, round(preset[name] * share))
     if halflife := preset.get("ema_halflife_images"):
         settings["ema_halflife_images"] = max(1, round(halflife * share * batch_size / preset["batch_size"]))
-    return settings | ({"sample_steps": 0} if "sample_steps" in preset else {})
+    return settings | ({"validation_steps": 0} if "validation_steps" in preset else {})
 
 
 def train(recipe: str, config: str, common: dict, settings: dict, out: Path) -> tuple:

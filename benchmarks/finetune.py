@@ -129,7 +129,7 @@ class Recipes:
         folder, steps = self.work / name, self.options.steps
         settings = self.common | {"vae": vae, "max_steps": steps, "output_dir": folder, "seed": seed}
         settings |= {"batch_size": self.options.batch_size, "warmup_steps": steps // 20, "snr_gamma": 0}
-        settings |= {"sample_steps": 0, "ema_halflife_images": steps * self.options.batch_size // 10}
+        settings |= {"validation_steps": 0, "ema_halflife_images": steps * self.options.batch_size // 10}
         seconds += timed("train_ldm", settings | more)
         weights = folder / "pytorch_lora_weights.safetensors"
         weights = weights if weights.is_file() else folder / "unet/diffusion_pytorch_model.safetensors"
@@ -152,7 +152,7 @@ def last(folder: Path, name: str) -> float:
 def draw(options: argparse.Namespace, model: Path, folder: Path, seed: int) -> ImageSet:
     """What sample.py draws of the model, which is written to the folder."""
     settings = {"model": model, "output_dir": folder, "num_images": options.num_images, "batch_size": 50}
-    settings |= {"seed": seed, "steps": 20, "scheduler": "dpm++", "guidance_scale": 1}
+    settings |= {"seed": seed, "num_inference_steps": 20, "scheduler": "dpm++", "guidance_scale": 1}
     run([sys.executable, "sample.py", *flags(settings)])
     return load_samples(folder, ("AD", "NC"))
 

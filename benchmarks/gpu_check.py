@@ -57,7 +57,7 @@ class Bench:
     def words(self, recipe: str, folder: Path, *more: str, **settings) -> list[str]:
         values = self.common | {"output_dir": folder} | settings
         if recipe == "train_ldm":
-            values |= {"vae": self.work / "vae", "sample_steps": 0}
+            values |= {"vae": self.work / "vae", "validation_steps": 0}
         words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
         return [f"{recipe}.py", *words, *more]
 

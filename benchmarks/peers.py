@@ -72,7 +72,7 @@ def train_ours(work: Path, data: Path, preset: Preset, seconds: float) -> Traine
     for recipe, name in (("train_vae", "vae"), ("train_ldm", "ldm")):
         settings = {"config": f"configs/{preset.name}/{name}.yaml", "data_dir": data, "report_to": "none"}
         settings |= {"checkpointing_steps": 0, "output_dir": work / name}
-        settings |= {"vae": work / "vae", "sample_steps": 0} if recipe == "train_ldm" else {}
+        settings |= {"vae": work / "vae", "validation_steps": 0} if recipe == "train_ldm" else {}
         warmup = getattr(preset, name)["warmup_steps"]
         # A short run tells how long a step takes and how long all the rest; it is not counted.
         trial = settings | {

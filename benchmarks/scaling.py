@@ -46,7 +46,7 @@ class Bench:
             vae = self.path("vae")
             preset.build_vae().save_pretrained(vae)
             names = ("unet_widths", "layers_per_block")
-            settings |= {name: preset.ldm[name] for name in names} | {"vae": vae, "sample_steps": 0}
+            settings |= {name: preset.ldm[name] for name in names} | {"vae": vae, "validation_steps": 0}
         else:
             settings |= {"widths": preset.vae["widths"], "eval_images": 1}
         return run_watched(self.path("out"), recipe, settings, launcher)

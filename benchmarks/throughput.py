@@ -91,7 +91,7 @@ class Bench:
         batch = self.preset.batch_size(self.preset.ldm, on_cpu=16)
         sizes = {"unet_widths": self.preset.ldm["unet_widths"], "batch_size": batch}
         sizes |= {"layers_per_block": self.preset.ldm.get("layers_per_block", 2)}
-        ours = sizes | {"vae": self.work / "vae", "sample_steps": 0}
+        ours = sizes | {"vae": self.work / "vae", "validation_steps": 0}
         kinds = {"LDM step, train_ldm.py": ours}
         if self.options.compile:
             kinds["LDM step, train_ldm.py --compile"] = ours | {"compile": True}

@@ -132,7 +132,16 @@ def model(pipeline, tmp_path):
 
 def test_sample_writes_a_counterfactual(model, phantom_dir, tmp_path):
     scan = next((phantom_dir / "test/NC").glob("*.png"))
-    command = ("sample.py", "--model", model, "--from_image", scan, "--steps", 3, "--output_dir")
+    command = (
+        "sample.py",
+        "--model",
+        model,
+        "--from_image",
+        scan,
+        "--num_inference_steps",
+        3,
+        "--output_dir",
+    )
     said = run(*command, tmp_path / "out", "--to", "AD")
     assert "round-trip error" in said
     names = {"counterfactual.png", "difference.png", "side_by_side.png", "metadata.csv"}
@@ -153,7 +162,19 @@ def test_sample_writes_a_counterfactual(model, phantom_dir, tmp_path):
 
 
 def test_sample_writes_a_morph(model, tmp_path):
-    command = ("sample.py", "--model", model, "--steps", 3, "--from", "NC", "--to", "AD", "--morph", 5)
+    command = (
+        "sample.py",
+        "--model",
+        model,
+        "--num_inference_steps",
+        3,
+        "--from",
+        "NC",
+        "--to",
+        "AD",
+        "--morph",
+        5,
+    )
     run(*command, "--output_dir", tmp_path / "out")
     with Image.open(tmp_path / "out/morph.gif") as film:
         assert film.size == (16, 16) and film.n_frames == 8, "there and back, no end twice"

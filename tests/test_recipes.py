@@ -37,7 +37,7 @@ def presets(phantom_dir, tmp_path_factory):
     common = {"data_dir": str(phantom_dir), "image_size": 32, "max_steps": 6, "batch_size": 4, "log_steps": 2}
     common |= {"warmup_steps": 1, "learning_rate": 1e-3, "mixed_precision": "no"}
     vae = common | {"widths": [16, 32], "checkpointing_steps": 0}
-    ldm = common | {"unet_widths": [32, 64], "token_dim": 16, "layers_per_block": 1, "sample_steps": 3}
+    ldm = common | {"unet_widths": [32, 64], "token_dim": 16, "layers_per_block": 1, "validation_steps": 3}
     ldm |= {"num_inference_steps": 2, "checkpointing_steps": 0}
     for name, settings in {"vae": vae, "ldm": ldm}.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings))
@@ -85,7 +85,7 @@ def test_train_ldm_leaves_a_whole_pipeline(ldm_dir):
 def test_the_best_pipeline_is_kept_while_training(presets, vae_dir, tmp_path):
     """On two processes, of which one judges; and the same weights come out as without judging."""
     words = ("train_ldm.py", "--config", presets / "ldm.yaml", "--vae", vae_dir, "--batch_size", 2)
-    judged = ("--evaluate_every", 3, "--evaluate_images", 4, "--classifier_steps", 3)
+    judged = ("--evaluation_steps", 3, "--evaluate_images", 4, "--classifier_steps", 3)
     run(*words, *judged, "--output_dir", tmp_path / "judged", launcher=TWO_PROCESSES)
     run(*words, "--output_dir", tmp_path / "not", launcher=TWO_PROCESSES)
     table = pd.read_csv(tmp_path / "judged/metrics.csv")
@@ -100,7 +100,7 @@ def test_the_best_pipeline_is_kept_while_training(presets, vae_dir, tmp_path):
 
 def test_sample_writes_a_folder_that_load_dataset_reads(ldm_dir, tmp_path):
     folder = tmp_path / "samples"
-    options = ("--model", ldm_dir, "--num_images", 3, "--steps", 2, "--mixed_precision", "no")
+    options = ("--model", ldm_dir, "--num_images", 3, "--num_inference_steps", 2, "--mixed_precision", "no")
     run("sample.py", "--class", "all", *options, "--output_dir", folder, "--trajectory")
     images = load_dataset("imagefolder", data_dir=str(folder), split="train", drop_labels=True)
     table = pd.read_csv(folder / "metadata.csv")
@@ -108,7 +108,7 @@ def test_sample_writes_a_folder_that_load_dataset_reads(ldm_dir, tmp_path):
         f"{name}/{index:06d}.png" for name in ("AD", "NC") for index in range(3)
     ]
     assert table.seed.nunique() == 3 and table.model_hash.nunique() == 1
-    assert {"label", "steps", "guidance_scale", "scheduler"} <= set(images.features)
+    assert {"label", "num_inference_steps", "guidance_scale", "scheduler"} <= set(images.features)
     assert Image.open(folder / "AD/000000.png").size == (32, 32)
     assert all((folder / name).is_file() for name in ("grid.png", "trajectory.png"))
 
@@ -170,7 +170,14 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(presets, vae_dir, tmp_path)
     From the cache that the first run left, and from one that is made anew.
     """
     command = ("train_ldm.py", "--config", presets / "ldm.yaml", "--vae", vae_dir, "--report_to", "none")
-    command += ("--gradient_accumulation_steps", 2, "--checkpointing_steps", 2, "--keep_checkpoints", 1)
+    command += (
+        "--gradient_accumulation_steps",
+        2,
+        "--checkpointing_steps",
+        2,
+        "--checkpoints_total_limit",
+        1,
+    )
     command += ("--latent_variants", 1, "--latent_cache", tmp_path / "latents")
     run(*command, "--output_dir", tmp_path / "whole")
     checkpoint = tmp_path / "whole/checkpoints/step-00000004"
@@ -192,7 +199,14 @@ def test_a_resumed_vae_repeats_the_uninterrupted_one_with_its_discriminator(pres
     Before its start the discriminator changes nothing, nor is it changed.
     """
     command = ("train_vae.py", "--config", presets / "vae.yaml", "--report_to", "none", "--use_ema")
-    command += ("--gradient_accumulation_steps", 2, "--checkpointing_steps", 1, "--keep_checkpoints", 9)
+    command += (
+        "--gradient_accumulation_steps",
+        2,
+        "--checkpointing_steps",
+        1,
+        "--checkpoints_total_limit",
+        9,
+    )
     command += ("--spectral_weight", 1)
     against = ("--discriminator_weight", 0.5, "--discriminator_start", 2, "--discriminator_width", 8)
     run(*command, "--output_dir", tmp_path / "alone", "--max_steps", 6)

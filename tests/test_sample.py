@@ -21,7 +21,7 @@ from adni_ldm.pipeline import ClassConditionalLDMPipeline
 ROOT = Path(__file__).parents[1]
 LAUNCH = ("-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml")
 # Seven of each class in threes: two whole batches and a short one, an odd number of batches a class.
-SIZES = ("--num_images", 7, "--batch_size", 3, "--steps", 2, "--mixed_precision", "no")
+SIZES = ("--num_images", 7, "--batch_size", 3, "--num_inference_steps", 2, "--mixed_precision", "no")
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_two_processes_draw_what_one_draws(model, whole, tmp_path):
 
 def test_a_killed_run_goes_on_and_ends_as_the_undisturbed_one(model, whole, draw, tmp_path):
     folder = tmp_path / "killed"
-    command = [sys.executable, "sample.py", *words(model, folder, "--steps", 40)]
+    command = [sys.executable, "sample.py", *words(model, folder, "--num_inference_steps", 40)]
     run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list(folder.glob("AD/*.png")):  # the first batch of five is done
         assert run.poll() is None
@@ -102,9 +102,9 @@ def test_a_killed_run_goes_on_and_ends_as_the_undisturbed_one(model, whole, draw
 
     with pytest.raises(UserError, match="steps was 40, is 2"):
         draw(folder)
-    draw(folder, "--steps", 40)
+    draw(folder, "--num_inference_steps", 40)
     assert all(path.stat().st_mtime_ns == written for path, written in finished.items()), "and not redrawn"
-    draw(tmp_path / "undisturbed", "--steps", 40)
+    draw(tmp_path / "undisturbed", "--num_inference_steps", 40)
     assert contents(folder) == contents(tmp_path / "undisturbed")
 
     # Slices lost out of the middle of batches are drawn again, as they were; what is there is not touched.

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 SMALL = (
     "--classes AD,MCI,NC --image_size 32 --max_steps 2 --batch_size 4 --mixed_precision no --report_to none"
 )
-UNET = "--unet_widths 32 64 --token_dim 16 --layers_per_block 1 --sample_steps 0"
+UNET = "--unet_widths 32 64 --token_dim 16 --layers_per_block 1 --validation_steps 0"
 SCANS = {
     "train/AD": 1001,
     "train/MCI": 2001,
@@ -66,7 +66,7 @@ def test_three_classes_are_trained_on_and_drawn(data_dir, vae_dir, tmp_path):
     places = ("--data_dir", data_dir, "--table", table, "--vae", vae_dir, "--output_dir", ldm)
     run(f"train_ldm.py {SMALL} {UNET}", *places)
     assert json.loads((ldm / "class_embedding/config.json").read_text())["class_names"] == ["AD", "MCI", "NC"]
-    draw = "sample.py --class all --num_images 1 --steps 1 --mixed_precision no"
+    draw = "sample.py --class all --num_images 1 --num_inference_steps 1 --mixed_precision no"
     run(draw, "--model", ldm, "--output_dir", tmp_path / "samples")
     samples = pd.read_csv(tmp_path / "samples/metadata.csv")
     assert sorted(samples.label) == ["AD", "MCI", "NC"]

@@ -18,7 +18,7 @@ class SampleConfig:
     model: str = setting("runs/ldm", "Folder or Hub name of the pipeline that train_ldm.py wrote.")
     output_dir: str = setting("samples", "Folder that the slices are written to, one subfolder a class.")
     num_images: int = setting(16, "Slices of each class.")
-    steps: int = setting(50, "Denoising steps.")
+    num_inference_steps: int = setting(50, "Denoising steps.")
     guidance_scale: float = setting(
         1.5, "Strength of the class; 1 is no guidance. More exaggerates what sets the class apart."
     )
@@ -60,7 +60,7 @@ class SampleConfig:
     )
 
     def __post_init__(self):
-        for name in ("num_images", "steps", "batch_size"):
+        for name in ("num_images", "num_inference_steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)} must be at least 1")
         interval = self.guidance_interval

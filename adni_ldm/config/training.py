@@ -87,7 +87,7 @@ class TrainingConfig:
         "Go on from a checkpoint folder, or from the `latest` of --output_dir (none yet: a first start).",
     )
     checkpointing_steps: int = setting(1000, "Updates between checkpoints; 0 writes none.")
-    keep_checkpoints: int = setting(2, "How many checkpoints stay on disk.")
+    checkpoints_total_limit: int = setting(2, "How many checkpoints stay on disk.")
     log_steps: int = setting(25, "Updates between the lines of metrics.csv.")
     report_to: str = setting("tensorboard", "Tracker of accelerate: tensorboard, wandb, …, or none.")
     num_workers: int | None = setting(
@@ -98,7 +98,7 @@ class TrainingConfig:
 
     def __post_init__(self):
         counts = ("max_steps", "batch_size", "gradient_accumulation_steps", "log_steps", "image_size")
-        for name in (*counts, "keep_checkpoints", "max_nonfinite"):
+        for name in (*counts, "checkpoints_total_limit", "max_nonfinite"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)} must be at least 1")
         if not 0 < self.val_fraction < 1:
@@ -201,10 +201,10 @@ class TrainLDMConfig(TrainingConfig):
         "With --init_from: train matrices of this rank beside the U-Net's weights, and the class tokens; "
         "also saved alone, as pytorch_lora_weights.safetensors. 0 trains the weights themselves.",
     )
-    sample_steps: int = setting(
+    validation_steps: int = setting(
         1000, "Updates between pictures of samples and held-out losses; 0 draws none."
     )
-    evaluate_every: int = setting(
+    evaluation_steps: int = setting(
         0,
         "Updates between small reports: KID against held-out slices, agreement with the class, share of "
         "copies. The pipeline with the lowest KID is kept in OUTPUT_DIR/best. 0 makes none.",
@@ -250,8 +250,14 @@ class TrainLDMConfig(TrainingConfig):
 # look, or a hash of the data and weights says it better.
 _FREE = {"data_dir", "table", "val_fraction", "output_dir", "vae", "init_from", "resume_from_checkpoint"}
 _FREE |= {"mixed_precision", "num_workers", "report_to", "log_steps", "checkpointing_steps"}
-_FREE |= {"keep_checkpoints", "max_nonfinite", "eval_images", "sample_steps", "num_inference_steps"}
-_FREE |= {"evaluate_every", "evaluate_images", "evaluate_slices", "classifier_steps", "guidance_scale"}
+_FREE |= {
+    "checkpoints_total_limit",
+    "max_nonfinite",
+    "eval_images",
+    "validation_steps",
+    "num_inference_steps",
+}
+_FREE |= {"evaluation_steps", "evaluate_images", "evaluate_slices", "classifier_steps", "guidance_scale"}
 _FREE |= {"push_to_hub", "hub_model_id", "accept_privacy_risk"}
 _FREE |= {"latent_cache", "perceptual"}
 # These change the rounding and not the method: a resume says that they differ, and goes on.

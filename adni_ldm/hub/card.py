@@ -21,7 +21,7 @@ _NOT_TOLD = {"good": None, "text": "not measured"}
 # Settings that say where things lie, or how the run was watched, and nothing of the method.
 _PLACES = {"data_dir", "output_dir", "table", "vae", "init_from", "resume_from_checkpoint", "report_to"}
 _PLACES |= {"hub_model_id", "push_to_hub", "accept_privacy_risk", "num_workers", "log_steps"}
-_PLACES |= {"checkpointing_steps", "keep_checkpoints"}
+_PLACES |= {"checkpointing_steps", "checkpoints_total_limit"}
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def test_bf16_by_its_launch_file(slices, on_one_host, tmp_path):
 def test_fsdp_ends_as_two_whole_copies_do(slices, on_one_host, tmp_path):
     """Ours of it on CPU: gathered for looking and saving, an average by shards, resumed bit for bit."""
     script = [*LAUNCH, "configs/accelerate/fsdp.yaml", "--mixed_precision", "no"]
-    words = vae_words(slices, tmp_path / "vae", checkpointing_steps=2, keep_checkpoints=1)
+    words = vae_words(slices, tmp_path / "vae", checkpointing_steps=2, checkpoints_total_limit=1)
     run(*script, "tests/faults/fsdp_on_cpu.py", "train_vae", *words)
     assert nearly_alike(on_one_host, tmp_path / "vae")
     whole = weights_of("train_vae", tmp_path / "vae")

@@ -24,7 +24,7 @@ COMMON |= {"gradient_accumulation_steps": 2}
 SMALL = {
     "train_vae": COMMON | {"widths": [8, 8], "eval_images": 2},
     "train_ldm": COMMON
-    | {"unet_widths": [32, 32], "token_dim": 16, "layers_per_block": 1, "sample_steps": 0},
+    | {"unet_widths": [32, 32], "token_dim": 16, "layers_per_block": 1, "validation_steps": 0},
 }
 WEIGHTS = {
     "train_vae": "diffusion_pytorch_model.safetensors",

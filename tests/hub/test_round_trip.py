@@ -94,7 +94,16 @@ def test_sample_draws_from_the_hub_and_what_it_drew_is_pushed_and_read(
     hub, trained, phantom_dir, pushed, tmp_path
 ):
     home, drawn = tmp_path / "home", tmp_path / "drawn"
-    options = ("--num_images", 2, "--steps", 2, "--mixed_precision", "no", "--output_dir", drawn)
+    options = (
+        "--num_images",
+        2,
+        "--num_inference_steps",
+        2,
+        "--mixed_precision",
+        "no",
+        "--output_dir",
+        drawn,
+    )
     run(hub, home, "sample.py", "--model", "me/brains", "--class", "all", *options)
     table = pd.read_csv(drawn / "metadata.csv")
     assert set(table.model_hash) == {weights_hash(load_pipeline(str(trained)))}
@@ -128,7 +137,7 @@ def test_training_ends_with_a_push(hub, trained, phantom_dir, pushed, tmp_path):
     settings |= {
         "max_steps": 1,
         "batch_size": 2,
-        "sample_steps": 0,
+        "validation_steps": 0,
         "checkpointing_steps": 0,
         "token_dim": 16,
     }

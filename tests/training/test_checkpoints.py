@@ -170,7 +170,7 @@ def test_what_does_not_matter_may_change_and_rounding_is_warned_of(prepared, tmp
     accelerator, *_ = prepared
     save_checkpoint(accelerator, tmp_path, 1, keep=1, identity=identity())
     free = {"log_steps": 1, "report_to": "none", "checkpointing_steps": 3, "output_dir": "elsewhere"}
-    free |= {"keep_checkpoints": 9, "sample_steps": 7, "num_workers": 3, "data_dir": "moved"}
+    free |= {"checkpoints_total_limit": 9, "validation_steps": 7, "num_workers": 3, "data_dir": "moved"}
     load_checkpoint(accelerator, tmp_path, "latest", identity=identity(**free))
     assert not caplog.text
     load_checkpoint(accelerator, tmp_path, "latest", identity=identity(gradient_checkpointing=True))

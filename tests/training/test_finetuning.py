@@ -21,7 +21,7 @@ from adni_ldm.pipeline import ClassConditionalLDMPipeline
 
 COMMON = ("--image_size", 16, "--batch_size", 4, "--warmup_steps", 0, "--log_steps", 1)
 COMMON += ("--mixed_precision", "no", "--report_to", "none", "--checkpointing_steps", 0)
-LDM = (*COMMON, "--sample_steps", 0, "--learning_rate", 1e-3, "--max_steps", 2)
+LDM = (*COMMON, "--validation_steps", 0, "--learning_rate", 1e-3, "--max_steps", 2)
 STILL = ("--max_steps", 1, "--learning_rate", 1e-12)
 RECORD = {"hash": "0" * 64, "hash_of": "names", "ids": "0123456789abcdef"}
 
