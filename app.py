@@ -8,10 +8,6 @@ Needs the extra `app`: pip install 'adni-ldm[app]'. Nothing that visitors upload
 
 from __future__ import annotations
 
-from adni_ldm.environment import check_torch_pair
-
-check_torch_pair()  # before diffusers and transformers meet a broken pair and say something else
-
 import os
 import sys
 import tempfile
@@ -28,7 +24,6 @@ try:
 except ImportError:
     sys.exit("app.py: error: gradio is not installed: pip install 'adni-ldm[app]'")
 
-from adni_ldm import web
 from adni_ldm.config import AppConfig, parse_config
 from adni_ldm.counterfactual import redraw
 from adni_ldm.errors import UserError, run_recipe
@@ -37,6 +32,7 @@ from adni_ldm.generation import generate_progressively, image_seed, weights_hash
 from adni_ldm.hub.space import push_space
 from adni_ldm.loading import load_pipeline
 from adni_ldm.precision import choose_precision
+from adni_ldm.web import page as web
 
 LOOKS = 10  # times that a drawing is shown on its way
 CSS = """

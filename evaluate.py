@@ -9,10 +9,6 @@ slices reach) and figures/. Works offline; the same seed gives the same figures.
 
 from __future__ import annotations
 
-from adni_ldm.environment import check_torch_pair
-
-check_torch_pair()  # before diffusers and transformers meet a broken pair and say something else
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -15,10 +15,6 @@ morph.png and morph.gif.
 
 from __future__ import annotations
 
-from adni_ldm.environment import check_torch_pair, processes_without_gpu
-
-check_torch_pair()  # before diffusers and transformers meet a broken pair and say something else
-
 import csv
 import json
 import os
@@ -35,6 +31,7 @@ from tqdm.auto import tqdm
 
 from adni_ldm.config import SampleConfig, parse_config
 from adni_ldm.counterfactual import write_counterfactual, write_morph
+from adni_ldm.environment import processes_without_gpu
 from adni_ldm.errors import UserError, run_recipe
 from adni_ldm.figures import save_rows
 from adni_ldm.generation import denoising_trajectory, generate_images, image_seed, use_scheduler, weights_hash

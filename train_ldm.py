@@ -11,10 +11,6 @@ saved alone as well, as pytorch_lora_weights.safetensors. `python train_ldm.py -
 
 from __future__ import annotations
 
-from adni_ldm.environment import check_torch_pair
-
-check_torch_pair()  # before diffusers and transformers meet a broken pair and say something else
-
 from pathlib import Path
 
 import torch

@@ -1,7 +1,8 @@
-"""Folders that are on disk whole or not at all, and say so: checkpoints, and the cache of latents.
+"""Files and folders that are on disk whole or not at all, and the check of an output folder.
 
-Such a folder is written under another name. `seal` notes the SHA-256 of its files, flushes all to the disk
-and gives the folder its name, so that a kill or a power cut at any moment leaves it whole or not there.
+A file is written under a temporary name beside its place, flushed to the disk and renamed. A folder (a
+checkpoint, a latent cache) is too, and `commit_folder` lists the SHA-256 of its files in a record, against
+which `find_damage` verifies it later. A kill or a power cut at any moment leaves the earlier state or the new.
 """
 
 from __future__ import annotations
@@ -10,12 +11,66 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+
+from adni_ldm.errors import UserError
+
+
+def check_empty_dir(folder: str | Path, flag: str = "--output_dir") -> None:
+    """Check that `folder` does not exist yet, or is an empty folder.
+
+    Raises:
+        UserError: it is a file, or holds something; the message names `flag`.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{flag} {folder}: a file of this name exists; choose another folder")
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{flag} {folder} is not empty: remove it or choose another")
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; what the block writes there becomes `path` when it ends.
+
+    If the block raises, the temporary file is removed and `path` stays as it was.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        _flush(partial)
+        os.replace(partial, path)
+        _flush(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write a JSON file atomically: UTF-8, indented, a newline at its end."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path):
+    """Read a UTF-8 JSON file. Raises OSError or ValueError."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def commit_folder(partial: Path, target: Path, record: str, content: Mapping[str, object]) -> None:
-    """Write `content` and the files' SHA-256 as the file `record`, flush all, rename the folder."""
+    """Rename the folder `partial` to `target`, replacing an earlier one, with a record of its files.
+
+    Args:
+        partial: a folder beside `target`, completely written.
+        record: name of the JSON file in it that holds `content` and the size and SHA-256 of every file.
+    """
     inside = sorted(partial.rglob("*"))
     files = {
         str(path.relative_to(partial)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
@@ -36,7 +91,7 @@ def commit_folder(partial: Path, target: Path, record: str, content: Mapping[str
 
 
 def find_damage(folder: Path, record: str) -> str | None:
-    """What is wrong with a sealed folder's files, in words; None where each is what was written."""
+    """Describe what is wrong with a folder that `commit_folder` wrote; None if every file is intact."""
     try:
         content = json.loads((folder / record).read_text())
         written, files = content.pop("sha256"), content["files"]
@@ -65,12 +120,9 @@ def _flush(path: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sha256_of(progress: Mapping[str, object]) -> str:
-    return hashlib.sha256(json.dumps(progress, sort_keys=True).encode()).hexdigest()
+def _sha256_of(content: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -67,7 +67,7 @@ def page(file: str, commands: dict[str, type]) -> str:
 
 
 def table_row(entry: dataclasses.Field) -> str:
-    names = [f"--{entry.name}", *entry.metadata["aliases"]]
+    names = [f"--{entry.name}", *entry.metadata.get("aliases", ())]
     default = entry.default
     if default is dataclasses.MISSING:
         default = " ".join(map(str, entry.default_factory()))

@@ -24,10 +24,10 @@ import yaml
 from PIL import Image
 from stand_ins import blob_image, make_pipeline
 
-from adni_ldm import web
 from adni_ldm.errors import UserError
 from adni_ldm.generation import generate_images, generate_progressively, image_seed, weights_hash
 from adni_ldm.hub.space import push_space, write_space
+from adni_ldm.web import page as web
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium")

@@ -31,7 +31,9 @@ OTHERS = {"--config", "--help", "--max_restarts"}  # of every recipe, and of acc
 def flags(settings):
     """All that a recipe takes."""
     entries = dataclasses.fields(settings)
-    return {f"--{entry.name}" for entry in entries}.union(*(entry.metadata["aliases"] for entry in entries))
+    return {f"--{entry.name}" for entry in entries}.union(
+        *(entry.metadata.get("aliases", ()) for entry in entries)
+    )
 
 
 def command_lines(text):

@@ -5,26 +5,15 @@ from __future__ import annotations
 import dataclasses
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from dataclasses import field
 from pathlib import Path
 from typing import TypeVar
 
 import yaml
-from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArgumentParser
 
 from adni_ldm.errors import UserError
 
 Config = TypeVar("Config")
-
-
-def setting(default, help: str, choices: list | None = None, aliases: list | None = None):
-    """A dataclass field with its help; a list as default is copied for each instance."""
-    # argparse fills in what stands behind a percent sign
-    metadata = {"help": help.replace("%", "%%"), "aliases": aliases or []}
-    metadata |= {"choices": choices} if choices else {}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):

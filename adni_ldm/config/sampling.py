@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from adni_ldm.config.parsing import setting
+from transformers.hf_argparser import HfArg
+
 from adni_ldm.errors import UserError
 
 
@@ -12,50 +13,64 @@ from adni_ldm.errors import UserError
 class SampleConfig:
     """Settings of sample.py."""
 
-    class_labels: str = setting(
-        "all", "Class to draw: AD, NC, 0, 1, a comma list, or all.", aliases=["--class"]
+    class_labels: str = HfArg(
+        default="all", help="Class to draw: AD, NC, 0, 1, a comma list, or all.", aliases=["--class"]
     )
-    model: str = setting("runs/ldm", "Folder or Hub name of the pipeline that train_ldm.py wrote.")
-    output_dir: str = setting("samples", "Folder that the slices are written to, one subfolder a class.")
-    num_images: int = setting(16, "Slices of each class.")
-    num_inference_steps: int = setting(50, "Denoising steps.")
-    guidance_scale: float = setting(
-        1.5, "Strength of the class; 1 is no guidance. More exaggerates what sets the class apart."
+    model: str = HfArg(default="runs/ldm", help="Folder or Hub name of the pipeline that train_ldm.py wrote.")
+    output_dir: str = HfArg(
+        default="samples", help="Folder that the slices are written to, one subfolder a class."
     )
-    guidance_interval: list[float] = setting(
-        [0.0, 1.0],
-        "LOW HIGH: part of the noise schedule that is guided, 0 the clean image and 1 pure noise. The rest "
+    num_images: int = HfArg(default=16, help="Slices of each class.")
+    num_inference_steps: int = HfArg(default=50, help="Denoising steps.")
+    guidance_scale: float = HfArg(
+        default=1.5,
+        help="Strength of the class; 1 is no guidance. More exaggerates what sets the class apart.",
+    )
+    guidance_interval: list[float] = HfArg(
+        default_factory=lambda: [0.0, 1.0],
+        help="LOW HIGH: part of the noise schedule that is guided, 0 the clean image and 1 pure noise. The "
+        "rest "
         "costs half, and diversity lasts longer without guidance at high noise.",
     )
-    eta: float = setting(0.0, "Stochasticity of DDIM: 0 is deterministic, 1 is as random as DDPM.")
-    scheduler: str = setting(
-        "ddim", "Sampler.", ["ddim", "ddpm", "dpm++", "dpm++_sde", "euler", "heun", "unipc"]
+    eta: float = HfArg(default=0.0, help="Stochasticity of DDIM: 0 is deterministic, 1 is as random as DDPM.")
+    scheduler: str = HfArg(
+        default="ddim",
+        help="Sampler.",
+        metadata={"choices": ["ddim", "ddpm", "dpm++", "dpm++_sde", "euler", "heun", "unipc"]},
     )
-    seed: int = setting(0, "Slice k of seed s is the same whatever the batch size, up to rounding.")
-    batch_size: int = setting(16, "Slices that a process draws at once.")
-    mixed_precision: str | None = setting(
-        None,
-        "Precision of the U-Net; the VAE decodes in float32. Default: bf16 where the hardware has it.",
-        ["no", "fp16", "bf16"],
+    seed: int = HfArg(
+        default=0, help="Slice k of seed s is the same whatever the batch size, up to rounding."
     )
-    trajectory: bool = setting(
-        False, "Also draw trajectory.png: one brain of each class coming out of the noise."
+    batch_size: int = HfArg(default=16, help="Slices that a process draws at once.")
+    mixed_precision: str | None = HfArg(
+        default=None,
+        help="Precision of the U-Net; the VAE decodes in float32. Default: bf16 where the hardware has it.",
+        metadata={"choices": ["no", "fp16", "bf16"]},
     )
-    from_image: str | None = setting(
-        None, "Draw this slice, a picture file, as it would look in the class --to, and nothing else."
+    trajectory: bool = HfArg(
+        default=False, help="Also draw trajectory.png: one brain of each class coming out of the noise."
     )
-    morph: int = setting(
-        0, "Draw one brain going from class --from to --to in so many frames, PNG and GIF, and nothing else."
+    from_image: str | None = HfArg(
+        default=None,
+        help="Draw this slice, a picture file, as it would look in the class --to, and nothing else.",
     )
-    source: str | None = setting(
-        None,
-        "Class that the slice has, or the morph begins with. Default: as the slice's metadata.csv says.",
+    morph: int = HfArg(
+        default=0,
+        help="Draw one brain going from class --from to --to in so many frames, PNG and GIF, and nothing "
+        "else.",
+    )
+    source: str | None = HfArg(
+        default=None,
+        help="Class that the slice has, or the morph begins with. Default: as the slice's metadata.csv says.",
         aliases=["--from"],
     )
-    target: str | None = setting(None, "Class that the slice gets, or the morph ends with.", aliases=["--to"])
-    strength: float = setting(
-        0.8,
-        "Share of the noise schedule that --from_image goes back, 0 to 1. More lets the class change more, "
+    target: str | None = HfArg(
+        default=None, help="Class that the slice gets, or the morph ends with.", aliases=["--to"]
+    )
+    strength: float = HfArg(
+        default=0.8,
+        help="Share of the noise schedule that --from_image goes back, 0 to 1. More lets the class change "
+        "more, "
         "and keeps less of the person.",
     )
 
@@ -85,24 +100,27 @@ class SampleConfig:
 class AppConfig:
     """Settings of app.py."""
 
-    model: str = setting("runs/ldm", "Folder or Hub name of the pipeline that train_ldm.py wrote.")
-    report: str | None = setting(
-        None,
-        "Folder of evaluate.py's report on the model. Default: report/ in the model's folder or beside it.",
+    model: str = HfArg(default="runs/ldm", help="Folder or Hub name of the pipeline that train_ldm.py wrote.")
+    report: str | None = HfArg(
+        default=None,
+        help="Folder of evaluate.py's report on the model. Default: report/ in the model's folder or "
+        "beside it.",
     )
-    host: str | None = setting(
-        None,
-        "Address to listen at; 0.0.0.0 is all of this machine's. Default: this machine alone can see it.",
+    host: str | None = HfArg(
+        default=None,
+        help="Address to listen at; 0.0.0.0 is all of this machine's. Default: this machine alone can see "
+        "it.",
     )
-    port: int = setting(7860, "Port to listen at; 0 takes a free one.")
-    max_images: int = setting(16, "Most slices that one visitor draws at once.")
-    max_steps: int = setting(100, "Most denoising steps.")
-    queue_size: int = setting(20, "Visitors who may wait; the next one is told that it is full.")
-    max_upload_mb: int = setting(10, "Largest file that is taken, MB.")
-    push_space: str | None = setting(
-        None, "Make a Space of this page on the Hub, ME/NAME, of a model that is on the Hub, and end."
+    port: int = HfArg(default=7860, help="Port to listen at; 0 takes a free one.")
+    max_images: int = HfArg(default=16, help="Most slices that one visitor draws at once.")
+    max_steps: int = HfArg(default=100, help="Most denoising steps.")
+    queue_size: int = HfArg(default=20, help="Visitors who may wait; the next one is told that it is full.")
+    max_upload_mb: int = HfArg(default=10, help="Largest file that is taken, MB.")
+    push_space: str | None = HfArg(
+        default=None,
+        help="Make a Space of this page on the Hub, ME/NAME, of a model that is on the Hub, and end.",
     )
-    public: bool = setting(False, "Everybody may see that Space; else it is private.")
+    public: bool = HfArg(default=False, help="Everybody may see that Space; else it is private.")
 
     def __post_init__(self):
         for name in ("max_images", "queue_size", "max_upload_mb"):

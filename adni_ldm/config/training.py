@@ -6,14 +6,22 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, TypeVar, get_type_hints
+
+from transformers.hf_argparser import HfArg
 
 from adni_ldm.config.classes import CLASSES_HELP, TABLE_HELP, class_names
-from adni_ldm.config.parsing import setting
 from adni_ldm.errors import UserError
 
+# A resumed run must repeat every setting of its first part, but for these: where files are and how often to
+# report, or what a hash of data and weights identifies better ...
+T = TypeVar("T")
+MayChange = Annotated[T, "free"]
+# ... and what changes the rounding and not the method: a resume warns that they differ, and continues.
+RoundingOnly = Annotated[T, "should"]
 EMA_HELP = (
     "Half-life of that average, images: what was learned so long ago has half the weight of what is learned "
-    "now. At first it is 8 % of the images seen."
+    "now. At first it is 8 %% of the images seen."
 )
 
 
@@ -21,78 +29,101 @@ EMA_HELP = (
 class TrainingConfig:
     """What both training recipes ask."""
 
-    data_dir: str = setting(
-        "data/phantom",
-        "Folder of slices, {train,val,test}/{AD,NC}/SUBJECT_SLICE.png, or an AD_NC folder or its zip.",
+    data_dir: MayChange[str] = HfArg(
+        default="data/phantom",
+        help="Folder of slices, {train,val,test}/{AD,NC}/SUBJECT_SLICE.png, or an AD_NC folder or its zip.",
     )
-    output_dir: str = setting("runs/model", "Folder that the model, its log and its pictures are written to.")
-    classes: str = setting("AD,NC", CLASSES_HELP)
-    table: str | None = setting(None, TABLE_HELP)
-    image_size: int = setting(
-        256, "Side of the square slice, pixels. Slices are padded with black, then resized."
+    output_dir: MayChange[str] = HfArg(
+        default="runs/model", help="Folder that the model, its log and its pictures are written to."
     )
-    val_fraction: float = setting(
-        0.1,
-        "Share of the training subjects held out for validation where the data has no val folder, 0 to 1.",
+    classes: str = HfArg(default="AD,NC", help=CLASSES_HELP)
+    table: MayChange[str | None] = HfArg(default=None, help=TABLE_HELP)
+    image_size: int = HfArg(
+        default=256, help="Side of the square slice, pixels. Slices are padded with black, then resized."
     )
-    max_steps: int = setting(10_000, "Optimizer updates to train for.")
-    batch_size: int = setting(16, "Slices a process takes at once.")
-    gradient_accumulation_steps: int = setting(1, "Batches whose gradients are averaged into one update.")
-    learning_rate: float = setting(1e-4, "Peak learning rate of AdamW.")
-    warmup_steps: int = setting(500, "Updates of linear warm-up, before the cosine decay to zero.")
-    weight_decay: float = setting(0.01, "AdamW's weight decay.")
-    max_grad_norm: float = setting(1.0, "Gradients are clipped to this L2 norm.")
-    seed: int = setting(
-        0, "Seed of weights, data order and noise. The same seed and settings repeat the run."
+    val_fraction: MayChange[float] = HfArg(
+        default=0.1,
+        help="Share of the training subjects held out for validation where the data has no val folder, 0 "
+        "to 1.",
     )
-    mixed_precision: str | None = setting(
-        None,
-        "Precision of the forward pass; weights stay float32. Default: what accelerate launch says, else "
+    max_steps: int = HfArg(default=10_000, help="Optimizer updates to train for.")
+    batch_size: int = HfArg(default=16, help="Slices a process takes at once.")
+    gradient_accumulation_steps: int = HfArg(
+        default=1, help="Batches whose gradients are averaged into one update."
+    )
+    learning_rate: float = HfArg(default=1e-4, help="Peak learning rate of AdamW.")
+    warmup_steps: int = HfArg(default=500, help="Updates of linear warm-up, before the cosine decay to zero.")
+    weight_decay: float = HfArg(default=0.01, help="AdamW's weight decay.")
+    max_grad_norm: float = HfArg(default=1.0, help="Gradients are clipped to this L2 norm.")
+    seed: int = HfArg(
+        default=0, help="Seed of weights, data order and noise. The same seed and settings repeat the run."
+    )
+    mixed_precision: MayChange[str | None] = HfArg(
+        default=None,
+        help="Precision of the forward pass; weights stay float32. Default: what accelerate launch says, "
+        "else "
         "bf16 where the hardware has it, else no.",
-        ["no", "fp16", "bf16"],
+        metadata={"choices": ["no", "fp16", "bf16"]},
     )
-    channels_last: bool | None = setting(
-        None,
-        "Keep images and weights in channels-last order: faster in half precision on a GPU, half as fast on "
+    channels_last: RoundingOnly[bool | None] = HfArg(
+        default=None,
+        help="Keep images and weights in channels-last order: faster in half precision on a GPU, half as "
+        "fast on "
         "CPU. Default: on a GPU.",
     )
-    gradient_checkpointing: bool = setting(
-        False, "Compute activations again in the backward pass: less memory, about a third slower."
+    gradient_checkpointing: RoundingOnly[bool] = HfArg(
+        default=False,
+        help="Compute activations again in the backward pass: less memory, about a third slower.",
     )
-    attention: str = setting(
-        "sdpa", "Attention kernel: torch's own, or xformers' (CUDA).", ["sdpa", "xformers"]
+    attention: RoundingOnly[str] = HfArg(
+        default="sdpa",
+        help="Attention kernel: torch's own, or xformers' (CUDA).",
+        metadata={"choices": ["sdpa", "xformers"]},
     )
-    compile: bool = setting(False, "Compile the networks with torch.compile: minutes to start, then faster.")
-    optimizer: str = setting(
-        "adamw",
-        "AdamW, or bitsandbytes' with its moments in 8 bits: a quarter of their memory (CUDA).",
-        ["adamw", "adamw8bit"],
+    compile: RoundingOnly[bool] = HfArg(
+        default=False, help="Compile the networks with torch.compile: minutes to start, then faster."
     )
-    offload_ema: bool = setting(False, "Keep the moving average of the weights in the host's memory.")
-    deterministic: bool = setting(
-        False,
-        "Only kernels that give the same bits each time, slower: a resume on a GPU then repeats the "
+    optimizer: str = HfArg(
+        default="adamw",
+        help="AdamW, or bitsandbytes' with its moments in 8 bits: a quarter of their memory (CUDA).",
+        metadata={"choices": ["adamw", "adamw8bit"]},
+    )
+    offload_ema: RoundingOnly[bool] = HfArg(
+        default=False, help="Keep the moving average of the weights in the host's memory."
+    )
+    deterministic: RoundingOnly[bool] = HfArg(
+        default=False,
+        help="Only kernels that give the same bits each time, slower: a resume on a GPU then repeats the "
         "uninterrupted run bit for bit, as it does on CPU without this.",
     )
-    max_nonfinite: int = setting(
-        20, "Updates in a row that may be skipped because loss or gradient is not finite; then the run ends."
+    max_nonfinite: MayChange[int] = HfArg(
+        default=20,
+        help="Updates in a row that may be skipped because loss or gradient is not finite; then the run "
+        "ends.",
     )
-    init_from: str | None = setting(
-        None,
-        "Fine-tune: folder or Hub name of a model of the kind that this recipe writes; for train_vae.py any "
+    init_from: MayChange[str | None] = HfArg(
+        default=None,
+        help="Fine-tune: folder or Hub name of a model of the kind that this recipe writes; for "
+        "train_vae.py any "
         "diffusers AutoencoderKL, of colour as well.",
     )
-    resume_from_checkpoint: str | None = setting(
-        None,
-        "Go on from a checkpoint folder, or from the `latest` of --output_dir (none yet: a first start).",
+    resume_from_checkpoint: MayChange[str | None] = HfArg(
+        default=None,
+        help="Go on from a checkpoint folder, or from the `latest` of --output_dir (none yet: a first "
+        "start).",
     )
-    checkpointing_steps: int = setting(1000, "Updates between checkpoints; 0 writes none.")
-    checkpoints_total_limit: int = setting(2, "How many checkpoints stay on disk.")
-    log_steps: int = setting(25, "Updates between the lines of metrics.csv.")
-    report_to: str = setting("tensorboard", "Tracker of accelerate: tensorboard, wandb, …, or none.")
-    num_workers: int | None = setting(
-        None,
-        "Processes that read slices ahead, per training process. Default: 2 beside a GPU; 0 on CPU, where "
+    checkpointing_steps: MayChange[int] = HfArg(
+        default=1000, help="Updates between checkpoints; 0 writes none."
+    )
+    checkpoints_total_limit: MayChange[int] = HfArg(default=2, help="How many checkpoints stay on disk.")
+    log_steps: MayChange[int] = HfArg(default=25, help="Updates between the lines of metrics.csv.")
+    report_to: MayChange[str] = HfArg(
+        default="tensorboard", help="Tracker of accelerate: tensorboard, wandb, …, or none."
+    )
+    num_workers: MayChange[int | None] = HfArg(
+        default=None,
+        help="Processes that read slices ahead, per training process. Default: 2 beside a GPU; 0 on CPU, "
+        "where "
         "they would take the cores that compute.",
     )
 
@@ -110,36 +141,47 @@ class TrainingConfig:
 class TrainVAEConfig(TrainingConfig):
     """Settings of train_vae.py."""
 
-    output_dir: str = setting("runs/vae", "Folder that the VAE, its log and its pictures are written to.")
-    widths: list[int] = setting(
-        [64, 128, 256, 256], "Channels per level, fine to coarse; each level but the first halves the side."
+    output_dir: MayChange[str] = HfArg(
+        default="runs/vae", help="Folder that the VAE, its log and its pictures are written to."
     )
-    latent_channels: int = setting(4, "Channels of the latent.")
-    layers_per_block: int = setting(1, "Residual blocks per level.")
-    mid_attention: bool = setting(False, "Self-attention at the coarsest level.")
-    reconstruction_loss: str = setting("l1", "Distance between slice and reconstruction.", ["l1", "l2"])
-    kl_weight: float = setting(1e-4, "Weight of the KL term (mean over the latent's elements, nats).")
-    spectral_weight: float = setting(
-        0.0, "Weight of the spectral term: amplitudes of the slices' frequencies (arXiv:2005.00341)."
+    widths: list[int] = HfArg(
+        default_factory=lambda: [64, 128, 256, 256],
+        help="Channels per level, fine to coarse; each level but the first halves the side.",
     )
-    perceptual: str = setting(
-        "none",
-        "Features of the perceptual term: none, vgg (ImageNet), radimagenet, medicalnet, or a file or folder "
+    latent_channels: int = HfArg(default=4, help="Channels of the latent.")
+    layers_per_block: int = HfArg(default=1, help="Residual blocks per level.")
+    mid_attention: bool = HfArg(default=False, help="Self-attention at the coarsest level.")
+    reconstruction_loss: str = HfArg(
+        default="l1", help="Distance between slice and reconstruction.", metadata={"choices": ["l1", "l2"]}
+    )
+    kl_weight: float = HfArg(
+        default=1e-4, help="Weight of the KL term (mean over the latent's elements, nats)."
+    )
+    spectral_weight: float = HfArg(
+        default=0.0,
+        help="Weight of the spectral term: amplitudes of the slices' frequencies (arXiv:2005.00341).",
+    )
+    perceptual: MayChange[str] = HfArg(
+        default="none",
+        help="Features of the perceptual term: none, vgg (ImageNet), radimagenet, medicalnet, or a file or "
+        "folder "
         "of their weights.",
     )
-    perceptual_weight: float = setting(0.1, "Weight of the perceptual term.")
-    discriminator_weight: float = setting(
-        0.0,
-        "Train against a patch discriminator, whose gradient weighs this share of the other terms' "
+    perceptual_weight: float = HfArg(default=0.1, help="Weight of the perceptual term.")
+    discriminator_weight: float = HfArg(
+        default=0.0,
+        help="Train against a patch discriminator, whose gradient weighs this share of the other terms' "
         "(VQGAN's adaptive weight, arXiv:2012.09841); 0: without.",
     )
-    discriminator_start: int | None = setting(
-        None, "Updates before the discriminator begins. Default: half of --max_steps."
+    discriminator_start: int | None = HfArg(
+        default=None, help="Updates before the discriminator begins. Default: half of --max_steps."
     )
-    discriminator_width: int = setting(64, "Channels of its first layer.")
-    use_ema: bool = setting(False, "Save an exponential moving average of the weights.")
-    ema_halflife_images: float = setting(11_000, EMA_HELP)
-    eval_images: int = setting(256, "Held-out slices measured each epoch; the last measurement takes all.")
+    discriminator_width: int = HfArg(default=64, help="Channels of its first layer.")
+    use_ema: bool = HfArg(default=False, help="Save an exponential moving average of the weights.")
+    ema_halflife_images: float = HfArg(default=11_000, help=EMA_HELP)
+    eval_images: MayChange[int] = HfArg(
+        default=256, help="Held-out slices measured each epoch; the last measurement takes all."
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -158,70 +200,90 @@ class TrainVAEConfig(TrainingConfig):
 class TrainLDMConfig(TrainingConfig):
     """Settings of train_ldm.py."""
 
-    output_dir: str = setting(
-        "runs/ldm", "Folder that the pipeline, its log and its pictures are written to."
+    output_dir: MayChange[str] = HfArg(
+        default="runs/ldm", help="Folder that the pipeline, its log and its pictures are written to."
     )
-    vae: str | None = setting(
-        None,
-        "Folder or Hub name of the VAE that train_vae.py wrote. Default: that of --init_from, else runs/vae.",
+    vae: MayChange[str | None] = HfArg(
+        default=None,
+        help="Folder or Hub name of the VAE that train_vae.py wrote. Default: that of --init_from, else "
+        "runs/vae.",
     )
-    latent_cache: str | None = setting(
-        None,
-        "Folder that the slices' latents are kept in, for this run's resume and for others on the same VAE "
+    latent_cache: MayChange[str | None] = HfArg(
+        default=None,
+        help="Folder that the slices' latents are kept in, for this run's resume and for others on the "
+        "same VAE "
         "and slices. Default: adni_ldm/latents in the Hugging Face cache.",
     )
-    latent_variants: int = setting(
-        0,
-        "Augmented variants of each slice beside it: turned by up to 5 degrees, shifted by up to 3 % of the "
-        "side, brighter or darker by up to 10 %; never flipped. Each takes the disk that the slices take.",
+    latent_variants: int = HfArg(
+        default=0,
+        help="Augmented variants of each slice beside it: turned by up to 5 degrees, shifted by up to 3 %% "
+        "of the "
+        "side, brighter or darker by up to 10 %%; never flipped. Each takes the disk that the slices take.",
     )
-    unet_widths: list[int] = setting([128, 256, 384, 512], "Channels per level of the U-Net, fine to coarse.")
-    layers_per_block: int = setting(2, "Residual blocks per level of the U-Net.")
-    token_dim: int = setting(256, "Width of a class token.")
-    prediction_type: str = setting(
-        "v_prediction", "What the U-Net predicts: the noise, or the velocity.", ["epsilon", "v_prediction"]
+    unet_widths: list[int] = HfArg(
+        default_factory=lambda: [128, 256, 384, 512], help="Channels per level of the U-Net, fine to coarse."
     )
-    num_train_timesteps: int = setting(1000, "Timesteps of the noise schedule.")
-    rescale_betas_zero_snr: bool = setting(
-        True, "Last timestep is pure noise (Lin et al. 2024, arXiv:2305.08891); asks for v_prediction."
+    layers_per_block: int = HfArg(default=2, help="Residual blocks per level of the U-Net.")
+    token_dim: int = HfArg(default=256, help="Width of a class token.")
+    prediction_type: str = HfArg(
+        default="v_prediction",
+        help="What the U-Net predicts: the noise, or the velocity.",
+        metadata={"choices": ["epsilon", "v_prediction"]},
     )
-    snr_gamma: float = setting(
-        5.0, "γ of min-SNR weighting (Hang et al. 2023, arXiv:2303.09556); 0 weighs all alike."
+    num_train_timesteps: int = HfArg(default=1000, help="Timesteps of the noise schedule.")
+    rescale_betas_zero_snr: bool = HfArg(
+        default=True,
+        help="Last timestep is pure noise (Lin et al. 2024, arXiv:2305.08891); asks for v_prediction.",
     )
-    label_dropout: float = setting(0.1, "Share of labels replaced by the null class, for guidance; 0 to 1.")
-    use_ema: bool = setting(True, "Sample from, and save, an exponential moving average of the weights.")
-    ema_halflife_images: float = setting(110_000, EMA_HELP)
-    freeze: list[str] = setting(
-        [],
-        "With --init_from: parts that stay as they are, by how the names of their weights begin: unet.down "
+    snr_gamma: float = HfArg(
+        default=5.0, help="γ of min-SNR weighting (Hang et al. 2023, arXiv:2303.09556); 0 weighs all alike."
+    )
+    label_dropout: float = HfArg(
+        default=0.1, help="Share of labels replaced by the null class, for guidance; 0 to 1."
+    )
+    use_ema: bool = HfArg(
+        default=True, help="Sample from, and save, an exponential moving average of the weights."
+    )
+    ema_halflife_images: float = HfArg(default=110_000, help=EMA_HELP)
+    freeze: list[str] = HfArg(
+        default_factory=list,
+        help="With --init_from: parts that stay as they are, by how the names of their weights begin: "
+        "unet.down "
         "unet.mid class_embedding. The VAE always does.",
     )
-    lora_rank: int = setting(
-        0,
-        "With --init_from: train matrices of this rank beside the U-Net's weights, and the class tokens; "
+    lora_rank: int = HfArg(
+        default=0,
+        help="With --init_from: train matrices of this rank beside the U-Net's weights, and the class "
+        "tokens; "
         "also saved alone, as pytorch_lora_weights.safetensors. 0 trains the weights themselves.",
     )
-    validation_steps: int = setting(
-        1000, "Updates between pictures of samples and held-out losses; 0 draws none."
+    validation_steps: MayChange[int] = HfArg(
+        default=1000, help="Updates between pictures of samples and held-out losses; 0 draws none."
     )
-    evaluation_steps: int = setting(
-        0,
-        "Updates between small reports: KID against held-out slices, agreement with the class, share of "
+    evaluation_steps: MayChange[int] = HfArg(
+        default=0,
+        help="Updates between small reports: KID against held-out slices, agreement with the class, share of "
         "copies. The pipeline with the lowest KID is kept in OUTPUT_DIR/best. 0 makes none.",
     )
-    evaluate_images: int = setting(64, "Slices of each class drawn for such a report.")
-    evaluate_slices: int = setting(
-        5000, "Most training and most held-out slices that they are compared with."
+    evaluate_images: MayChange[int] = HfArg(default=64, help="Slices of each class drawn for such a report.")
+    evaluate_slices: MayChange[int] = HfArg(
+        default=5000, help="Most training and most held-out slices that they are compared with."
     )
-    classifier_steps: int = setting(
-        200, "Batches of 64 slices that the classifier is trained on which judges them, at the start."
+    classifier_steps: MayChange[int] = HfArg(
+        default=200,
+        help="Batches of 64 slices that the classifier is trained on which judges them, at the start.",
     )
-    num_inference_steps: int = setting(50, "DDIM steps of those pictures.")
-    guidance_scale: float = setting(1.5, "Guidance of those pictures; 1 is none.")
-    push_to_hub: bool = setting(False, "Push the pipeline to --hub_model_id when training ends, as private.")
-    hub_model_id: str | None = setting(None, "Repository of the Hub, ME/NAME; made where there is none.")
-    accept_privacy_risk: bool = setting(
-        False, "Push although no report has judged privacy yet: a memorized scan may leave with the model."
+    num_inference_steps: MayChange[int] = HfArg(default=50, help="DDIM steps of those pictures.")
+    guidance_scale: MayChange[float] = HfArg(default=1.5, help="Guidance of those pictures; 1 is none.")
+    push_to_hub: MayChange[bool] = HfArg(
+        default=False, help="Push the pipeline to --hub_model_id when training ends, as private."
+    )
+    hub_model_id: MayChange[str | None] = HfArg(
+        default=None, help="Repository of the Hub, ME/NAME; made where there is none."
+    )
+    accept_privacy_risk: MayChange[bool] = HfArg(
+        default=False,
+        help="Push although no report has judged privacy yet: a memorized scan may leave with the model.",
     )
 
     def __post_init__(self):
@@ -246,32 +308,14 @@ class TrainLDMConfig(TrainingConfig):
             raise UserError(f"--label_dropout {self.label_dropout} must lie in [0, 1)")
 
 
-# Of the training settings, these may differ when a run is resumed: they say where things lie and how often to
-# look, or a hash of the data and weights says it better.
-_FREE = {"data_dir", "table", "val_fraction", "output_dir", "vae", "init_from", "resume_from_checkpoint"}
-_FREE |= {"mixed_precision", "num_workers", "report_to", "log_steps", "checkpointing_steps"}
-_FREE |= {
-    "checkpoints_total_limit",
-    "max_nonfinite",
-    "eval_images",
-    "validation_steps",
-    "num_inference_steps",
-}
-_FREE |= {"evaluation_steps", "evaluate_images", "evaluate_slices", "classifier_steps", "guidance_scale"}
-_FREE |= {"push_to_hub", "hub_model_id", "accept_privacy_risk"}
-_FREE |= {"latent_cache", "perceptual"}
-# These change the rounding and not the method: a resume says that they differ, and goes on.
-_ROUNDING = {"channels_last", "gradient_checkpointing", "attention", "compile"}
-_ROUNDING |= {"offload_ema", "deterministic"}
-
-
 def settings_to_keep(config: TrainingConfig) -> dict[str, dict[str, object]]:
     """Settings that a resumed run "must" share with the one it goes on from, and those it "should"."""
-    values = dataclasses.asdict(config)
-    return {
-        "must": {f"--{name}": values[name] for name in values.keys() - _FREE - _ROUNDING},
-        "should": {f"--{name}": values[name] for name in values.keys() & _ROUNDING},
-    }
+    hints = get_type_hints(type(config), include_extras=True)
+    kept = {"must": {}, "should": {}, "free": {}}
+    for field in dataclasses.fields(config):
+        (rule,) = getattr(hints[field.name], "__metadata__", ("must",))
+        kept[rule][f"--{field.name}"] = getattr(config, field.name)
+    return {"must": kept["must"], "should": kept["should"]}
 
 
 def save_config(config, folder: str | Path) -> None:

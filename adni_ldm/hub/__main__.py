@@ -12,7 +12,6 @@ from __future__ import annotations
 import sys
 
 from adni_ldm.config import PushConfig, PushSamplesConfig, parse_config
-from adni_ldm.environment import check_torch_pair
 from adni_ldm.errors import UserError, run_recipe
 
 
@@ -46,8 +45,7 @@ def main() -> int:
         raise UserError(f"no command {command!r}; there is {', '.join(COMMANDS)}")
     if arguments and not arguments[0].startswith("-"):  # the folder may stand alone
         arguments = ["--folder", *arguments]
-    check_torch_pair()  # before diffusers and transformers meet a broken pair and say something else
-    COMMANDS[command](arguments)
+        COMMANDS[command](arguments)
     return 0
 
 
