@@ -28,7 +28,7 @@ from adni_ldm.config import AppConfig, parse_config
 from adni_ldm.counterfactual import redraw
 from adni_ldm.errors import UserError, run_recipe
 from adni_ldm.figures import colour_limit, difference_picture
-from adni_ldm.generation import generate_progressively, image_seed, weights_hash
+from adni_ldm.generation import generate_progressively, hash_pipeline, image_seed
 from adni_ldm.hub.space import push_space
 from adni_ldm.loading import load_pipeline
 from adni_ldm.precision import choose_precision
@@ -159,7 +159,7 @@ class Model:
             self.pipeline.to(torch.accelerator.current_accelerator())
         self.classes = list(self.pipeline.class_embedding.config.class_names)
         self.side = self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
-        self.hash = weights_hash(self.pipeline)
+        self.hash = hash_pipeline(self.pipeline)
         self.precision = choose_precision(None)
 
     def draw(self, which: str, number: int, steps: int, guidance: float, seed: int) -> Iterator[tuple]:

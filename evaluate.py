@@ -37,7 +37,7 @@ from adni_ldm.evaluation.report import Gallery, write_metrics, write_page
 from adni_ldm.evaluation.tstr import usefulness
 from adni_ldm.evaluation.verdicts import verdicts
 from adni_ldm.figures import save_rows
-from adni_ldm.generation import denoising_trajectory, image_seed, weights_hash
+from adni_ldm.generation import denoising_trajectory, hash_pipeline, image_seed
 from adni_ldm.loading import load_pipeline
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
 from adni_ldm.precision import choose_precision
@@ -116,7 +116,7 @@ def main() -> None:
 
     # ---- The report ----------------------------------------------------------------------------------------
     facts = {
-        "model_hash": weights_hash(pipeline) if pipeline else drawn.get("model_hash"),
+        "model_hash": hash_pipeline(pipeline) if pipeline else drawn.get("model_hash"),
         "data_hash": data.hash,
         "features": {"name": extract.name, "hash": extract.hash},
         "copy_rule": str(privacy.rule) if privacy.rule else None,
@@ -185,10 +185,11 @@ def open_pipeline(
     drawn_size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     if drawn_size != size:
         raise UserError(f"--model {name}: draws slices of {drawn_size} pixels, the samples have {size}")
-    if drawn.get("model_hash", weights_hash(pipeline)) != weights_hash(pipeline):
+    found = hash_pipeline(pipeline)
+    if drawn.get("model_hash", found) != found:
         raise UserError(
-            f"--model {name}: did not draw these samples: its weights are {weights_hash(pipeline)}, those in "
-            f"metadata.csv {drawn['model_hash']}; draw the samples anew with sample.py"
+            f"--model {name} did not generate these samples: the hash of its weights is {found}, that in "
+            f"metadata.csv {drawn['model_hash']}; sample again with sample.py"
         )
     return pipeline
 

@@ -34,7 +34,13 @@ from adni_ldm.counterfactual import write_counterfactual, write_morph
 from adni_ldm.environment import processes_without_gpu
 from adni_ldm.errors import UserError, run_recipe
 from adni_ldm.figures import save_rows
-from adni_ldm.generation import denoising_trajectory, generate_images, image_seed, use_scheduler, weights_hash
+from adni_ldm.generation import (
+    denoising_trajectory,
+    generate_images,
+    hash_pipeline,
+    image_seed,
+    use_scheduler,
+)
 from adni_ldm.loading import load_pipeline
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
 from adni_ldm.precision import choose_precision
@@ -89,7 +95,7 @@ def main() -> None:
         "scheduler": cfg.scheduler,
         "precision": precision,
         "model": cfg.model,
-        "model_hash": weights_hash(pipeline),
+        "model_hash": hash_pipeline(pipeline),
         "data_hash": "+".join(data["hash"] for data in pipeline.unet.config.get("_trained_on", ())),
         "guidance_interval": " ".join(map(str, cfg.guidance_interval)),
     }

@@ -11,7 +11,7 @@ from torchvision.transforms.functional import to_pil_image
 from adni_ldm.data.slices import prepare_image, read_image
 from adni_ldm.errors import UserError
 from adni_ldm.figures import colour_limit, difference_picture, save_counterfactual, save_rows
-from adni_ldm.generation import interpolate_classes, weights_hash
+from adni_ldm.generation import hash_pipeline, interpolate_classes
 from adni_ldm.pipeline import ClassConditionalLDMPipeline, Counterfactual
 
 
@@ -66,7 +66,7 @@ def write_counterfactual(
     row = {"file_name": "counterfactual.png", "from_image": image, "from": source, "to": target, **options}
     row |= {"difference": float(result.difference.abs().mean()), "colour_limit": limit}
     row |= {"round_trip_error": float(result.error.mean()), "round_trip_error_max": float(result.error.max())}
-    row["model_hash"] = weights_hash(pipeline)
+    row["model_hash"] = hash_pipeline(pipeline)
     pd.DataFrame([row]).to_csv(output_dir / "metadata.csv", index=False)
     return row
 

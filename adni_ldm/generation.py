@@ -178,8 +178,8 @@ def _autocast(device: torch.device, precision: str) -> AbstractContextManager:
     return torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()
 
 
-def weights_hash(pipeline: ClassConditionalLDMPipeline) -> str:
-    """`hash_weights` of all that is trained: tells which model an image came from."""
+def hash_pipeline(pipeline: ClassConditionalLDMPipeline) -> str:
+    """`hash_weights` of VAE, U-Net and class embedding: identifies the model that an image came from."""
     return hash_weights(pipeline.vae, pipeline.unet, pipeline.class_embedding)
 
 

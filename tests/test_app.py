@@ -25,7 +25,7 @@ from PIL import Image
 from stand_ins import blob_image, make_pipeline
 
 from adni_ldm.errors import UserError
-from adni_ldm.generation import generate_images, generate_progressively, image_seed, weights_hash
+from adni_ldm.generation import generate_images, generate_progressively, hash_pipeline, image_seed
 from adni_ldm.hub.space import push_space, write_space
 from adni_ldm.web import page as web
 
@@ -48,7 +48,7 @@ def model(tmp_path_factory):
     pipeline = make_pipeline()
     pipeline.save_pretrained(folder)
     (folder / "report").mkdir()
-    metrics = {"model_hash": weights_hash(pipeline), "verdicts": VERDICTS}
+    metrics = {"model_hash": hash_pipeline(pipeline), "verdicts": VERDICTS}
     (folder / "report/metrics.json").write_text(json.dumps(metrics))
     return folder
 
@@ -191,7 +191,7 @@ def test_draw(visit, keep, model):
     assert list(rows.file_name) == list(files) == [f"NC/{index:06d}.png" for index in range(3)]
     assert list(rows.seed) == [image_seed(5, index) for index in range(3)]
     assert set(rows.steps) == {200} and set(rows.label) == {"NC"}
-    assert set(rows.model_hash) == {weights_hash(make_pipeline())}
+    assert set(rows.model_hash) == {hash_pipeline(make_pipeline())}
     for picture, content in zip(pictures.values(), files.values()):
         assert np.array_equal(picture, np.asarray(Image.open(io.BytesIO(content))))
     if set(rows.precision) == {"no"}:  # else bf16 here, and float32 in this process

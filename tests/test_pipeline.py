@@ -12,9 +12,9 @@ from adni_ldm.generation import (
     SCHEDULERS,
     denoising_trajectory,
     generate_images,
+    hash_pipeline,
     image_seed,
     use_scheduler,
-    weights_hash,
 )
 from adni_ldm.models import ClassEmbedding
 from adni_ldm.pipeline import ClassConditionalLDMPipeline, denormalize_latents
@@ -250,7 +250,7 @@ def test_a_saved_pipeline_draws_the_same_with_and_without_the_package(pipeline, 
     (tmp_path / "saved" / "pipeline.py").write_text("raise SystemExit('code of the folder was run')")
     loaded = ClassConditionalLDMPipeline.from_pretrained(tmp_path / "saved")
     assert type(loaded) is ClassConditionalLDMPipeline and type(loaded.class_embedding) is ClassEmbedding
-    assert weights_hash(loaded) == weights_hash(pipeline)
+    assert hash_pipeline(loaded) == hash_pipeline(pipeline)
     loaded.set_progress_bar_config(disable=True)
     again = loaded(["AD", 1], generator=torch.Generator().manual_seed(0), **options).images
     assert torch.equal(again, expected)
@@ -263,6 +263,6 @@ def test_a_saved_pipeline_draws_the_same_with_and_without_the_package(pipeline, 
     )
     assert result.returncode == 0, result.stderr
     assert torch.allclose(torch.load(tmp_path / "images.pt"), expected, atol=1e-6)
-    assert weights_hash(ClassConditionalLDMPipeline.from_pretrained(tmp_path / "again")) == weights_hash(
+    assert hash_pipeline(ClassConditionalLDMPipeline.from_pretrained(tmp_path / "again")) == hash_pipeline(
         pipeline
     )

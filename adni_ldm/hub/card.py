@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
 from adni_ldm.errors import UserError
-from adni_ldm.generation import weights_hash
+from adni_ldm.generation import hash_pipeline
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
 
 QUESTIONS = ("fidelity", "usefulness", "faithfulness", "privacy")
@@ -131,7 +131,7 @@ def write_model_card(
         repo_id=repo_id,
         classes=list(pipeline.class_embedding.config.class_names),
         sizes=_sizes(pipeline),
-        model_hash=weights_hash(pipeline),
+        model_hash=hash_pipeline(pipeline),
         data=data,
         split=split,
         settings=settings,

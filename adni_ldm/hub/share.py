@@ -12,7 +12,7 @@ from PIL import Image
 
 from adni_ldm.data.folder import FolderListing
 from adni_ldm.errors import UserError
-from adni_ldm.generation import weights_hash
+from adni_ldm.generation import hash_pipeline
 from adni_ldm.hub.bundle import bundle_model, bundle_samples, open_data, read_samples
 from adni_ldm.hub.card import read_report, read_settings, refuse_privacy_risk
 from adni_ldm.hub.leak_scan import hash_data, look_through
@@ -43,7 +43,7 @@ def share_model(
     pipeline = load_pipeline(str(run))
     settings = read_settings(run)
     report_dir = Path(report or run / "report")
-    judged = read_report(report_dir, weights_hash(pipeline))
+    judged = read_report(report_dir, hash_pipeline(pipeline))
     refuse_privacy_risk(judged, accept_privacy_risk)
     wanted = [record["hash"] for record in pipeline.unet.config.get("_trained_on") or ()]
     scans = open_data(

@@ -7,7 +7,7 @@ from stand_ins import make_pipeline
 
 from adni_ldm.data.provenance import describe_data, training_records
 from adni_ldm.data.slices import open_folder, read_slices
-from adni_ldm.generation import weights_hash
+from adni_ldm.generation import hash_pipeline
 
 
 def write_report(
@@ -46,7 +46,7 @@ def write_run(run, data_dir):
     )
     (run / "secret.txt").write_text("not of the model")
     (run / "samples.png").write_bytes(b"not of the push")
-    write_report(run, weights_hash(pipeline))
+    write_report(run, hash_pipeline(pipeline))
     return run
 
 

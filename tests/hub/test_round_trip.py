@@ -19,7 +19,7 @@ from huggingface_hub import constants
 from PIL import Image
 
 from adni_ldm.errors import UserError
-from adni_ldm.generation import weights_hash
+from adni_ldm.generation import hash_pipeline
 from adni_ldm.loading import load_pipeline
 
 ROOT = Path(__file__).parents[2]
@@ -106,7 +106,7 @@ def test_sample_draws_from_the_hub_and_what_it_drew_is_pushed_and_read(
     )
     run(hub, home, "sample.py", "--model", "me/brains", "--class", "all", *options)
     table = pd.read_csv(drawn / "metadata.csv")
-    assert set(table.model_hash) == {weights_hash(load_pipeline(str(trained)))}
+    assert set(table.model_hash) == {hash_pipeline(load_pipeline(str(trained)))}
 
     push = ("-m", "adni_ldm.hub", "push-samples", drawn, "--repo_id", "me/slices")
     own = ("--data_dir", phantom_dir, "--report", trained / "report")

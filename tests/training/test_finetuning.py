@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import train_ldm
 import train_vae
 from adni_ldm.errors import UserError
-from adni_ldm.generation import weights_hash
+from adni_ldm.generation import hash_pipeline
 from adni_ldm.loading import load_autoencoder
 from adni_ldm.models import ClassEmbedding, build_autoencoder, build_denoiser
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
@@ -269,7 +269,7 @@ def test_a_lora_is_a_small_file_that_the_pipeline_takes(base, lora_words, run, t
     assert file.stat().st_size < 0.2 * (base / "unet/diffusion_pytorch_model.safetensors").stat().st_size
     assert not any("lora" in name for name in tuned.unet.state_dict()), "merged: a plain U-Net"
     before, expected = draw(pipeline, "AD", "NC"), draw(tuned, "AD", "MCI")
-    untouched = weights_hash(pipeline)
+    untouched = hash_pipeline(pipeline)
 
     pipeline.load_lora_weights(tmp_path / "tuned", adapter_name="scanner")
     assert list(pipeline.class_embedding.config.class_names) == ["AD", "NC", "MCI"]
@@ -282,7 +282,7 @@ def test_a_lora_is_a_small_file_that_the_pipeline_takes(base, lora_words, run, t
     none = draw(pipeline, "AD", "NC")
     assert 0 < (half - none).abs().mean() < (full - none).abs().mean()
     pipeline.unload_lora_weights()
-    assert torch.equal(draw(pipeline, "AD", "NC"), before) and weights_hash(pipeline) == untouched
+    assert torch.equal(draw(pipeline, "AD", "NC"), before) and hash_pipeline(pipeline) == untouched
     assert pipeline.unet.config["_trained_on"] == [RECORD]
     with pytest.raises(ValueError, match="knows no class 'MCI'"):
         draw(pipeline, "MCI")
