@@ -20,8 +20,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@if ! $(VENV) -m pip --version > /dev/null 2>&1; then \
 		version=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])') \
 			|| { echo "make: $(PYTHON) does not run; name another: make .venv PYTHON=python3.12" >&2; exit 1; }; \
-		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
-			|| { echo "make: $(PYTHON) is Python $$version, adni-ldm needs 3.10 or newer; name another: make .venv PYTHON=python3.12" >&2; exit 1; }; \
+		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+			|| { echo "make: $(PYTHON) is Python $$version, adni-ldm needs 3.11 or newer; name another: make .venv PYTHON=python3.12" >&2; exit 1; }; \
 		$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null \
 			|| { echo "make: $(PYTHON) has no venv module; on Debian or Ubuntu: apt install python$$version-venv" >&2; exit 1; }; \
 		$(PYTHON) -m venv --clear .venv; \

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 
-# The pair of constraints.txt, which a test compares. torch 2.15 needs Python 3.11.
-TESTED_PAIR = ("2.15.0", "0.29.2") if sys.version_info >= (3, 11) else ("2.14.1", "0.29.1")
+# The torch and torchvision of constraints.txt; a test compares them.
+TESTED_PAIR = ("2.15.0", "0.29.2")
 
 
 def check_torch_pair() -> None:

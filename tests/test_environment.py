@@ -3,7 +3,8 @@
 import os
 import subprocess
 import sys
-from importlib.metadata import version
+import tomllib
+from importlib.metadata import distribution, version
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch.distributed.run
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from adni_ldm.environment import TESTED_PAIR, processes_without_gpu
 
@@ -46,11 +48,51 @@ def test_pair_that_works_is_let_through():
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
+def pins(name):
+    """{canonical name: specifier} of a file of constraints on this Python."""
+    lines = (ROOT / name).read_text().splitlines()
+    entries = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(pin.name): pin.specifier for pin in entries if applies(pin)}
+
+
+def applies(requirement, extras=("",)):
+    return requirement.marker is None or any(
+        requirement.marker.evaluate({"extra": extra}) for extra in extras
+    )
+
+
 def test_tested_pair_is_that_of_the_constraints():
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    here = {pin.name: str(pin.specifier) for pin in pins if pin.marker is None or pin.marker.evaluate()}
-    assert (here["torch"], here["torchvision"]) == tuple(f"=={release}" for release in TESTED_PAIR)
+    here = pins("constraints.txt")
+    assert (str(here["torch"]), str(here["torchvision"])) == tuple(f"=={release}" for release in TESTED_PAIR)
+
+
+def test_every_requirement_has_an_exact_version():
+    """Of what `make .venv` installs, direct and transitive: a missing pin lets the environment change by itself."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    waiting = [Requirement(line) for group in (project["dependencies"], *extras.values()) for line in group]
+    waiting = [entry for entry in waiting if entry.name not in ("adni-ldm", "xformers")]
+    found = {}
+    while waiting:
+        entry = waiting.pop()
+        name, wanted = canonicalize_name(entry.name), {"", *entry.extras}
+        if wanted <= found.get(name, set()):
+            continue
+        found[name] = wanted | found.get(name, set())
+        requires = map(Requirement, distribution(name).requires or [])
+        waiting += [requirement for requirement in requires if applies(requirement, found[name])]
+    assert not set(found) - set(pins("constraints.txt"))
+
+
+def test_pair_for_xformers_meets_the_lower_bounds():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = project["dependencies"] + project["optional-dependencies"]["xformers"]
+    bounds = {canonicalize_name(Requirement(line).name): Requirement(line).specifier for line in lines}
+    second = pins("constraints-xformers.txt")
+    assert {"torch", "torchvision", "xformers"} <= set(second)
+    for name in set(second) & set(bounds):
+        (pin,) = second[name]
+        assert pin.operator == "==" and pin.version in bounds[name], name
 
 
 def processes_started(config_file, monkeypatch):

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import datetime, timezone, UTC
 from pathlib import Path
 
 import torch
@@ -87,7 +87,7 @@ def record_start(output_dir: str | Path, step: int, identity: Mapping[str, objec
         starts = []
     start = {
         "step": step,
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "git": git_commit(Path(__file__).parents[2]),
         "versions": installed_versions(LIBRARIES),
