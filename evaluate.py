@@ -13,14 +13,13 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
 
 from adni_ldm.config import EvaluateConfig, class_names, parse_config
 from adni_ldm.data.provenance import DataRecord, check_leakage, describe_data
-from adni_ldm.data.slices import open_folder, read_slices
+from adni_ldm.data.slices import evenly_spaced, open_folder, read_slices
 from adni_ldm.environment import installed_versions
 from adni_ldm.errors import UserError, run_recipe
 from adni_ldm.evaluation import figures
@@ -249,7 +248,7 @@ def draw_insides(
     save_rows(path, dict(zip(unseen.class_names, rows)))
 
     path = gallery.add("pictures", "reconstructions", "What the autoencoder keeps of unseen people's slices")
-    some = unseen.take(np.unique(np.linspace(0, len(unseen) - 1, 8).astype(int)))
+    some = unseen.take(evenly_spaced(len(unseen), 8))
     figures.save_reconstructions(path, some, reconstruct(pipeline.vae, some))
 
     path = gallery.add("pictures", "bottleneck", "The slices as the U-Net's middle sees them (UMAP)")

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from adni_ldm.config import TrainVAEConfig, class_names, parse_config, save_config, settings_to_keep
 from adni_ldm.data.provenance import check_leakage, training_records
-from adni_ldm.data.slices import SliceTensors
+from adni_ldm.data.slices import SliceTensors, evenly_spaced
 from adni_ldm.errors import run_recipe
 from adni_ldm.figures import save_rows
 from adni_ldm.generation import hash_weights
@@ -203,7 +203,7 @@ def main() -> int:
         if step % epoch_steps == 0 or last:
             with averaged_weights(ema, vae.parameters()):
                 whole_vae = whole(vae)
-                indices = spread(len(val), len(val) if last else cfg.eval_images)
+                indices = evenly_spaced(len(val), len(val) if last else cfg.eval_images)
                 quality = measure(whole_vae, val, indices, cfg.batch_size, accelerator)
                 if accelerator.is_main_process:
                     draw_reconstructions(
@@ -245,11 +245,6 @@ def main() -> int:
     return 0
 
 
-def spread(total: int, count: int) -> list[int]:
-    """At most `count` indices, evenly over `total`."""
-    return torch.linspace(0, total - 1, min(count, total)).round().int().tolist()
-
-
 @torch.no_grad()
 def measure(
     vae: AutoencoderKL, slices: SliceTensors, indices: list[int], batch_size: int, accelerator: Accelerator
@@ -276,7 +271,9 @@ def measure(
 @torch.no_grad()
 def draw_reconstructions(vae: AutoencoderKL, slices: SliceTensors, path: Path, device: torch.device) -> None:
     """Picture of ten held-out slices above what the autoencoder makes of them."""
-    images = torch.stack([slices[index]["image"] for index in spread(len(slices), 10)])  # (10, 1, H, W)
+    images = torch.stack(
+        [slices[index]["image"] for index in evenly_spaced(len(slices), 10)]
+    )  # (10, 1, H, W)
     latents = vae.encode(images.to(device)).latent_dist.mean
     reconstruction = vae.decode(latents, return_dict=False)[0]
     rows = {"real": images, "reconstructed": reconstruction}

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from torchvision.transforms.functional import to_pil_image
 
-from adni_ldm.data.slices import prepare_image, read_image
+from adni_ldm.data.slices import prepare_image, read_image, to_float
 from adni_ldm.errors import UserError
 from adni_ldm.figures import colour_limit, difference_picture, save_counterfactual, save_rows
 from adni_ldm.generation import hash_pipeline, interpolate_classes
@@ -23,7 +23,7 @@ def redraw(
     Raises:
         UserError: a class that the model does not know, or an option out of range.
     """
-    given = pixels[None, None] / 127.5 - 1  # (1, 1, H, W), [-1, 1]
+    given = to_float(pixels[None, None])  # (1, 1, H, W), [-1, 1]
     try:
         result = pipeline.counterfactual(given, source, target, **options)
     except ValueError as error:
@@ -61,7 +61,7 @@ def write_counterfactual(
     limit = colour_limit(result)
     to_pil_image(result.images[0] / 2 + 0.5).save(output_dir / "counterfactual.png")
     difference_picture(result.difference[0], limit).save(output_dir / "difference.png")
-    given = pixels[None] / 127.5 - 1
+    given = to_float(pixels[None])
     save_counterfactual(output_dir / "side_by_side.png", given, result, f"{source} to {target}")
     row = {"file_name": "counterfactual.png", "from_image": image, "from": source, "to": target, **options}
     row |= {"difference": float(result.difference.abs().mean()), "colour_limit": limit}

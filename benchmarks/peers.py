@@ -37,6 +37,7 @@ from peer_student import train_student
 from peer_training import Trained
 from yardstick import FEATURES, Yardstick
 
+from adni_ldm.data.slices import evenly_spaced
 from adni_ldm.figures import save_rows
 from adni_ldm.generation import generate_images, image_seed
 from adni_ldm.loading import load_pipeline
@@ -196,7 +197,7 @@ def main() -> None:
 
 def some(images: torch.Tensor, count: int = 10) -> torch.Tensor:
     """Evenly chosen ones."""
-    return images[torch.linspace(0, len(images) - 1, min(count, len(images))).long()]
+    return images[evenly_spaced(len(images), count)]
 
 
 if __name__ == "__main__":

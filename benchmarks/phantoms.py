@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from adni_ldm.data.slices import to_float
 from adni_ldm.preprocessing.phantom import (
     CENTRE_MM,
     PLANES,
@@ -29,7 +30,7 @@ def read_test_set(cohort: Path) -> tuple[pd.DataFrame, torch.Tensor]:
     """The lines of metadata.csv of the test split, and their slices (N, 1, H, W) in [-1, 1]."""
     slices = pd.read_csv(cohort / "test/metadata.csv")
     pixels = np.stack([np.asarray(Image.open(cohort / "test" / name)) for name in slices.file_name])
-    return slices, torch.from_numpy(pixels)[:, None] / 127.5 - 1
+    return slices, to_float(torch.from_numpy(pixels)[:, None])
 
 
 def redraw(cohort: Path, slices: pd.DataFrame, change: Callable[[Subject, str], Subject]) -> torch.Tensor:
@@ -47,4 +48,4 @@ def redraw(cohort: Path, slices: pd.DataFrame, change: Callable[[Subject, str], 
         rng = np.random.default_rng(np.random.SeedSequence([seed, index, row.slice]))
         field, position = disease_field(subject, atlas), float(positions[row.slice]) + subject.x_offset
         drawn.append(render_slice(subject, field, position, size, rng, atlas, view, settings["contrast"])[0])
-    return torch.from_numpy(np.stack(drawn))[:, None] / 127.5 - 1
+    return to_float(torch.from_numpy(np.stack(drawn))[:, None])

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from adni_ldm.data.manifest import read_manifest
-from adni_ldm.data.slices import SliceTensors, load_slices, to_arrays
+from adni_ldm.data.slices import SliceTensors, evenly_spaced, load_slices, to_arrays
 from adni_ldm.errors import UserError, run_recipe
 from adni_ldm.evaluation.anatomy import cohens_d, ventricle_area
 from adni_ldm.evaluation.image_sets import load_samples
@@ -50,7 +50,7 @@ def main() -> None:
 @torch.no_grad()
 def draw_picture(path: Path, vae, real: SliceTensors, samples: dict[str, torch.Tensor]) -> None:
     """Rows of held-out slices, of what the VAE keeps of them, and of samples of each class."""
-    indices = torch.linspace(0, len(real) - 1, COLUMNS).int().tolist()
+    indices = evenly_spaced(len(real), COLUMNS)
     images = torch.stack([real[index]["image"] for index in indices])
     reconstructed = vae.decode(vae.encode(images).latent_dist.mean).sample
     rows = {"real": images, "reconstructed": reconstructed}

@@ -10,7 +10,7 @@ import torch
 
 from adni_ldm.data.folder import SliceFile
 from adni_ldm.data.qc import CheckReport
-from adni_ldm.data.slices import prepare_image, read_image
+from adni_ldm.data.slices import evenly_spaced, prepare_image, read_image
 from adni_ldm.figures import save_histograms, save_rows
 
 SIDE = 160  # pixels of a slice in a picture
@@ -52,7 +52,7 @@ def _spread(files: Sequence[SliceFile], most: int) -> list[SliceFile]:
     for file in sorted(files, key=lambda file: (file.slice or 0, file.path)):
         by_subject.setdefault(file.subject, []).append(file)
     subjects = sorted(by_subject, key=str)
-    chosen = np.linspace(0, len(subjects) - 1, min(most, len(subjects))).round().astype(int)
+    chosen = evenly_spaced(len(subjects), most)
     places = np.linspace(0, 1, COLUMNS)  # across a row: from the first to the last slice
     picked = []
     for position, index in enumerate(chosen):

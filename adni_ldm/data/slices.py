@@ -192,6 +192,16 @@ def to_arrays(dataset: Dataset, image_size: int, num_proc: int | None = None) ->
     )
 
 
+def to_float(images: torch.Tensor) -> torch.Tensor:
+    """Convert uint8 images, 0 to 255, of any shape to float32 in [-1, 1]: x / 127.5 - 1."""
+    return images.float().div_(127.5).sub_(1)
+
+
+def evenly_spaced(total: int, count: int) -> list[int]:
+    """Return at most `count` indices below `total`, evenly spaced, the first and the last among them."""
+    return torch.linspace(0, total - 1, min(count, total)).round().int().tolist()
+
+
 class SliceTensors(torch.utils.data.Dataset):
     """What `to_arrays` returns, as tensors: image float32 (1, S, S) in [-1, 1], label int64 ().
 
@@ -213,7 +223,7 @@ class SliceTensors(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
         pixels = torch.from_numpy(self.arrays[list(indices)]["image"])  # uint8 (B, S, S)
-        images = pixels.unsqueeze(1).float().div_(127.5).sub_(1)  # (B, 1, S, S), [-1, 1]
+        images = to_float(pixels.unsqueeze(1))  # (B, 1, S, S), [-1, 1]
         return [{"image": x, "label": y} for x, y in zip(images, self.labels[list(indices)], strict=True)]
 
 

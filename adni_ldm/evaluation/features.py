@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel
 from transformers.utils import logging
 
+from adni_ldm.data.slices import to_float
 from adni_ldm.errors import UserError
 from adni_ldm.evaluation.image_sets import ImageSet
 from adni_ldm.generation import hash_weights
@@ -65,20 +66,19 @@ def load_extractor(
                 "--features classifier: there is no classifier; it needs real slices of two classes"
             )
         penultimate = nn.Sequential(*list(classifier.children())[:-1], nn.Flatten())
-        return Extractor(name, hash_weights(classifier), lambda images: penultimate(_floats(images, device)))
+        return Extractor(
+            name, hash_weights(classifier), lambda images: penultimate(to_float(images.to(device)))
+        )
     if name == "vae":
         if vae is None:
             raise UserError("--features vae: give --model, the folder of the model whose VAE is to be used")
-        return Extractor(name, hash_weights(vae), lambda images: _latents(vae, _floats(images, vae.device)))
+        return Extractor(
+            name, hash_weights(vae), lambda images: _latents(vae, to_float(images.to(vae.device)))
+        )
     if name == "inception":
         network = _load_inception().to(device)
         return Extractor(name, hash_weights(network), lambda images: network(_colours(images).to(device))[0])
     return _load_vision_model(name, device)
-
-
-def _floats(images: torch.Tensor, device: str | torch.device) -> torch.Tensor:
-    """Float32 (B, 1, H, W) in [-1, 1], of 8-bit slices."""
-    return images.to(device).float().div_(127.5).sub_(1)
 
 
 def _colours(images: torch.Tensor) -> torch.Tensor:

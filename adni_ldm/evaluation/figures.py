@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from adni_ldm.data.slices import evenly_spaced
 from adni_ldm.evaluation.anatomy import MEASURES
 from adni_ldm.evaluation.estimates import Estimate
 from adni_ldm.evaluation.image_sets import ImageSet
@@ -30,7 +31,7 @@ def save_real_beside_samples(path: str | Path, real: ImageSet, samples: ImageSet
     rows = {}
     for name in real.class_names:
         for title, images in (("real", real.of_class(name)), ("synthetic", samples.of_class(name))):
-            chosen = np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).astype(int))
+            chosen = evenly_spaced(len(images), count)
             if len(chosen):
                 rows[f"{name} {title}"] = images.images[chosen].float() / 255
     save_rows(path, rows, columns=count)
@@ -183,7 +184,7 @@ def save_reconstructions(
     path: str | Path, images: ImageSet, reconstructions: torch.Tensor, count: int = 8
 ) -> None:
     """Slices, what the autoencoder keeps of them (N, 1, H, W) in [-1, 1], and the size of the error."""
-    chosen = np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).astype(int))
+    chosen = evenly_spaced(len(images), count)
     originals, kept = images.floats(chosen)[:, 0], reconstructions[chosen, 0]
     errors = (kept - originals).abs() / 2 * 100  # % of the range
     figure = Figure(figsize=(1.5 * len(chosen) + 1.6, 5.2), facecolor="black", layout="constrained")

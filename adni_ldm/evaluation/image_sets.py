@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from adni_ldm.data.slices import SliceTensors, prepare_image, read_image, to_arrays
+from adni_ldm.data.slices import SliceTensors, prepare_image, read_image, to_arrays, to_float
 from adni_ldm.errors import UserError
 from adni_ldm.generation import generate_images, image_seed
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
@@ -44,7 +44,7 @@ class ImageSet:
 
     def floats(self, indices: Sequence[int] | slice = slice(None)) -> torch.Tensor:
         """Float32 (n, 1, H, W) in [-1, 1], the range that every network here reads."""
-        return self.images[indices].float().div_(127.5).sub_(1)
+        return to_float(self.images[indices])
 
 
 def join(first: ImageSet, second: ImageSet) -> ImageSet:

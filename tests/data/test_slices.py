@@ -14,7 +14,16 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from adni_ldm.data.slices import DataError, SliceTensors, load_slices, prepare_image, read_image, to_arrays
+from adni_ldm.data.slices import (
+    DataError,
+    SliceTensors,
+    evenly_spaced,
+    load_slices,
+    prepare_image,
+    read_image,
+    to_arrays,
+    to_float,
+)
 from adni_ldm.data.splits import choose_val_subjects, shared_subjects, subject_fraction
 
 
@@ -253,3 +262,16 @@ def test_truncated_image_is_named_from_any_process(ad_nc_folder, num_proc):
     with pytest.raises(DataError) as error:
         to_arrays(dataset, 32, num_proc=num_proc)
     assert str(path) in str(error.value) and "truncated" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_grey_levels_and_floats_convert_both_ways():
+    grey = torch.arange(256, dtype=torch.uint8)
+    images = to_float(grey)
+    assert images.dtype == torch.float32 and images.min() == -1 and images.max() == 1
+    assert torch.equal(((images + 1) * 127.5).round().to(torch.uint8), grey)
+
+
+def test_evenly_spaced():
+    assert (
+        evenly_spaced(10, 4) == [0, 3, 6, 9] and evenly_spaced(2, 4) == [0, 1] and evenly_spaced(0, 4) == []
+    )
