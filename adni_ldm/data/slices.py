@@ -42,9 +42,9 @@ CLASS_NAMES = ("AD", "NC")
 MOST_UNPACKED = 100  # times the size of the archive
 MOST_PIXELS = 8192**2
 
-# Part of to_arrays' cache key. The datasets library hashes our function by its name and not by its code, so
-# this number goes up with every change in what prepare_image returns.
-_PREPARED = 1
+# Part of the cache keys of prepared slices and of latents. The datasets library hashes a function by name, not
+# by code: increase this number with every change in what prepare_image returns.
+PREPARATION_VERSION = 1
 
 
 def load_slices(
@@ -185,7 +185,7 @@ def to_arrays(dataset: Dataset, image_size: int, num_proc: int | None = None) ->
         _prepare_batch,
         batched=True,
         batch_size=100,
-        fn_kwargs={"image_size": image_size, "version": _PREPARED},
+        fn_kwargs={"image_size": image_size, "version": PREPARATION_VERSION},
         features=features,
         num_proc=num_proc,
         desc=f"Preparing images at {image_size} px",

@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list
 
 from adni_ldm.data.manifest import CONTENT
 from adni_ldm.data.provenance import DataRecord
-from adni_ldm.data.slices import SliceTensors
+from adni_ldm.data.slices import PREPARATION_VERSION, SliceTensors
 from adni_ldm.environment import installed_versions
 
 LIBRARIES = ("adni-ldm", "torch", "diffusers", "accelerate", "transformers", "datasets", "safetensors")
@@ -28,16 +28,16 @@ def hash_slices(
 ) -> dict[str, str]:
     """SHA-256 of what training sees of each split, first 16 hex digits. Every process calls it.
 
-    Where the data's manifest.json has a hash of the files' content: over that, who is in the split and the
-    slices' side, so that no pixel is read. Else over the pixels. The same slices in the same order have the
-    same hash wherever they lie.
+    Where the data's manifest.json has a hash of the files' content: over that, the subjects of the split, the
+    image size and the version of image preparation, so that no pixel is read. Else over the pixels. The same
+    slices in the same order have the same hash wherever they are.
     """
     hashes = {}
     for split, slices in splits.items() if accelerator.is_main_process else ():
         digest = hashlib.sha256(slices.labels.numpy().tobytes())
         if data.hash_of == CONTENT:
             subjects = {name: sorted(scans) for name, scans in data.subjects[split].items()}
-            parts = [data.hash, split, subjects, data.class_names, image_size]
+            parts = [data.hash, split, subjects, data.class_names, image_size, PREPARATION_VERSION]
             digest.update(json.dumps(parts, sort_keys=True).encode())
         else:
             for batch in slices.arrays.iter(batch_size=256):

@@ -13,6 +13,7 @@ from adni_ldm.errors import UserError
 from adni_ldm.models import build_autoencoder
 from adni_ldm.pipeline import denormalize_latents, normalize_latents
 from adni_ldm.training import latents as latents_module
+from adni_ldm.training import run_record
 from adni_ldm.training.latents import (
     LatentPosteriors,
     channel_statistics,
@@ -212,7 +213,7 @@ def test_encoding_with_a_vae_in_training_keeps_no_graph_of_the_slices(vae, accel
     assert not any(batch.requires_grad for batch in encode_slices(vae, Slices(), accelerator))
 
 
-def test_slices_with_a_manifest_are_known_without_their_pixels(accelerator):
+def test_slices_with_a_manifest_are_known_without_their_pixels(accelerator, monkeypatch):
     """Slices has no `arrays` to read pixels of: without a manifest that is what is asked for."""
     record = {"class_names": ("AD", "NC"), "subjects_known": True, "subjects": {"train": {"a": {"1"}}}}
     known = DataRecord(hash="1" * 64, hash_of=CONTENT, **record)
@@ -222,3 +223,5 @@ def test_slices_with_a_manifest_are_known_without_their_pixels(accelerator):
     assert found != hash_slices(accelerator, DataRecord("2" * 64, CONTENT, **record), 16, train=Slices())
     with pytest.raises(AttributeError, match="arrays"):
         hash_slices(accelerator, DataRecord("1" * 64, "names and sizes", **record), 16, train=Slices())
+    monkeypatch.setattr(run_record, "PREPARATION_VERSION", run_record.PREPARATION_VERSION + 1)
+    assert found != hash_slices(accelerator, known, 16, train=Slices()), "prepared otherwise"
