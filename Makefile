@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test faults gpu-check bench docs lint audit clean
+.PHONY: help demo test mutants faults gpu-check bench docs lint audit clean
 
 PYTHON ?= python3
 VENV := .venv/bin/python
@@ -41,6 +41,9 @@ runs/demo/data: | .venv
 
 test: .venv  ## run the tests
 	OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2 --dist loadfile
+
+mutants: .venv  ## break the code behind each claim, and see that a test notices; half an hour on 2 cores
+	$(VENV) tests/mutations.py
 
 faults: .venv  ## break training in every way we know and resume it; minutes
 	$(VENV) tests/faults/run_faults.py

@@ -7,6 +7,8 @@ optimizer received and what it saved is recorded, and compared with the same qua
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import signal
 import sys
 from dataclasses import dataclass, field
@@ -50,8 +52,12 @@ class Record:
         return pd.read_csv(self.folder / "metrics.csv")
 
 
-def train(recipe, folder: Path, **settings) -> Record:
-    """Run the recipe's `main` with these settings in this process."""
+def train(recipe, folder: Path, *, nan_at: int | None = None, **settings) -> Record:
+    """Run the recipe's `main` with these settings in this process.
+
+    Args:
+        nan_at: batch whose loss is made not a number.
+    """
     record = Record(folder)
     settings |= {"output_dir": folder, "image_size": 32, "batch_size": BATCH, "warmup_steps": 1}
     settings |= {"log_steps": 1, "checkpointing_steps": 0, "mixed_precision": "no", "report_to": "none"}
@@ -63,12 +69,15 @@ def train(recipe, folder: Path, **settings) -> Record:
     def before_update(optimizer, *_):
         if not record.weights:
             record.weights.append(flat(parameters(optimizer)))
-        record.grad_norms.append(flat(weight.grad for weight in parameters(optimizer)).norm().item())
+        gradients = [weight.grad for weight in parameters(optimizer) if weight.grad is not None]
+        record.grad_norms.append(flat(gradients).norm().item() if gradients else 0.0)
 
     def after_update(optimizer, *_):
         record.weights.append(flat(parameters(optimizer)))
 
-    forward, loss = ConditionalDenoiser.forward, train_ldm.diffusion_loss
+    forward, diffusion_loss = ConditionalDenoiser.forward, train_ldm.diffusion_loss
+    reconstruction_loss = train_vae.reconstruction_loss
+    batches = itertools.count()
 
     def record_labels(self, noisy, timesteps, labels):
         record.labels.append(labels)
@@ -77,7 +86,14 @@ def train(recipe, folder: Path, **settings) -> Record:
     def record_loss(prediction, clean, noise, timesteps, scheduler, snr_gamma):
         names = ("prediction", "clean", "noise", "timesteps", "scheduler")
         record.losses.append(dict(zip(names, (prediction.detach(), clean, noise, timesteps, scheduler))))
-        return loss(prediction, clean, noise, timesteps, scheduler, snr_gamma)
+        loss = diffusion_loss(prediction, clean, noise, timesteps, scheduler, snr_gamma)
+        return loss * poison()
+
+    def poisoned_loss(*arguments):
+        return reconstruction_loss(*arguments) * poison()
+
+    def poison():
+        return math.nan if next(batches) == nan_at else 1
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     AcceleratorState._reset_state(True)
@@ -85,6 +101,7 @@ def train(recipe, folder: Path, **settings) -> Record:
         patch.setattr(sys, "argv", [f"{recipe.__name__}.py", *words])
         patch.setattr(ConditionalDenoiser, "forward", record_labels)
         patch.setattr(train_ldm, "diffusion_loss", record_loss)
+        patch.setattr(train_vae, "reconstruction_loss", poisoned_loss)
         hooks.callback(register_optimizer_step_pre_hook(before_update).remove)
         hooks.callback(register_optimizer_step_post_hook(after_update).remove)
         assert recipe.main() == 0
@@ -154,8 +171,8 @@ def vae_run(vae_settings, tmp_path_factory) -> Record:
 
 
 @pytest.fixture(scope="module")
-def ldm_run(phantom_dir, vae_run, epoch_steps, tmp_path_factory) -> Record:
-    settings = {
+def ldm_settings(phantom_dir, vae_run, epoch_steps, tmp_path_factory):
+    return {
         "data_dir": phantom_dir,
         "vae": vae_run.folder,
         "latent_cache": tmp_path_factory.mktemp("latents"),
@@ -171,7 +188,11 @@ def ldm_run(phantom_dir, vae_run, epoch_steps, tmp_path_factory) -> Record:
         "label_dropout": DROPOUT,
         "snr_gamma": SNR_GAMMA,
     }
-    return train(train_ldm, tmp_path_factory.mktemp("ldm"), **settings)
+
+
+@pytest.fixture(scope="module")
+def ldm_run(ldm_settings, tmp_path_factory) -> Record:
+    return train(train_ldm, tmp_path_factory.mktemp("ldm"), **ldm_settings)
 
 
 def test_label_dropout_replaces_labels_by_the_null_class(ldm_run):
@@ -229,3 +250,13 @@ def test_kl_weight_regularizes_the_posterior(vae_settings, vae_run, tmp_path):
     without = train(train_vae, tmp_path, **vae_settings, kl_weight=0)
     ends = [run.metrics.val_kl.dropna().iloc[-1] for run in (vae_run, without)]
     assert ends[0] < 0.99 * ends[1]
+
+
+@pytest.mark.parametrize("recipe", [train_vae, train_ldm], ids=["train_vae", "train_ldm"])
+def test_an_update_that_is_not_finite_changes_nothing(recipe, request, tmp_path):
+    """All updates but the one whose loss is not a number change the weights, and the log counts it."""
+    settings = request.getfixturevalue({train_vae: "vae_settings", train_ldm: "ldm_settings"}[recipe])
+    record = train(recipe, tmp_path, nan_at=3, **settings | {"max_steps": 6})
+    changes = [not torch.equal(*pair) for pair in itertools.pairwise(record.weights)]
+    assert sum(changes) == 5 and record.weights[-1].isfinite().all()
+    assert record.metrics.skipped.max() == 1
