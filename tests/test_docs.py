@@ -12,6 +12,7 @@ from adni_ldm import config
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+CHANGELOG = ROOT / "CHANGELOG.md"
 COMMANDS = {
     "train_vae.py": config.TrainVAEConfig,
     "train_ldm.py": config.TrainLDMConfig,
@@ -73,6 +74,8 @@ def test_commands_have_the_flags_that_they_are_shown_with(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_flags_in_the_text_exist(page):
+    if page == CHANGELOG:
+        pytest.skip("it lists flags that were renamed or removed")
     known = OTHERS.union(*map(flags, COMMANDS.values()))
     benchmarks = {
         flag for path in ROOT.glob("benchmarks/*.py") for flag in re.findall(r"--\w+", path.read_text())

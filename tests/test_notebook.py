@@ -15,7 +15,7 @@ nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed: pi
 
 
 def run(monkeypatch, model, data):
-    """Its outputs, and all that it printed."""
+    """Execute the notebook; returns its outputs, and all that it printed."""
     monkeypatch.setenv("ADNI_LDM_MODEL", str(model))
     monkeypatch.setenv("ADNI_LDM_DATA", str(data))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
@@ -35,13 +35,13 @@ def test_runs_from_top_to_bottom(tmp_path, monkeypatch):
     Image.linear_gradient("L").resize((16, 16)).save(data / "s1_000.png")
 
     outputs, printed = run(monkeypatch, tmp_path / "ldm", tmp_path / "data")
-    pictures = [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
-    assert len(pictures) == 6, "classes, difference, guidance, trajectory, counterfactual, morph"
-    for picture in pictures:
-        low, high = Image.open(io.BytesIO(base64.b64decode(picture))).convert("L").getextrema()
+    images = [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    assert len(images) == 6, "classes, difference, guidance, trajectory, counterfactual, morph"
+    for image in images:
+        low, high = Image.open(io.BytesIO(base64.b64decode(image))).convert("L").getextrema()
         assert low < high
-    assert "draws AD, NC in slices of 16 x 16 pixels" in printed
-    assert "privacy: no. Three samples are copies." in printed
+    assert "classes AD, NC; slices of 16 x 16 pixels" in printed
+    assert "privacy: unfavourable. Three samples are copies." in printed
 
 
 def test_no_outputs_are_committed():
