@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,7 @@ from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 LIST = Path(__file__).with_name("mutations.toml")
+HEADER = "| mutation | claim | noticed by | s |\n| --- | --- | --- | --- |"
 
 
 class MutationError(Exception):
@@ -145,8 +146,8 @@ def try_mutation(mutation: Mutation, root: Path, scratch: Path) -> Result:
 
 def try_all(
     mutations: Sequence[Mutation], root: Path, workers: int = 1, baseline: bool = True
-) -> list[Result]:
-    """Try each mutation on a copy of `root`, in `workers` copies at once.
+) -> Iterator[Result]:
+    """Try each mutation on a copy of `root`, in `workers` copies at once; results come in their order.
 
     Args:
         baseline: first run all their tests without a mutation.
@@ -163,7 +164,7 @@ def try_all(
             copy_tree(root, Path(folder, f"copy_{number}"))
         if baseline:
             tests = sorted({test for mutation in mutations for test in mutation.tests})
-            tqdm.write(f"{len(tests)} tests without a mutation")
+            tqdm.write(f"{len(tests)} tests without a mutation", file=sys.stderr)
             if failed := run_tests(Path(folder, "copy_0"), tests, Path(folder, "tests_0")):
                 raise MutationError(f"{failed} fails without a mutation")
 
@@ -174,16 +175,13 @@ def try_all(
             finally:
                 copies.put(copy)
 
-        return list(tqdm(pool.map(attempt, mutations), total=len(mutations), desc="mutants", unit=""))
+        yield from tqdm(pool.map(attempt, mutations), total=len(mutations), desc="mutants", unit="")
 
 
-def table(results: Iterable[Result]) -> str:
-    """A row for each mutation in markdown."""
-    lines = ["| mutation | claim | noticed by | s |", "| --- | --- | --- | --- |"]
-    for result in results:
-        by = result.noticed_by.rpartition("/")[2] or "**NOT NOTICED**"
-        lines.append(f"| {result.mutation.name} | {result.mutation.claim} | {by} | {result.seconds:.0f} |")
-    return "\n".join(lines)
+def row(result: Result) -> str:
+    """The line of a result under HEADER."""
+    noticed_by = result.noticed_by.rpartition("/")[2] or "**NOT NOTICED**"
+    return f"| {result.mutation.name} | {result.mutation.claim} | {noticed_by} | {result.seconds:.0f} |"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -204,11 +202,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for mutation in chosen:
                 print(f"{mutation.name}: {mutation.claim}\n    " + "\n    ".join(mutation.tests))
             return 0
-        results = try_all(chosen, ROOT, options.workers, not options.no_baseline)
+        print(HEADER, flush=True)
+        results = []
+        for result in try_all(chosen, ROOT, options.workers, not options.no_baseline):
+            results.append(result)
+            tqdm.write(row(result))
     except MutationError as error:
         print(f"mutations.py: error: {error}", file=sys.stderr)
         return 2
-    print(table(results))
     unnoticed = [result.mutation.name for result in results if not result.noticed_by]
     print(f"{len(results) - len(unnoticed)} of {len(results)} noticed")
     return 1 if unnoticed else 0

@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import replace
 
 import pytest
-from mutations import ROOT, Mutation, MutationError, read_list, table, try_all
+from mutations import ROOT, Mutation, MutationError, read_list, row, try_all
 
 THIRD = Mutation("third", "halves", "halving.py", "n / 2", "n / 3", ("test_halving.py::test_half",))
 
@@ -26,8 +26,7 @@ def test_what_is_noticed_and_what_is_not(repository):
     unnoticed = replace(THIRD, name="unnoticed", tests=("test_halving.py::test_call",))
     noticed, not_noticed = try_all([THIRD, unnoticed], repository)
     assert noticed.noticed_by == "test_halving.py::test_half" and not_noticed.noticed_by == ""
-    _, _, first, second = table([noticed, not_noticed]).splitlines()
-    assert "test_halving.py::test_half" in first and "**NOT NOTICED**" in second
+    assert "test_halving.py::test_half" in row(noticed) and "**NOT NOTICED**" in row(not_noticed)
     assert (repository / "halving.py").read_text().endswith("n / 2\n"), "the tree itself is not touched"
 
 
@@ -42,13 +41,13 @@ def test_what_is_noticed_and_what_is_not(repository):
 )
 def test_a_stale_mutation_is_an_error(change, message, repository):
     with pytest.raises(MutationError, match=message):
-        try_all([replace(THIRD, **change)], repository, baseline=False)
+        list(try_all([replace(THIRD, **change)], repository, baseline=False))
 
 
 def test_a_test_that_fails_without_a_mutation_is_an_error(repository):
     (repository / "halving.py").write_text("def half(n):\n    return n / 2 + 1\n")
     with pytest.raises(MutationError, match="test_half fails without a mutation"):
-        try_all([THIRD], repository)
+        list(try_all([THIRD], repository))
 
 
 @pytest.mark.parametrize("mutation", read_list(), ids=lambda mutation: mutation.name)
