@@ -11,7 +11,6 @@ Each command has its own --help.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,7 @@ from adni_ldm.config import (
     ScansConfig,
     class_names,
     parse_config,
+    run_command,
 )
 from adni_ldm.errors import UserError, run_recipe
 
@@ -130,9 +130,7 @@ def check(arguments: list[str]) -> int:
     """
     from adni_ldm.data.qc import check_folder
 
-    if arguments and not arguments[0].startswith("-"):  # the folder may stand alone
-        arguments = ["--data_dir", *arguments]
-    cfg = parse_config(CheckConfig, check.__doc__, arguments, prog="prepare_data.py check")
+    cfg = parse_config(CheckConfig, check.__doc__, arguments, "prepare_data.py check", positional="data_dir")
     report = check_folder(cfg.data_dir, class_names=class_names(cfg.classes), table=cfg.table)
     print(report)
     draw(report, cfg.figures)
@@ -158,16 +156,5 @@ def draw(report: CheckReport, figures: str | None) -> None:
 
 COMMANDS = {"phantom": make_phantom, "scans": scans, "merge": merge, "check": check}
 
-
-def main() -> int | None:
-    command, *arguments = sys.argv[1:] or ["--help"]
-    if command in ("-h", "--help"):
-        print(__doc__)
-        return 0
-    if command not in COMMANDS:
-        raise UserError(f"no command {command!r}; there is {', '.join(COMMANDS)}")
-    return COMMANDS[command](arguments)
-
-
 if __name__ == "__main__":
-    run_recipe(main)
+    run_recipe(lambda: run_command(__doc__, COMMANDS))

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from accelerate.utils import DistributedType
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler
-from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HOME
 from tqdm.auto import tqdm
 
@@ -27,8 +26,7 @@ from adni_ldm.evaluation.image_sets import image_set
 from adni_ldm.evaluation.online import OnlineEvaluation, save_best
 from adni_ldm.figures import save_rows
 from adni_ldm.generation import generate_images, hash_weights, image_seed
-from adni_ldm.hub.push import check_login
-from adni_ldm.hub.share import share_model
+from adni_ldm.hub.push import check_login, push_model
 from adni_ldm.loading import load_autoencoder, load_pipeline
 from adni_ldm.models.autoencoder import latent_shape
 from adni_ldm.models.class_embedding import ClassEmbedding
@@ -88,7 +86,7 @@ def main() -> int:
         cfg.deterministic,
     )
     if cfg.push_to_hub and accelerator.is_main_process:
-        check_login(HfApi(), cfg.hub_model_id)  # now, and not when training has ended
+        check_login(cfg.hub_model_id)  # now, and not when training has ended
     pipeline = load_pipeline(cfg.init_from) if cfg.init_from else None
     vae_name = cfg.vae or cfg.init_from or "runs/vae"
     vae = pipeline.vae if pipeline and not cfg.vae else load_autoencoder(vae_name)
@@ -274,7 +272,7 @@ def main() -> int:
     accelerator.end_training()
     accelerator.print(f"pipeline in {output_dir}: python sample.py --class all --model {output_dir}")
     if cfg.push_to_hub and accelerator.is_main_process:
-        share_model(output_dir, cfg.hub_model_id, [cfg.data_dir], cfg.table, accept_privacy_risk=True)
+        push_model(output_dir, cfg.hub_model_id, [cfg.data_dir], cfg.table, accept_privacy_risk=True)
     return 0
 
 

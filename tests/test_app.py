@@ -190,7 +190,7 @@ def test_draw(visit, keep, model):
     files, rows = saved(page)
     assert list(rows.file_name) == list(files) == [f"NC/{index:06d}.png" for index in range(3)]
     assert list(rows.seed) == [image_seed(5, index) for index in range(3)]
-    assert set(rows.steps) == {200} and set(rows.label) == {"NC"}
+    assert set(rows.num_inference_steps) == {200} and set(rows.label) == {"NC"}
     assert set(rows.model_hash) == {hash_pipeline(make_pipeline())}
     for picture, content in zip(pictures.values(), files.values()):
         assert np.array_equal(picture, np.asarray(Image.open(io.BytesIO(content))))

@@ -4,12 +4,13 @@ Flags, YAML files and the `training_config.json` that a run leaves behind all co
 command reads `--config FILE.yaml` first and lays its flags over it.
 """
 
+from adni_ldm.config.app import AppConfig
 from adni_ldm.config.classes import class_names
 from adni_ldm.config.data import CheckConfig, MergeConfig, PhantomConfig, ScansConfig
 from adni_ldm.config.evaluation import EvaluateConfig
 from adni_ldm.config.hub import PushConfig, PushSamplesConfig
-from adni_ldm.config.parsing import parse_config
-from adni_ldm.config.sampling import AppConfig, SampleConfig
+from adni_ldm.config.parsing import parse_config, run_command
+from adni_ldm.config.sampling import SampleConfig
 from adni_ldm.config.training import TrainLDMConfig, TrainVAEConfig, save_config, settings_to_keep
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "TrainVAEConfig",
     "class_names",
     "parse_config",
+    "run_command",
     "save_config",
     "settings_to_keep",
 ]

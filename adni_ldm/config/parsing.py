@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,8 +26,12 @@ def parse_config(
     description: str,
     arguments: list[str] | None = None,
     prog: str | None = None,
+    positional: str | None = None,
 ) -> Config:
     """Settings from `--config FILE.yaml` and the flags that stand over it.
+
+    Args:
+        positional: the setting that a first argument without a flag is the value of.
 
     Ends the program with argparse's usage message on a flag it does not know.
 
@@ -34,6 +39,8 @@ def parse_config(
         UserError: the file is missing, is no mapping, or names a setting that does not exist.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    if positional and arguments and not arguments[0].startswith("-"):
+        arguments = [f"--{positional}", *arguments]
     parser = HfArgumentParser(
         config_class,
         prog=prog,
@@ -51,6 +58,23 @@ def parse_config(
     values = vars(parser.parse_args(arguments))
     values.pop("config")
     return config_class(**values)
+
+
+def run_command(description: str, commands: Mapping[str, Callable[[list[str]], int | None]]) -> int | None:
+    """Run the command that the first argument names with the remaining arguments; returns its exit status.
+
+    Without a command, and with --help, prints `description`.
+
+    Raises:
+        UserError: there is no such command.
+    """
+    command, *arguments = sys.argv[1:] or ["--help"]
+    if command in ("-h", "--help"):
+        print(description)
+        return 0
+    if command not in commands:
+        raise UserError(f"there is no command {command!r}, only {', '.join(commands)}")
+    return commands[command](arguments)
 
 
 def _read_yaml(path: Path, config_class: type) -> dict:

@@ -1,4 +1,4 @@
-"""Settings of sample.py and app.py."""
+"""Settings of sample.py."""
 
 from __future__ import annotations
 
@@ -94,37 +94,3 @@ class SampleConfig:
             raise UserError("--from is missing: the class to begin with, such as --from NC")
         if (self.from_image or self.morph) and (self.scheduler != "ddim" or self.eta):
             raise UserError("--from_image and --morph take --scheduler ddim and --eta 0 only")
-
-
-@dataclass(frozen=True)
-class AppConfig:
-    """Settings of app.py."""
-
-    model: str = HfArg(default="runs/ldm", help="Folder or Hub name of the pipeline that train_ldm.py wrote.")
-    report: str | None = HfArg(
-        default=None,
-        help="Folder of evaluate.py's report on the model. Default: report/ in the model's folder or "
-        "beside it.",
-    )
-    host: str | None = HfArg(
-        default=None,
-        help="Address to listen at; 0.0.0.0 is all of this machine's. Default: this machine alone can see "
-        "it.",
-    )
-    port: int = HfArg(default=7860, help="Port to listen at; 0 takes a free one.")
-    max_images: int = HfArg(default=16, help="Most slices that one visitor draws at once.")
-    max_steps: int = HfArg(default=100, help="Most denoising steps.")
-    queue_size: int = HfArg(default=20, help="Visitors who may wait; the next one is told that it is full.")
-    max_upload_mb: int = HfArg(default=10, help="Largest file that is taken, MB.")
-    push_space: str | None = HfArg(
-        default=None,
-        help="Make a Space of this page on the Hub, ME/NAME, of a model that is on the Hub, and end.",
-    )
-    public: bool = HfArg(default=False, help="Everybody may see that Space; else it is private.")
-
-    def __post_init__(self):
-        for name in ("max_images", "queue_size", "max_upload_mb"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)} must be at least 1")
-        if self.max_steps < 2 or not 0 <= self.port < 65536:
-            raise UserError(f"--max_steps {self.max_steps} must be at least 2, --port {self.port} 0 to 65535")

@@ -1,1 +1,1 @@
-"""Sharing models and drawn slices on the Hugging Face Hub: `python -m adni_ldm.hub --help`."""
+"""Push models and samples to the Hugging Face Hub: `python -m adni_ldm.hub --help`."""

@@ -1,99 +1,27 @@
-"""Cards: what is known of a model, or of slices that it drew, in words and in the Hub's metadata."""
+"""Model card and dataset card: README.md of a repository, with the Hub's metadata."""
 
 from __future__ import annotations
 
 import csv
-import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
+import jinja2
+from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
 
-from adni_ldm.errors import UserError
+from adni_ldm.data.folder import FolderListing
+from adni_ldm.data.manifest import read_manifest
+from adni_ldm.data.slices import read_slices
+from adni_ldm.files import read_json
 from adni_ldm.generation import hash_pipeline
+from adni_ldm.hub.report import Report, list_figures
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
 
-QUESTIONS = ("fidelity", "usefulness", "faithfulness", "privacy")
 TAGS = ("diffusers", "latent-diffusion", "class-conditional", "medical-imaging", "mri", "brain", "alzheimer")
-_NOT_TOLD = {"good": None, "text": "not measured"}
-# Settings that say where things lie, or how the run was watched, and nothing of the method.
-_PLACES = {"data_dir", "output_dir", "table", "vae", "init_from", "resume_from_checkpoint", "report_to"}
-_PLACES |= {"hub_model_id", "push_to_hub", "accept_privacy_risk", "num_workers", "log_steps"}
-_PLACES |= {"checkpointing_steps", "checkpoints_total_limit"}
-
-
-@dataclass(frozen=True)
-class Report:
-    """What evaluate.py found, or that it is not known and why."""
-
-    metrics: Mapping  # report/metrics.json; {} where there is none that counts
-    missing: str = ""  # why there is none
-
-    def verdict(self, question: str) -> Mapping:
-        """{"good": true, false or None, "text": …}."""
-        return self.metrics.get("verdicts", {}).get(question) or _NOT_TOLD
-
-
-def read_report(folder: Path, model_hash: str) -> Report:
-    """The report in a folder, if it judged the model with these weights.
-
-    Raises UserError for a metrics.json that cannot be read.
-    """
-    path = folder / "metrics.json"
-    if not path.is_file():
-        return Report({}, "there is no report: run evaluate.py, and give its folder with --report")
-    try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-        judged = metrics["model_hash"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a report of evaluate.py ({error!r}); run it again") from error
-    if judged != model_hash:
-        return Report(
-            {}, f"the report judged another model ({judged}, this is {model_hash}): run evaluate.py"
-        )
-    return Report(metrics)
-
-
-def refuse_privacy_risk(report: Report, accept: bool) -> None:
-    """Raises UserError unless the report says that privacy is good, or the risk is accepted."""
-    verdict = report.verdict("privacy")
-    if verdict["good"] is True or accept:
-        return
-    said = f"the verdict on privacy is bad ({verdict['text']})"
-    if verdict["good"] is None:
-        said = f"there is no verdict on privacy ({report.missing or verdict['text']})"
-    raise UserError(f"{said}: a memorized scan may leave with it; --accept_privacy_risk pushes all the same")
-
-
-def figures_of(metrics: Mapping, place: str = "") -> Iterator[tuple[str, Mapping]]:
-    """Pairs of a name, such as fidelity/fid, and its {"value", "low", "high", "floor", "note"}."""
-    for name, entry in metrics.items():
-        if isinstance(entry, Mapping):
-            if isinstance(entry.get("value"), (int, float)) and math.isfinite(entry["value"]):
-                yield place + name, entry
-            elif "value" not in entry:
-                yield from figures_of(entry, f"{place}{name}/")
-
-
-def last_losses(folder: Path) -> dict[str, str]:
-    """The last value of each column of metrics.csv, and the smallest `val_loss`; {} where there is none."""
-    path = folder / "metrics.csv"
-    if not path.is_file():
-        return {}
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    last = {name: f"{float(value):.4g}" for row in rows for name, value in row.items() if value}
-    if held_out := [float(row["val_loss"]) for row in rows if row.get("val_loss")]:
-        last["smallest val_loss"] = f"{min(held_out):.4g}"
-    return last
-
-
-def read_settings(folder: Path) -> dict:
-    """training_config.json of a run; {} where there is none."""
-    path = folder / "training_config.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+# Settings that name paths, or concern checkpoints and logs, and not the method.
+_NOT_METHOD = {"data_dir", "output_dir", "table", "vae", "init_from", "resume_from_checkpoint", "report_to"}
+_NOT_METHOD |= {"hub_model_id", "push_to_hub", "accept_privacy_risk", "num_workers", "log_steps"}
+_NOT_METHOD |= {"checkpointing_steps", "checkpoints_total_limit"}
 
 
 def write_model_card(
@@ -101,8 +29,7 @@ def write_model_card(
     repo_id: str,
     pipeline: ClassConditionalLDMPipeline,
     run: Path,
-    split: Sequence[Mapping],  # rows of split, class, subjects, slices
-    synthetic: bool,
+    listings: Sequence[FolderListing],
     report: Report,
     license: str | None,
     previews: Sequence[str],
@@ -111,36 +38,40 @@ def write_model_card(
 
     Args:
         run: folder that train_ldm.py wrote.
-        synthetic: the data are the phantom cohort, and nobody's scans.
-        previews: pictures, relative to the card.
+        listings: the training data; the last is what `run` was trained on.
+        previews: paths of sample images, relative to the card.
     """
     data = pipeline.unet.config.get("_trained_on") or ()
-    settings = {name: value for name, value in read_settings(run).items() if name not in _PLACES}
+    settings = read_settings(run)
+    synthetic = is_synthetic(listings)
     card_data = ModelCardData(
-        **_licence(license, synthetic),
+        **_license(license, synthetic),
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
         tags=[*TAGS, *(["synthetic-data"] if synthetic else [])],
         model_name=repo_id.split("/")[1],
-        eval_results=[_eval_result(name, figure, data) for name, figure in figures_of(report.metrics)]
+        eval_results=[_eval_result(name, figure, data) for name, figure in list_figures(report.metrics)]
         or None,
     )
-    card = ModelCard.from_template(
+    (privacy,) = (verdict for verdict in report.verdicts if verdict.name == "privacy")
+    _write_card(
+        path,
+        "model_card.md",
         card_data,
-        template_path=str(Path(__file__).with_name("model_card.md")),
+        report,
         repo_id=repo_id,
         classes=list(pipeline.class_embedding.config.class_names),
         sizes=_sizes(pipeline),
         model_hash=hash_pipeline(pipeline),
         data=data,
-        split=split,
-        settings=settings,
+        split=count_slices(listings[-1], settings.get("val_fraction", 0.1)),
+        subjects_known=listings[-1].subjects_known,
+        settings={name: value for name, value in settings.items() if name not in _NOT_METHOD},
         losses=last_losses(run),
         synthetic=synthetic,
         previews=previews,
-        **_judged(report),
+        privacy=privacy,
     )
-    card.save(path)
 
 
 def write_dataset_card(
@@ -148,51 +79,78 @@ def write_dataset_card(
     repo_id: str,
     settings: Mapping,
     count: Mapping[str, int],
-    synthetic: bool,
+    listings: Sequence[FolderListing],
     report: Report,
     license: str | None,
 ) -> None:
-    """Write README.md of drawn slices: `settings` of the drawing, `count` of the slices of each class."""
+    """Write README.md of samples: their sampling `settings`, and the `count` of slices of each class."""
+    synthetic = is_synthetic(listings)
     card_data = DatasetCardData(
-        **_licence(license, synthetic),
+        **_license(license, synthetic),
         pretty_name=repo_id.split("/")[1],
         task_categories=["image-classification"],
         size_categories=_size_category(sum(count.values())),
         tags=[*TAGS[1:], "synthetic"],
     )
-    card = DatasetCard.from_template(
-        card_data,
-        template_path=str(Path(__file__).with_name("dataset_card.md")),
-        repo_id=repo_id,
-        settings=settings,
-        count=count,
-        synthetic=synthetic,
-        **_judged(report),
-    )
-    card.save(path)
+    facts = {"repo_id": repo_id, "settings": settings, "count": count, "synthetic": synthetic}
+    _write_card(path, "dataset_card.md", card_data, report, **facts)
 
 
-def _judged(report: Report) -> dict:
-    words = {True: "good", False: "bad", None: "not known"}
-    return {
-        "verdicts": {
-            question: (words[report.verdict(question)["good"]], report.verdict(question)["text"])
-            for question in QUESTIONS
-        },
-        "figures": [(name, _value(figure), figure) for name, figure in figures_of(report.metrics)],
-        "missing": report.missing,
-    }
+def _write_card(path: Path, template: str, card_data, report: Report, **facts) -> None:
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent))
+    figures = [(name, _value(figure), figure) for name, figure in list_figures(report.metrics)]
+    artefact = {"model_card.md": "model", "dataset_card.md": "data set"}[template]
+    facts |= {"card_data": card_data.to_yaml(), "report": report, "figures": figures, "artefact": artefact}
+    path.write_text(environment.get_template(template).render(facts) + "\n", encoding="utf-8")
+
+
+def is_synthetic(listings: Sequence[FolderListing]) -> bool:
+    """Whether all the data are the phantom cohort, according to their manifests."""
+    manifests = [read_manifest(listing.root) or {} for listing in listings]
+    return all(manifest.get("settings", {}).get("source") == "phantom" for manifest in manifests)
+
+
+def count_slices(listing: FolderListing, val_fraction: float) -> list[dict]:
+    """Numbers of subjects and slices of each split and class, with the splits of training."""
+    rows = []
+    for split, dataset in read_slices(listing, val_fraction).items():
+        pairs = list(zip(dataset["label"][:], dataset["subject"][:], strict=True))
+        for label, name in enumerate(listing.class_names):
+            subjects = [subject for number, subject in pairs if number == label]
+            rows.append(
+                {"split": split, "class": name, "subjects": len(set(subjects)), "slices": len(subjects)}
+            )
+    return rows
+
+
+def read_settings(run: Path) -> dict:
+    """training_config.json of a run; {} without one."""
+    path = run / "training_config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def last_losses(run: Path) -> dict[str, str]:
+    """The last value of each column of metrics.csv, and the lowest `val_loss`; {} without a metrics.csv."""
+    path = run / "metrics.csv"
+    if not path.is_file():
+        return {}
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    last = {name: f"{float(value):.4g}" for row in rows for name, value in row.items() if value}
+    if val_losses := [float(row["val_loss"]) for row in rows if row.get("val_loss")]:
+        last["lowest val_loss"] = f"{min(val_losses):.4g}"
+    return last
 
 
 def _value(figure: Mapping) -> str:
     """A figure with its interval: 3.21 (2.9 to 3.6)."""
     low, high = figure.get("low"), figure.get("high")
-    around = f" ({low:.4g} to {high:.4g})" if low is not None and high is not None else ""
-    return f"{figure['value']:.4g}{around}"
+    interval = f" ({low:.4g} to {high:.4g})" if low is not None and high is not None else ""
+    return f"{figure['value']:.4g}{interval}"
 
 
 def _eval_result(name: str, figure: Mapping, data: Sequence[Mapping]) -> EvalResult:
-    revision = data[-1]["hash"][:16] if data else "not known"
+    revision = data[-1]["hash"][:16] if data else "unknown"
     return EvalResult(
         task_type="unconditional-image-generation",
         dataset_type="image-folder",
@@ -202,7 +160,7 @@ def _eval_result(name: str, figure: Mapping, data: Sequence[Mapping]) -> EvalRes
     )
 
 
-def _licence(license: str | None, synthetic: bool) -> dict:
+def _license(license: str | None, synthetic: bool) -> dict:
     license = license or ("apache-2.0" if synthetic else "other")
     if license != "other":
         return {"license": license}
@@ -215,15 +173,15 @@ def _sizes(pipeline: ClassConditionalLDMPipeline) -> dict[str, str]:
     side, latent = unet.sample_size * pipeline.vae_scale_factor, unet.sample_size
 
     def count(module) -> str:
-        return f"{sum(tensor.numel() for tensor in module.parameters()):,} weights"
+        return f"{sum(tensor.numel() for tensor in module.parameters()):,} parameters"
 
     return {
-        "slice": f"1 × {side} × {side}, grey",
+        "slice": f"1 × {side} × {side}, greyscale",
         "latent": f"{unet.in_channels} × {latent} × {latent}",
         "autoencoder (AutoencoderKL)": f"{count(vae)}, channels {list(vae.config.block_out_channels)}",
         "U-Net (UNet2DConditionModel)": f"{count(pipeline.unet)}, channels {list(unet.block_out_channels)}",
-        "class embedding": f"{count(pipeline.class_embedding)}, tokens {unet.cross_attention_dim} wide",
-        "prediction": str(pipeline.scheduler.config.prediction_type),
+        "class embedding": f"{count(pipeline.class_embedding)}, tokens of width {unet.cross_attention_dim}",
+        "prediction type": str(pipeline.scheduler.config.prediction_type),
     }
 
 

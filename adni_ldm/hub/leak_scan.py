@@ -1,9 +1,9 @@
-"""Looking through a folder before it leaves the machine: what must not be in it, named.
+"""The leak scan: what must not be in a folder that is pushed.
 
-Searched for in every text file, in the header of every safetensors file and in what a picture's file says
-beside its pixels: names of subjects and scans, absolute paths, the user's name, the machine's, and secrets.
-Every picture is compared with all pictures of the data, exactly and nearly.
-A file that cannot be looked into is a finding as well.
+Every text file, the header of every safetensors file and the metadata of every image are searched for IDs of
+subjects and scans, absolute paths, the names of the user and of the machine, and secrets. Every image is
+compared with all images of the training data, by content and by perceptual hash. A file of another type is
+itself a finding, since it cannot be scanned.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import re
 import socket
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,76 +28,53 @@ from adni_ldm.data.duplicates import content_hash, difference_hash
 from adni_ldm.data.folder import FolderListing
 from adni_ldm.data.slices import prepare_image, read_image
 
-# Bits of 576 that a picture may differ in from one of the data and still be called nearly that. A model that
-# has memorized a slice draws it as its autoencoder keeps it: of the demo's cohort, at 64 px, 100 training
-# slices differ from their own reconstructions in 8 to 27 bits, and from any slice of another subject in 34 at
-# least; the nearest of 1000 drawn slices differs in 36. duplicates.py has figures of copies, and at 256 px.
-NEAR = 28
+# Largest Hamming distance, of 576 bits, at which an image counts as a near-duplicate of a training image. A
+# memorized slice is generated as the autoencoder reconstructs it: in the demo's cohort at 64 px, 100 training
+# slices differ from their own reconstructions in 8 to 27 bits, and from any slice of another subject in at
+# least 34; the nearest of 1000 samples differs in 36. duplicates.py has figures for copies, and at 256 px.
+MAX_DISTANCE = 28
 
 TEXTS = (".json", ".md", ".csv", ".py", ".txt", ".html")
-PICTURES = (".png", ".jpg", ".jpeg")
+IMAGES = (".png", ".jpg", ".jpeg")
 
 _SECRET = re.compile(
     r"hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}|sk-[A-Za-z0-9_-]{20,}"
     r"|BEGIN [A-Z ]*PRIVATE KEY"
 )
-# ADNI's own forms, whatever data are at hand: 002_S_0413, I218391.
-_ADNI = re.compile(r"(?<![A-Za-z0-9])(?:\d{3}_S_\d{4,5}|I\d{5,8})(?![A-Za-z0-9])")
+# ADNI's own IDs, whatever the data: 002_S_0413, I218391.
+_ADNI_ID = re.compile(r"(?<![A-Za-z0-9])(?:\d{3}_S_\d{4,5}|I\d{5,8})(?![A-Za-z0-9])")
 # /a/b and not AD/NC, https://a/b or </b>; file:///a; C:\a; ~/a
 _PATH = re.compile(
     r"(?<![\w.:/}\])<*~-])/[\w.@+-]+/[\w.@+/-]*\w|\b[A-Za-z]:\\\\?\w[\w\\. -]*|(?<![\w/])~\w*/\w+|file:/+\w+"
 )
-# Accounts and machines that are called so everywhere tell nothing of anybody.
-_COMMON = {
-    "root",
-    "user",
-    "users",
-    "admin",
-    "ubuntu",
-    "debian",
-    "runner",
-    "home",
-    "docker",
-    "jovyan",
-    "nobody",
-}
-_COMMON |= {
-    "localhost",
-    "vm",
-    "model",
-    "data",
-    "train",
-    "test",
-    "python",
-    "main",
-    "adni",
-    "diffusion",
-    "latent",
-}
+# Common names of accounts and machines, which identify nobody.
+_COMMON_NAMES = frozenset(
+    "root user users admin ubuntu debian runner home docker jovyan nobody localhost vm model data train test "
+    "python main adni diffusion latent".split()
+)
 
 
 @dataclass(frozen=True)
-class SeenData:
-    """What of the training data must not be found: names, places, and hashes of the pictures at `size` px."""
+class TrainingIndex:
+    """What identifies the training data: IDs, paths, and hashes of the images at `size` px."""
 
-    names: frozenset[str]
-    places: frozenset[str]
+    ids: frozenset[str]  # of subjects and scans
+    folders: frozenset[str]
     size: int
-    files: tuple[str, ...]  # of the pictures, relative to their data folder
+    files: tuple[str, ...]  # of the images, relative to their data folder
     contents: tuple[bytes, ...]
     hashes: np.ndarray  # uint64 (N, 9)
 
 
-def hash_data(scans: Sequence[FolderListing], size: int) -> SeenData:
-    """Names and hashes of every picture of the data folders, each as training prepares it at `size` px."""
-    files = [file for scan in scans for file in scan.files]
+def index_training_data(listings: Sequence[FolderListing], size: int) -> TrainingIndex:
+    """Index every image of the data folders, each prepared at `size` px as training prepares it."""
+    files = [file for listing in listings for file in listing.files]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(lambda file: _hash_picture(file.path, size), files)
-        hashed = list(tqdm(results, total=len(files), desc="hashing the data's pictures", unit="slice"))
-    names = {name for file in files for name in (file.subject, file.scan) if name}
-    return SeenData(
-        names=frozenset(names),
-        places=frozenset(str(scan.root) for scan in scans),
+        results = pool.map(lambda file: _hash_image(file.path, size), files)
+        hashed = list(tqdm(results, total=len(files), desc="hashing training images", unit="slice"))
+    return TrainingIndex(
+        ids=frozenset(name for file in files for name in (file.subject, file.scan) if name),
+        folders=frozenset(str(listing.root) for listing in listings),
         size=size,
         files=tuple(Path(*Path(file.path).parts[-3:]).as_posix() for file in files),
         contents=tuple(content for content, _ in hashed),
@@ -105,101 +82,100 @@ def hash_data(scans: Sequence[FolderListing], size: int) -> SeenData:
     )
 
 
-def look_through(folder: Path, data: SeenData, repo_id: str, allow_real_images: bool = False) -> list[str]:
-    """What is in the files below `folder` and must not leave, a line each; [] where there is nothing.
+def find_leaks(
+    folder: Path, training: TrainingIndex, repo_id: str, allow_real_images: bool = False
+) -> list[str]:
+    """Scan all files below `folder`; returns one line for each finding.
 
     Args:
-        repo_id: its ME may be the user's name, and stands in the cards.
-        allow_real_images: pictures are not compared with the data's.
+        repo_id: not a finding, though the account in it may be the user's name.
+        allow_real_images: do not compare images with the training images.
     """
     findings = []
-    exact = dict(zip(data.contents, data.files))
-    needles = _needles(data)
+    by_content = dict(zip(training.contents, training.files))
+    forbidden = _forbidden_strings(training)
     paths = sorted(path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
-    for path in tqdm(paths, desc="looking through", unit="file"):
+    for path in tqdm(paths, desc="leak scan", unit="file"):
         name = path.relative_to(folder).as_posix()
-        if path.is_symlink() or path.suffix.lower() not in (*TEXTS, *PICTURES, ".safetensors"):
-            findings.append(f"{name}: not a kind of file that can be looked into")
+        if path.is_symlink() or path.suffix.lower() not in (*TEXTS, *IMAGES, ".safetensors"):
+            findings.append(f"{name}: this type of file cannot be scanned")
             continue
-        text = f"{name}\n{_text_of(path)}".replace(repo_id, "")
-        findings += [f"{name}: {found}" for found in _found_in(text, data.names, needles)]
-        if path.suffix.lower() in PICTURES and not allow_real_images and data.files:
-            findings += [f"{name}: {found}" for found in _same_picture(path, data, exact)]
+        text = f"{name}\n{_extract_text(path)}".replace(repo_id, "")
+        findings += [f"{name}: {leak}" for leak in _find_in_text(text, training.ids, forbidden)]
+        if path.suffix.lower() in IMAGES and not allow_real_images and training.files:
+            findings += [f"{name}: {match}" for match in _match_training_image(path, training, by_content)]
     return findings
 
 
-def _hash_picture(path: str | Path, size: int) -> tuple[bytes, np.ndarray]:
+def _hash_image(path: str | Path, size: int) -> tuple[bytes, np.ndarray]:
     grey = Image.fromarray(prepare_image(read_image(path), size))
     return content_hash(grey), difference_hash(grey)
 
 
-def _same_picture(path: Path, data: SeenData, exact: dict[bytes, str]) -> Iterator[str]:
-    content, bits = _hash_picture(path, data.size)
-    if content in exact:
-        yield f"is the picture {exact[content]} of the data"
+def _match_training_image(path: Path, training: TrainingIndex, by_content: dict[bytes, str]) -> Iterator[str]:
+    content, bits = _hash_image(path, training.size)
+    if content in by_content:
+        yield f"identical to the training image {by_content[content]}"
         return
-    distance = np.bitwise_count(data.hashes ^ bits).sum(axis=1)
-    if distance.min() <= NEAR:
-        nearest = data.files[int(distance.argmin())]
-        yield f"is nearly the picture {nearest} of the data ({distance.min()} of 576 bits differ)"
+    distance = np.bitwise_count(training.hashes ^ bits).sum(axis=1)
+    if distance.min() <= MAX_DISTANCE:
+        nearest = training.files[int(distance.argmin())]
+        yield f"near-duplicate of the training image {nearest} ({distance.min()} of 576 bits differ)"
 
 
-def _text_of(path: Path) -> str:
-    """A text whole; of a safetensors file its header, of a picture what stands beside its pixels."""
+def _extract_text(path: Path) -> str:
+    """The text of a text file, the header of a safetensors file, the metadata of an image."""
     if path.suffix == ".safetensors":
         with path.open("rb") as file:
             return file.read(int.from_bytes(file.read(8), "little")).decode(errors="replace")
-    if path.suffix.lower() in PICTURES:
+    if path.suffix.lower() in IMAGES:
         with Image.open(path) as image:
-            image.load()  # text chunks may stand behind the pixels
+            image.load()  # text chunks may follow the pixels
             notes = [*image.info.items(), *image.getexif().items()]
         return "\n".join(
             f"{key}: {value.decode('latin-1') if isinstance(value, bytes) else value}" for key, value in notes
         )
     text = path.read_text(encoding="utf-8", errors="replace")
-    if path.suffix == ".html":  # pictures within it have slashes of their own
+    if path.suffix == ".html":  # base64 of embedded images has slashes of its own
         text = re.sub(r"data:image/[\w.+-]+;base64,[\w+/=]+", "", text)
-    if path.suffix == ".json":  # once more with \u00e9 and \/ as the letters that they stand for
+    if path.suffix == ".json":  # again with escapes such as \u00e9 and \/ decoded
         text += "\n" + json.dumps(json.loads(text), ensure_ascii=False)
     return text
 
 
-def _needles(data: SeenData) -> dict[str, str]:
-    """What else must not be in a text, word for word: {it: what to call it}."""
-    places = {Path.home(), Path.cwd(), Path(tempfile.gettempdir()), *map(Path, data.places)}
-    needles = {str(place): f"path of this machine {str(place)!r}" for place in places if len(place.parts) > 2}
-    for name, what in (
-        (getpass.getuser(), "user"),
-        (Path.home().name, "user"),
-        (socket.gethostname(), "machine"),
-    ):
-        if len(name) > 2 and name.lower() not in _COMMON:
-            needles[name] = f"name of the {what} {name!r}"
+def _forbidden_strings(training: TrainingIndex) -> dict[str, str]:
+    """Paths, names and secrets of this machine: {string: description of the finding}."""
+    folders = {Path.home(), Path.cwd(), Path(tempfile.gettempdir()), *map(Path, training.folders)}
+    found = {str(path): f"path of this machine {str(path)!r}" for path in folders if len(path.parts) > 2}
+    names = {getpass.getuser(): "user", Path.home().name: "user", socket.gethostname(): "machine"}
+    for name, owner in names.items():
+        if len(name) > 2 and name.lower() not in _COMMON_NAMES:
+            found[name] = f"name of the {owner} {name!r}"
     secrets = {value for name, value in os.environ.items() if re.search("TOKEN|SECRET|PASSW|API_?KEY", name)}
     secrets.add(get_token() or "")
-    return needles | {secret: f"a secret, {secret[:4]}…" for secret in secrets if len(secret) > 7}
+    return found | {secret: f"a secret, {secret[:4]}…" for secret in secrets if len(secret) > 7}
 
 
-def _found_in(text: str, names: Iterable[str], needles: dict[str, str]) -> Iterator[str]:
-    told = {name for name in names if name in text and _stands_alone(name, text)}
-    told |= set(_ADNI.findall(text))
-    yield from (f"subject or scan {name!r}" for name in sorted(told)[:5])
-    if len(told) > 5:
-        yield f"{len(told) - 5} more subjects or scans"
-    for needle, what in needles.items():
-        if needle in text and re.search(rf"(?<![A-Za-z0-9]){re.escape(needle)}(?![A-Za-z0-9])", text):
-            yield what
+def _find_in_text(text: str, ids: frozenset[str], forbidden: dict[str, str]) -> Iterator[str]:
+    found = {name for name in ids if name in text and _is_an_id(name, text)}
+    found |= set(_ADNI_ID.findall(text))
+    yield from (f"subject or scan {name!r}" for name in sorted(found)[:5])
+    if len(found) > 5:
+        yield f"{len(found) - 5} more subjects or scans"
+    for string, description in forbidden.items():
+        if string in text and re.search(rf"(?<![A-Za-z0-9]){re.escape(string)}(?![A-Za-z0-9])", text):
+            yield description
     yield from (f"path {path!r}" for path in sorted(set(_PATH.findall(text)))[:5])
     yield from (f"a secret, {secret[:4]}…" for secret in sorted(set(_SECRET.findall(text))))
 
 
-def _stands_alone(name: str, text: str) -> bool:
-    """Whether a name is in a text and not by chance: 1000 may be a step, and I1000 and 1000_78 are scans."""
+def _is_an_id(name: str, text: str) -> bool:
+    """Whether `name` occurs as an ID and not by chance: 1000 may be a step; I1000 and 1000_78 are scans."""
     word = re.escape(name)
     if name.isalpha() or len(name) < (5 if name.isdecimal() else 4):
-        return bool(
-            re.search(rf"(?<![A-Za-z0-9])(?:I{word}(?!\w)|{word}_\d+(?!\w)|\"{word}\"|'{word}')", text)
-        )
-    if name.isdecimal():
-        return bool(re.search(rf"(?<![\d.])(?<!\d[eE][+-]){word}(?!\.?\d)", text))
-    return bool(re.search(rf"(?<![A-Za-z0-9]){word}(?![A-Za-z0-9])", text))
+        pattern = rf"(?<![A-Za-z0-9])(?:I{word}(?!\w)|{word}_\d+(?!\w)|\"{word}\"|'{word}')"
+    elif name.isdecimal():
+        pattern = rf"(?<![\d.])(?<!\d[eE][+-]){word}(?!\.?\d)"
+    else:
+        pattern = rf"(?<![A-Za-z0-9]){word}(?![A-Za-z0-9])"
+    return re.search(pattern, text) is not None

@@ -1,4 +1,4 @@
-"""A run as train_ldm.py leaves one, tiny and not trained, with a report that judged it."""
+"""A run folder as train_ldm.py writes it, of a tiny untrained model, with a report on it."""
 
 import json
 
@@ -13,7 +13,7 @@ from adni_ldm.generation import hash_pipeline
 def write_report(
     run, model_hash, good=True, text="no slice is nearer to a training image than held-out ones are"
 ):
-    figure = {"value": 12.3, "low": 10.1, "high": 14.9, "floor": 9.8, "note": "lower is better"}
+    figure = {"value": 12.3, "low": 10.1, "high": 14.9, "reference": 9.8, "note": "lower is better"}
     metrics = {"fidelity": {"fid": figure}, "privacy": {"nearest": figure}, "model_hash": model_hash}
     verdicts = {
         name: {"good": True, "text": f"{name} is well"} for name in ("fidelity", "usefulness", "faithfulness")
@@ -25,8 +25,8 @@ def write_report(
 
 def write_run(run, data_dir):
     pipeline = make_pipeline(image_size=32)
-    scan = open_folder(data_dir)
-    records = training_records(describe_data(scan, read_slices(scan)))
+    listing = open_folder(data_dir)
+    records = training_records(describe_data(listing, read_slices(listing)))
     pipeline.vae.register_to_config(_trained_on=records, _name_or_path="/home/somebody/runs/vae")
     pipeline.unet.register_to_config(_trained_on=records)
     pipeline.save_pretrained(run)

@@ -1,4 +1,4 @@
-"""What must not leave: found in every kind of file, named, and the push refused."""
+"""The leak scan: findings in every type of file are named, and the push is refused. Cards."""
 
 import getpass
 import json
@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 
 from adni_ldm.data.slices import open_folder
 from adni_ldm.errors import UserError
-from adni_ldm.hub.card import Report, write_model_card
-from adni_ldm.hub.leak_scan import hash_data, look_through
-from adni_ldm.hub.share import share_model
+from adni_ldm.hub.card import write_model_card
+from adni_ldm.hub.leak_scan import find_leaks, index_training_data
+from adni_ldm.hub.push import push_model
+from adni_ldm.hub.report import Report
 from adni_ldm.loading import load_pipeline
 
 SUBJECT = "s0p0003"
@@ -23,11 +24,11 @@ SUBJECT = "s0p0003"
 
 @pytest.fixture(scope="module")
 def data(phantom_dir):
-    return hash_data([open_folder(phantom_dir)], 32)
+    return index_training_data([open_folder(phantom_dir)], 32)
 
 
 def write(path, text):
-    """The text in a file of the kind that the name says, where somebody might leave it."""
+    """Write the text into a file of the type that its name implies, where it may be overlooked."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
         save_file({"weight": torch.zeros(2)}, path, metadata={"note": text})
@@ -49,7 +50,7 @@ def write(path, text):
     "name", ["a.json", "README.md", "x/a.csv", "a.py", "w.safetensors", "p.png", "p.jpg"]
 )
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "finding"),
     [
         (SUBJECT, f"subject or scan '{SUBJECT}'"),
         (f"{SUBJECT}_01.png", f"subject or scan '{SUBJECT}'"),
@@ -62,53 +63,55 @@ def write(path, text):
         ("hf_" + "abcdefghijklmnopqrstuvwx", "a secret, hf_a…"),
     ],
 )
-def test_what_must_not_leave_is_found_in_every_kind_of_file(tmp_path, data, name, text, said):
+def test_leaks_are_found_in_every_type_of_file(tmp_path, data, name, text, finding):
     write(tmp_path / name, text)
-    findings = look_through(tmp_path, data, "me/brains")
-    assert any(line.startswith(f"{name}: {said}") for line in findings), findings
+    findings = find_leaks(tmp_path, data, "me/brains")
+    assert any(line.startswith(f"{name}: {finding}") for line in findings), findings
 
 
-def test_the_user_and_tokens_of_any_form_are_found(tmp_path, data, monkeypatch):
+def test_user_names_and_secrets_are_found(tmp_path, data, monkeypatch):
     monkeypatch.setenv("LOGNAME", "janedoe")
     assert getpass.getuser() == "janedoe"
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
     write(tmp_path / "a.json", "run by janedoe")
     write(tmp_path / "b.md", "0123456789abcdef")
     write(tmp_path / "c.md", "from_pretrained('janedoe/brains')")
-    assert look_through(tmp_path, data, "janedoe/brains") == [
+    assert find_leaks(tmp_path, data, "janedoe/brains") == [
         "a.json: name of the user 'janedoe'",
         "b.md: a secret, 0123…",
     ]
 
 
-def test_names_of_files_count_and_what_cannot_be_looked_into_is_named(tmp_path, data):
+def test_file_names_are_scanned_and_other_types_are_findings(tmp_path, data):
     write(tmp_path / f"{SUBJECT}_00.md", "nothing")
     (tmp_path / "weights.bin").write_bytes(b"pickle")
     (tmp_path / "link.md").symlink_to(tmp_path / f"{SUBJECT}_00.md")
-    assert look_through(tmp_path, data, "me/brains") == [
-        "link.md: not a kind of file that can be looked into",
+    assert find_leaks(tmp_path, data, "me/brains") == [
+        "link.md: this type of file cannot be scanned",
         f"{SUBJECT}_00.md: subject or scan '{SUBJECT}'",
-        "weights.bin: not a kind of file that can be looked into",
+        "weights.bin: this type of file cannot be scanned",
     ]
 
 
-def test_numbers_are_subjects_only_where_they_stand_as_such(tmp_path, ad_nc_folder):
-    """Steps, sizes and losses of the same digits are none."""
-    data = hash_data([open_folder(ad_nc_folder({"train/AD": ["1000"], "train/NC": ["218391"]}))], 32)
+def test_numbers_are_ids_only_where_they_occur_as_such(tmp_path, ad_nc_folder):
+    """Steps, sizes and losses with the same digits are no findings."""
+    data = index_training_data(
+        [open_folder(ad_nc_folder({"train/AD": ["1000"], "train/NC": ["218391"]}))], 32
+    )
     sent = tmp_path / "sent"
     sent.mkdir()
     (sent / "metrics.csv").write_text("step,loss,seed\n1000,0.218391,12183910\n")
     (sent / "config.json").write_text('{"num_train_timesteps": 1000, "std": 1.218391}')
     (sent / "README.md").write_text("https://arxiv.org/abs/2112.10752, AD/NC, `runs/ldm`, 1 / 2 </b>\n")
-    assert look_through(sent, data, "me/brains") == []
+    assert find_leaks(sent, data, "me/brains") == []
     (sent / "a.csv").write_text("file_name\nAD/1000_78.png\n")
     (sent / "b.csv").write_text("scan,loss\n218391,0.1\n")
-    assert [line.split(":")[0] for line in look_through(sent, data, "me/brains")] == ["a.csv", "b.csv"]
+    assert [line.split(":")[0] for line in find_leaks(sent, data, "me/brains")] == ["a.csv", "b.csv"]
 
 
-def test_a_training_image_is_found_however_it_was_saved(tmp_path, ad_nc_folder):
+def test_a_training_image_is_found_in_another_format(tmp_path, ad_nc_folder):
     folder = ad_nc_folder({"train/AD": ["1001", "1002"], "train/NC": ["2001", "2002"]})
-    data = hash_data([open_folder(folder)], 256)
+    data = index_training_data([open_folder(folder)], 256)
     picture = Image.open(folder / "train/AD/1001_78.jpeg")
     sent = tmp_path / "sent"
     sent.mkdir()
@@ -118,15 +121,15 @@ def test_a_training_image_is_found_however_it_was_saved(tmp_path, ad_nc_folder):
     other = ad_nc_folder({"train/AD": ["7777"]}, name="other")
     shutil.copyfile(other / "train/AD/7777_78.jpeg", sent / "other.jpg")
 
-    again, copy, darker = look_through(sent, data, "me/brains")
+    again, copy, darker = find_leaks(sent, data, "me/brains")
     place = "train/AD/1001_78.jpeg"
-    assert copy == f"copy.png: is the picture {place} of the data"
-    assert again.startswith(f"again.jpg: is nearly the picture {place} of the data")
-    assert darker.startswith(f"darker.png: is nearly the picture {place} of the data")
-    assert look_through(sent, data, "me/brains", allow_real_images=True) == []
+    assert copy == f"copy.png: identical to the training image {place}"
+    assert again.startswith(f"again.jpg: near-duplicate of the training image {place}")
+    assert darker.startswith(f"darker.png: near-duplicate of the training image {place}")
+    assert find_leaks(sent, data, "me/brains", allow_real_images=True) == []
 
 
-# ---- The whole way, without a Hub -------------------------------------------------------------------------
+# ---- The whole push, without a Hub ---------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -134,14 +137,14 @@ def own_run(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "run")
 
 
-def test_what_was_found_is_named_and_the_push_refused(own_run, tmp_path):
+def test_findings_are_named_and_the_push_is_refused(own_run, tmp_path):
     write(own_run / "loss.png", str(Path.home() / "runs/loss.png"))
     (own_run / "metrics.csv").write_text("step,loss,val_loss\n1,0.5,0.5\n")
-    with pytest.raises(UserError, match=r"nothing was pushed.*: loss.png: path"):
-        share_model(own_run, "me/brains", dry_run=str(tmp_path / "out"))
-    assert (tmp_path / "out/loss.png").is_file(), "to be looked at"
+    with pytest.raises(UserError, match=r"nothing was pushed, the leak scan found: loss.png: path"):
+        push_model(own_run, "me/brains", dry_run=str(tmp_path / "out"))
+    assert (tmp_path / "out/loss.png").is_file(), "kept for inspection"
     with pytest.raises(UserError, match="out is not empty"):
-        share_model(own_run, "me/brains", dry_run=str(tmp_path / "out"))
+        push_model(own_run, "me/brains", dry_run=str(tmp_path / "out"))
 
 
 def change_report(run, change):
@@ -151,7 +154,7 @@ def change_report(run, change):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (
             lambda m: m["verdicts"]["privacy"].update(good=False, text="3 slices are copies"),
@@ -159,45 +162,45 @@ def change_report(run, change):
         ),
         (lambda m: m["verdicts"]["privacy"].update(good=None), "no verdict on privacy"),
         (lambda m: m.pop("verdicts"), "no verdict on privacy"),
-        (lambda m: m.update(model_hash="0123"), "judged another model"),
+        (lambda m: m.update(model_hash="0123"), "evaluates another model"),
     ],
 )
-def test_a_privacy_verdict_that_is_bad_or_missing_is_refused(own_run, tmp_path, change, said):
+def test_an_unfavourable_or_missing_privacy_verdict_is_refused(own_run, tmp_path, change, message):
     change_report(own_run, change)
-    with pytest.raises(UserError, match=f"{said}.*--accept_privacy_risk"):
-        share_model(own_run, "me/brains", dry_run=str(tmp_path / "out"))
+    with pytest.raises(UserError, match=f"{message}.*--accept_privacy_risk"):
+        push_model(own_run, "me/brains", dry_run=str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
-def test_without_a_report_the_risk_must_be_accepted_and_the_card_says_so(own_run, tmp_path):
+def test_without_a_report_the_risk_must_be_accepted_and_the_card_states_it(own_run, tmp_path):
     shutil.rmtree(own_run / "report")
     with pytest.raises(UserError, match="there is no report: run evaluate.py"):
-        share_model(own_run, "me/brains", dry_run=str(tmp_path / "out"))
-    share_model(own_run, "me/brains", accept_privacy_risk=True, dry_run=str(tmp_path / "out"))
+        push_model(own_run, "me/brains", dry_run=str(tmp_path / "out"))
+    push_model(own_run, "me/brains", accept_privacy_risk=True, dry_run=str(tmp_path / "out"))
     card = (tmp_path / "out/README.md").read_text()
-    assert "| privacy | **not known** |" in card and "**which is not known**" in card
+    assert "memorized? | **Inconclusive** |" in card and "The verdict on privacy is: **inconclusive**" in card
     assert not (tmp_path / "out/metrics.json").exists()
 
 
-def test_the_data_must_be_those_it_was_trained_on(own_run, ad_nc_folder, tmp_path):
+def test_the_data_must_be_the_training_data(own_run, ad_nc_folder, tmp_path):
     (own_run / "training_config.json").write_text("{}")
     for data_dir in ([], [str(ad_nc_folder())]):
         with pytest.raises(UserError, match="trained on data with the hash"):
-            share_model(own_run, "me/brains", data_dir, dry_run=str(tmp_path / "out"))
+            push_model(own_run, "me/brains", data_dir, dry_run=str(tmp_path / "out"))
 
 
-def test_pictures_of_real_scans_leave_only_when_told(own_run, phantom_dir, tmp_path):
+def test_real_scans_are_pushed_only_with_the_flag(own_run, phantom_dir, tmp_path):
     (own_run / "report/figures").mkdir()
     shutil.copyfile(next((phantom_dir / "train/AD").glob("*.png")), own_run / "report/figures/nearest.png")
     (own_run / "report/report.html").write_text("<html>the report</html>")
-    share_model(own_run, "me/brains", dry_run=str(tmp_path / "without"))
+    push_model(own_run, "me/brains", dry_run=str(tmp_path / "without"))
     assert not list((tmp_path / "without").glob("*/nearest.png"))
-    share_model(own_run, "me/brains", allow_real_images=True, dry_run=str(tmp_path / "with"))
+    push_model(own_run, "me/brains", allow_real_images=True, dry_run=str(tmp_path / "with"))
     assert (tmp_path / "with/figures/nearest.png").is_file() and (tmp_path / "with/report.html").is_file()
 
 
-def test_the_card_says_what_is_known(trained, phantom_dir, tmp_path):
-    share_model(trained, "me/brains", dry_run=str(tmp_path / "out"))
+def test_the_model_card(trained, phantom_dir, tmp_path):
+    push_model(trained, "me/brains", dry_run=str(tmp_path / "out"))
     card = (tmp_path / "out/README.md").read_text()
     manifest = json.loads((phantom_dir / "manifest.json").read_text())
     for words in (
@@ -205,14 +208,14 @@ def test_the_card_says_what_is_known(trained, phantom_dir, tmp_path):
         "pipeline_tag: unconditional-image-generation",
         "license: apache-2.0",  # of the phantom cohort
         manifest["hash"],
-        "| slice | 1 × 32 × 32, grey |",
+        "| slice | 1 × 32 × 32, greyscale |",
         "| latent | 4 × 16 × 16 |",
-        "| smallest val_loss | 0.85 |",
+        "| lowest val_loss | 0.85 |",
         "| learning_rate | 0.001 |",
-        "| fidelity | **good** | fidelity is well |",
+        "distribution of real slices? | **Yes** | fidelity is well |",
         "| fidelity/fid | 12.3 (10.1 to 14.9) | 9.8 | lower is better |",
         'DiffusionPipeline.from_pretrained("me/brains", trust_remote_code=True)',
-        "Not for diagnosis",
+        "For research only, not for diagnosis",
     ):
         assert words in card
     rows = [line for line in card.splitlines() if line.startswith("| train |")]
@@ -221,11 +224,12 @@ def test_the_card_says_what_is_known(trained, phantom_dir, tmp_path):
     assert str(trained) not in card and "/home/somebody" not in card
 
 
-def test_the_card_of_real_data_asks_for_the_terms(own_run, tmp_path):
-    """Its agreement, and its acknowledgement to be completed."""
+def test_the_card_of_real_data_states_the_terms(own_run, ad_nc_folder, tmp_path):
+    """The data use agreement, and an acknowledgement to be completed."""
     pipeline = load_pipeline(str(own_run))
+    listings = [open_folder(ad_nc_folder())]
     write_model_card(
-        tmp_path / "R.md", "me/brains", pipeline, own_run, [], False, Report({}, "none"), None, []
+        tmp_path / "R.md", "me/brains", pipeline, own_run, listings, Report(missing="none"), None, []
     )
     card = (tmp_path / "R.md").read_text()
     assert "license_name: adni-data-use-agreement" in card

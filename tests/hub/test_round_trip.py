@@ -1,7 +1,6 @@
-"""A model to the Hub and back, with the real client, in processes of their own and caches that are empty.
+"""A model pushed to the Hub and loaded again, with the real client, in new processes with empty caches.
 
-The Hub is tests/hub/hub_server.py on loopback, which speaks LFS: HF_HUB_DISABLE_XET=1 keeps the client from
-Xet, whose storage is another service.
+The Hub is tests/hub/hub_server.py on loopback, which serves LFS and not Xet: hence HF_HUB_DISABLE_XET=1.
 """
 
 import json
@@ -32,7 +31,7 @@ def hub():
 
 
 def run(hub, home, *words, status=0, token=TOKEN, cwd=ROOT):
-    """A fresh process that knows the Hub by its address alone; returns what it printed."""
+    """Run a new process that is given the address of the Hub only; returns its output."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     env = kept | {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1"}
     env |= {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT)}
@@ -45,7 +44,7 @@ def run(hub, home, *words, status=0, token=TOKEN, cwd=ROOT):
 
 @pytest.fixture(scope="module")
 def pushed(hub, trained, tmp_path_factory):
-    """What the push printed."""
+    """Output of the push."""
     return run(
         hub, tmp_path_factory.mktemp("home"), "-m", "adni_ldm.hub", "push", trained, "--repo_id", "me/brains"
     )
@@ -65,7 +64,7 @@ torch.save(pipeline(["AD", "NC"], generator=generator, **options).images, sys.ar
 """
 
 
-def test_what_is_pushed_is_private_and_whole(hub, trained, pushed):
+def test_the_pushed_repository_is_private_and_complete(hub, trained, pushed):
     assert f"pushed to {hub.url}/me/brains" in pushed
     repo = hub.repos["model", "me/brains"]
     assert repo.private
@@ -81,7 +80,7 @@ def test_what_is_pushed_is_private_and_whole(hub, trained, pushed):
     assert not any(b'"ids": "' in data and b'"ids": ""' not in data for data in repo.files.values())
 
 
-def test_plain_diffusers_draws_the_same_picture(hub, trained, pushed, tmp_path):
+def test_plain_diffusers_generates_the_same_images(hub, trained, pushed, tmp_path):
     run(hub, tmp_path / "home", "-c", PLAIN, tmp_path / "images.pt", cwd=tmp_path)
     pipeline = load_pipeline(str(trained))
     pipeline.set_progress_bar_config(disable=True)
@@ -90,10 +89,8 @@ def test_plain_diffusers_draws_the_same_picture(hub, trained, pushed, tmp_path):
     assert torch.allclose(torch.load(tmp_path / "images.pt"), own, atol=1e-6)
 
 
-def test_sample_draws_from_the_hub_and_what_it_drew_is_pushed_and_read(
-    hub, trained, phantom_dir, pushed, tmp_path
-):
-    home, drawn = tmp_path / "home", tmp_path / "drawn"
+def test_samples_of_a_model_on_the_hub_are_pushed_and_loaded(hub, trained, phantom_dir, pushed, tmp_path):
+    home, samples = tmp_path / "home", tmp_path / "samples"
     options = (
         "--num_images",
         2,
@@ -102,13 +99,13 @@ def test_sample_draws_from_the_hub_and_what_it_drew_is_pushed_and_read(
         "--mixed_precision",
         "no",
         "--output_dir",
-        drawn,
+        samples,
     )
     run(hub, home, "sample.py", "--model", "me/brains", "--class", "all", *options)
-    table = pd.read_csv(drawn / "metadata.csv")
+    table = pd.read_csv(samples / "metadata.csv")
     assert set(table.model_hash) == {hash_pipeline(load_pipeline(str(trained)))}
 
-    push = ("-m", "adni_ldm.hub", "push-samples", drawn, "--repo_id", "me/slices")
+    push = ("-m", "adni_ldm.hub", "push-samples", samples, "--repo_id", "me/slices")
     own = ("--data_dir", phantom_dir, "--report", trained / "report")
     run(hub, home, *push, *own)
     repo = hub.repos["dataset", "me/slices"]
@@ -124,7 +121,7 @@ def test_sample_draws_from_the_hub_and_what_it_drew_is_pushed_and_read(
     count, columns, labels = json.loads((tmp_path / "read.json").read_text())
     assert count == 4 and labels == ["AD", "AD", "NC", "NC"]
     assert {"image", "seed", "model_hash"} <= set(columns) and "model" not in columns
-    assert np.array_equal(Image.open(tmp_path / "first.png"), Image.open(drawn / "AD/000000.png"))
+    assert np.array_equal(Image.open(tmp_path / "first.png"), Image.open(samples / "AD/000000.png"))
 
 
 def test_training_ends_with_a_push(hub, trained, phantom_dir, pushed, tmp_path):
@@ -148,21 +145,21 @@ def test_training_ends_with_a_push(hub, trained, phantom_dir, pushed, tmp_path):
     printed = run(hub, tmp_path / "home", *train)
     assert f"pushed to {hub.url}/me/trained" in printed
     repo = hub.repos["model", "me/trained"]
-    assert repo.private and b"**which is not known**" in repo.files["README.md"]
+    assert repo.private and b"The verdict on privacy is: **inconclusive**" in repo.files["README.md"]
     assert {"model_index.json", "loss.png", "metrics.csv"} <= set(repo.files)
 
 
 @pytest.mark.parametrize(
-    ("name", "token", "said"),
+    ("name", "token", "reason"),
     [
         ("me/nothing", TOKEN, "404"),
         ("me/brains", "hf_" + "wrong", "401"),
         ("me/public", TOKEN, "model_index.json"),
     ],
 )
-def test_what_cannot_be_pulled_is_one_line(hub, pushed, tmp_path, monkeypatch, name, token, said):
+def test_a_model_that_cannot_be_loaded_is_one_line(hub, pushed, tmp_path, monkeypatch, name, token, reason):
     for constant, value in {"HF_HUB_OFFLINE": False, "ENDPOINT": hub.url}.items():
         monkeypatch.setattr(constants, constant, value)
     monkeypatch.setenv("HF_TOKEN", token)
-    with pytest.raises(UserError, match=f"{name}: not a pipeline .*{said}"):
+    with pytest.raises(UserError, match=f"{name}: not a pipeline .*{reason}"):
         load_pipeline(name)
