@@ -104,7 +104,7 @@ def train(recipe, folder: Path, *, nan_at: int | None = None, **settings) -> Rec
         patch.setattr(train_vae, "reconstruction_loss", poisoned_loss)
         hooks.callback(register_optimizer_step_pre_hook(before_update).remove)
         hooks.callback(register_optimizer_step_post_hook(after_update).remove)
-        assert recipe.main() == 0
+        assert not recipe.main()
     AcceleratorState._reset_state(True)
     for number, handler in handlers.items():
         signal.signal(number, handler)
