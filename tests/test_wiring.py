@@ -42,6 +42,7 @@ class Record:
 
     folder: Path
     grad_norms: list[float] = field(default_factory=list)  # L2 norm of the gradient, per update
+    learning_rates: list[float] = field(default_factory=list)  # per update
     weights: list[torch.Tensor] = field(default_factory=list)  # all of them, before training and per update
     labels: list[torch.Tensor] = field(default_factory=list)  # (B,) per batch
     losses: list[dict] = field(default_factory=list)  # arguments of `diffusion_loss` per batch
@@ -69,6 +70,7 @@ def train(recipe, folder: Path, *, nan_at: int | None = None, **settings) -> Rec
     def before_update(optimizer, *_):
         if not record.weights:
             record.weights.append(flat(parameters(optimizer)))
+        record.learning_rates.append(optimizer.param_groups[0]["lr"])
         gradients = [weight.grad for weight in parameters(optimizer) if weight.grad is not None]
         record.grad_norms.append(flat(gradients).norm().item() if gradients else 0.0)
 
@@ -232,6 +234,25 @@ def test_the_saved_pipeline_has_the_average_of_the_denoisers_weights(ldm_run):
 
 def test_the_saved_vae_has_the_average_of_the_weights(vae_run):
     assert_is_average(flat(AutoencoderKL.from_pretrained(vae_run.folder).parameters()), vae_run)
+
+
+def test_the_noise_schedule_ends_in_pure_noise_and_is_saved(ldm_run):
+    """Zero terminal SNR (Lin et al. 2024), v-prediction, and sampling that starts at the last timestep."""
+    trained = ldm_run.losses[0]["scheduler"]
+    saved = load_pipeline(str(ldm_run.folder)).scheduler
+    assert trained.alphas_cumprod[-1] == 0 < trained.alphas_cumprod[-2]
+    assert torch.equal(saved.alphas_cumprod, trained.alphas_cumprod)
+    assert saved.config.prediction_type == trained.config.prediction_type == "v_prediction"
+    saved.set_timesteps(5)
+    assert saved.timesteps[0] == len(trained.alphas_cumprod) - 1
+
+
+@pytest.mark.parametrize("run", ["vae_run", "ldm_run"])
+def test_the_learning_rate_falls_to_zero_by_a_half_cosine(run, request):
+    """After a warm-up of one update, from the peak of 1e-3."""
+    rates = request.getfixturevalue(run).learning_rates
+    steps = torch.linspace(0, math.pi, len(rates))[:-1]
+    assert rates == pytest.approx([1e-3, *(0.5e-3 * (1 + steps.cos())).tolist()], rel=1e-4)
 
 
 @pytest.mark.parametrize("run", ["vae_run", "ldm_run"])
