@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from queue import Queue
@@ -11,6 +12,7 @@ from threading import Event, Lock, Thread
 import diffusers
 import numpy as np
 import torch
+from diffusers import EulerDiscreteScheduler
 
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
 
@@ -31,9 +33,21 @@ _one_drawing = Lock()  # the pipeline's scheduler counts the steps of one drawin
 
 
 def use_scheduler(pipeline: ClassConditionalLDMPipeline, name: str) -> None:
-    """Give the pipeline another sampler for the same noise schedule; `name` is one of SCHEDULERS."""
+    """Replace the pipeline's scheduler by another one for the same noise schedule.
+
+    Args:
+        name: one of SCHEDULERS.
+    """
     class_name, options = SCHEDULERS[name]
-    pipeline.scheduler = getattr(diffusers, class_name).from_config(pipeline.scheduler.config, **options)
+    scheduler_class, config = getattr(diffusers, class_name), pipeline.scheduler.config
+    if "rescale_betas_zero_snr" not in inspect.signature(scheduler_class).parameters:
+        # A class without the option ignores it, but takes betas: β_t = 1 − ᾱ_t / ᾱ_t−1. Euler's schedule has
+        # ᾱ = 2⁻²⁴, not 0, at the last timestep, so that the noise level there is finite.
+        alphas = EulerDiscreteScheduler.from_config(config).alphas_cumprod.double()
+        options = options | {
+            "trained_betas": (1 - alphas / torch.cat([alphas.new_ones(1), alphas[:-1]])).tolist()
+        }
+    pipeline.scheduler = scheduler_class.from_config(config, **options)
 
 
 def image_seed(seed: int, index: int) -> int:
@@ -161,7 +175,7 @@ def interpolate_classes(
     """
     embedding, config = pipeline.class_embedding, pipeline.unet.config
     labels = [*embedding.labels_of([source, target]), embedding.null_label]
-    first, last, null = embedding(torch.tensor(labels, device=pipeline.device)).split(1)  # (1, 2, D) each
+    first, last, null = embedding(torch.tensor(labels, device=pipeline.device)).tokens.split(1)  # (1, 2, D)
     tokens = torch.cat([first.lerp(last, share) for share in torch.linspace(0, 1, frames).tolist()])
     if guidance_scale != 1:
         tokens = torch.cat([null.expand_as(tokens), tokens])  # (2 · frames, 2, D)

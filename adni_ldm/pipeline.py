@@ -1,8 +1,9 @@
-"""Sampling: the one place that denoises, and the one place that scales latents.
+"""The pipeline: class-conditional sampling, counterfactuals, LoRA, saving and loading.
 
-This file travels with every saved pipeline as `pipeline.py`, so that
-`DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` works where adni_ldm is not installed.
-It therefore imports nothing but torch, diffusers and huggingface_hub; loading a LoRA file needs peft as well.
+It is the one place that denoises and the one place that normalizes latents. This file is saved with every
+pipeline as `pipeline.py`, so that `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` works
+where adni_ldm is not installed. It therefore imports nothing but torch, diffusers and huggingface_hub;
+loading a LoRA needs peft as well.
 """
 
 from __future__ import annotations
@@ -12,11 +13,19 @@ import inspect
 import json
 import shutil
 from collections.abc import Callable, Iterable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMParallelScheduler,
+    DDIMScheduler,
+    DiffusionPipeline,
+    ImagePipelineOutput,
+    UNet2DConditionModel,
+)
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
 from diffusers.models.modeling_utils import ModelMixin
@@ -25,19 +34,18 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
 
 
-def _latent_statistics(vae: AutoencoderKL, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    if vae.config.latents_mean is None or vae.config.latents_std is None:
+def _latent_statistics(vae: AutoencoderKL, like: torch.Tensor) -> list[torch.Tensor]:
+    statistics = vae.config.latents_mean, vae.config.latents_std
+    if None in statistics:
         raise ValueError(
-            "the VAE's config holds no latents_mean and latents_std: it was saved before train_vae.py ended; "
+            "the VAE's config has no latents_mean and latents_std, which train_vae.py measures when it ends: "
             "run train_vae.py on it with --resume_from_checkpoint latest"
         )
-    mean = torch.tensor(vae.config.latents_mean, device=like.device).view(1, -1, 1, 1)
-    std = torch.tensor(vae.config.latents_std, device=like.device).view(1, -1, 1, 1)
-    return mean, std
+    return [torch.tensor(values, device=like.device).view(1, -1, 1, 1) for values in statistics]
 
 
 def normalize_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """What the VAE encodes, (B, C, h, w), to what the U-Net sees: zero mean, unit variance per channel.
+    """Normalize VAE latents (B, C, h, w) to zero mean and unit variance per channel, as the U-Net takes them.
 
     z' = (z − μ) / σ with μ, σ the config's `latents_mean` and `latents_std` over the training set
     (Rombach et al. 2022, arXiv:2112.10752, appendix G, per channel). Computed and returned in float32.
@@ -50,33 +58,55 @@ def normalize_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor
 
 
 def denormalize_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """The inverse of `normalize_latents`."""
+    """Invert `normalize_latents`."""
     mean, std = _latent_statistics(vae, latents)
     return latents.float() * std + mean
 
 
-class Counterfactual(NamedTuple):
-    """Slices (B, 1, H, W) in [-1, 1], and differences between slices in shares of the grey range."""
+def check_scheduler(scheduler: SchedulerMixin) -> None:
+    """Check that a scheduler follows the noise schedule and prediction type that its config describes.
 
-    images: torch.Tensor  # the slices given, under the other class
-    difference: torch.Tensor  # images − the slices given, -1 to 1
-    round_trip: torch.Tensor  # the slices given, brought back under their own class in the same way
-    error: torch.Tensor  # |round_trip − the slices given|: no difference below it means anything
+    `from_config` keeps the options that a scheduler's class lacks in the config, and ignores them.
+
+    Raises:
+        ValueError: the scheduler, by name, and what it ignores.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    options = inspect.signature(type(scheduler)).parameters
+    for option, harmless in {"prediction_type": "epsilon", "timestep_spacing": "linspace leading"}.items():
+        if option not in options and config.get(option, harmless) not in (harmless, *harmless.split()):
+            raise ValueError(f"{name} ignores {option}={config[option]!r}: take a DDIMScheduler, for example")
+    alphas = getattr(scheduler, "alphas_cumprod", None)  # (num_train_timesteps,)
+    trained = DDIMScheduler.from_config(config).alphas_cumprod  # DDIM has every option of the schedule
+    if alphas is None or (alphas.sqrt() - trained.to(alphas).sqrt()).abs().max() > 1e-3:
+        raise ValueError(
+            f"{name} does not follow the noise schedule that the U-Net was trained on, and ignores options "
+            "such as rescale_betas_zero_snr; take a DDIMScheduler, for example, or pass it trained_betas"
+        )
+
+
+class Counterfactual(NamedTuple):
+    """Slices (B, 1, H, W) in [-1, 1], and differences between slices as fractions of the intensity range."""
+
+    images: torch.Tensor  # the input slices in the target class
+    difference: torch.Tensor  # (images − input) / 2, in [-1, 1]
+    round_trip: torch.Tensor  # the input slices, inverted and sampled again in their own class
+    error: torch.Tensor  # |round_trip − input| / 2: a smaller difference is not interpretable
 
 
 class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
-    """Draws slices (B, 1, H, W) of the class asked for with a latent diffusion model.
+    """Samples slices (B, 1, H, W) conditioned on diagnosis with a latent diffusion model.
 
     Args:
         vae: autoencoder with `latents_mean` and `latents_std` in its config.
         unet: denoiser of normalized latents; its cross-attention reads the class tokens.
-        class_embedding: labels (B,) to tokens (B, 2, D); its last label is the null class.
-        scheduler: any diffusers scheduler that knows the `prediction_type` the U-Net was trained with.
+        class_embedding: labels (B,) to class tokens (B, 2, D); its last label is the null class.
+        scheduler: any diffusers scheduler that has the training's noise schedule and `prediction_type`.
     """
 
     model_cpu_offload_seq = "class_embedding->unet->vae"
     _callback_tensor_inputs = ["latents"]
-    text_encoder_name = "class_embedding"  # in a LoRA file: the class tokens take the text encoder's place
+    text_encoder_name = "class_embedding"  # in a LoRA file, class tokens take the text encoder's place
 
     def __init__(
         self,
@@ -91,6 +121,21 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     # ---- Sampling ----------------------------------------------------------------------------------------
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance scale w of the present call; a callback may change it by `pipeline._guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the U-Net is evaluated with the class and without it."""
+        return self._guidance_scale != 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of timesteps of the present call."""
+        return self._num_timesteps
 
     @torch.no_grad()
     def __call__(
@@ -108,53 +153,61 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Iterable[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple:
-        """Draw `num_images_per_prompt` slices for each class label.
+        """Sample `num_images_per_prompt` slices for each class label.
 
         Args:
-            class_labels: class by name or number, one or several: "AD", 0, ["AD", "NC"].
+            class_labels: classes by name or number, one or several: "AD", 0, ["AD", "NC"].
             num_inference_steps: denoising steps.
-            guidance_scale: w of classifier-free guidance, ε = ε(∅) + w (ε(c) − ε(∅))
-                (Ho & Salimans 2022, arXiv:2207.12598, equation 6 with w + 1 written w); 1 is no guidance.
+            guidance_scale: classifier-free guidance scale w in ε = ε(∅) + w (ε(c) − ε(∅)), the form of Ho &
+                Salimans 2022, arXiv:2207.12598, equation 6, with w for w + 1; 1 means no guidance.
             eta: stochasticity of DDIM (Song et al. 2021, arXiv:2010.02502, equation 16), 0 to 1; other
                 schedulers ignore it.
-            guidance_interval: timesteps that are guided, as shares of the noise schedule: 0 is the clean
-                image, 1 pure noise. Outside of it the class alone is asked, for half the cost
-                (Kynkäänniemi et al. 2024, arXiv:2404.07724, whose best interval lies in the middle).
-            generator: one for the whole batch, or a list with one an image, which makes an image
-                independent of the batch that it was drawn in.
-            latents: starting noise (B, C, h, w) of unit variance, drawn from `generator` when missing.
-            output_type: "pil" (grey, 8 bit), "np" (B, H, W, 1) or "pt" (B, 1, H, W) in [0, 1], or "latent"
+            guidance_interval: guidance interval (Kynkäänniemi et al. 2024, arXiv:2404.07724) as fractions of
+                the noise schedule: 0 is the clean image, 1 pure noise. Timesteps outside of it are not
+                guided, at half the cost.
+            generator: one for the whole batch, or a list with one per image, which makes an image
+                independent of the batch that it was sampled in.
+            latents: initial noise (B, C, h, w) of unit variance; sampled from `generator` if None.
+            output_type: "pil" (8-bit grey), "np" (B, H, W, 1) or "pt" (B, 1, H, W) in [0, 1], or "latent"
                 (B, C, h, w), normalized.
             callback_on_step_end: called as f(pipeline, step, timestep, {"latents": …}); may return a dict
-                that replaces the latents.
+                that replaces the latents, and may set `pipeline._guidance_scale`.
 
         Returns:
             `ImagePipelineOutput` with `.images`, or a tuple with them when `return_dict` is False.
 
         Raises:
-            ValueError: an unknown class, a wrong `output_type`, an interval that is none, or lists whose
-                lengths do not match.
+            ValueError: an unknown class, a wrong `output_type` or interval, lists whose lengths do not
+                match, or a scheduler that does not follow the training's noise schedule.
         """
         labels = self._labels(class_labels, num_images_per_prompt)  # (B,)
-        self._check_inputs(
-            len(labels), generator, output_type, num_inference_steps, callback_on_step_end_tensor_inputs
-        )
         low, high = guidance_interval
         if not 0 <= low < high <= 1:
             raise ValueError(f"guidance_interval={guidance_interval} must be LOW < HIGH within 0 and 1")
-        # a batch with one generator for all draws one stream; a list of them draws each image alone
+        self._check_inputs(
+            len(labels), generator, output_type, num_inference_steps, callback_on_step_end_tensor_inputs
+        )
+        check_scheduler(self.scheduler)
+        self._guidance_scale = guidance_scale
         latents = self._initial_latents(len(labels), generator, latents)
-        tokens = self._tokens(labels, guidance_scale)  # (B or 2B, 2, D)
+        null = torch.full_like(labels, self.class_embedding.null_label)
+        tokens = self._tokens(torch.cat([null, labels]))  # (2B, 2, D)
         step_kwargs = self._step_kwargs(eta, generator)
 
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
-        shares = (self.scheduler.timesteps / self.scheduler.config.num_train_timesteps).tolist()
-        scales = [guidance_scale if low <= share <= high else 1 for share in shares]
+        timesteps, train_steps = self.scheduler.timesteps, self.scheduler.config.num_train_timesteps
+        self._num_timesteps = len(timesteps)
+        values = timesteps.tolist()
         latents = latents * self.scheduler.init_noise_sigma
         with self.progress_bar(total=num_inference_steps) as progress:
-            for step, timestep in enumerate(self.scheduler.timesteps):
+            for step, (timestep, value, following) in enumerate(zip(timesteps, values, [*values[1:], -1])):
+                if isinstance(self.scheduler, (DDIMScheduler, DDIMParallelScheduler)):
+                    # DDIM steps back by train_steps // num_inference_steps, which misses the next timestep
+                    # where that does not divide: this number of steps makes it the exact distance.
+                    self.scheduler.num_inference_steps = Fraction(train_steps, value - following)
                 # 1. Predict, with and without the class in one batch; outside the interval with it alone.
-                prediction = self._predict(latents, timestep, tokens, scales[step])
+                scale = self.guidance_scale if low <= value / train_steps <= high else 1
+                prediction = self._predict(latents, timestep, tokens, scale)
                 # 2. Step back: x_t -> x_t-1.
                 latents = self.scheduler.step(
                     prediction, timestep, latents, **step_kwargs, return_dict=False
@@ -162,10 +215,9 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
 
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
-                    latents = (callback_on_step_end(self, step, timestep, tensors) or {}).get(
-                        "latents", latents
-                    )
-                if step + 1 == len(self.scheduler.timesteps) or (step + 1) % self.scheduler.order == 0:
+                    changed = callback_on_step_end(self, step, timestep, tensors) or {}
+                    latents = changed.get("latents", latents)
+                if step + 1 == len(timesteps) or (step + 1) % self.scheduler.order == 0:
                     progress.update()
 
         images = latents if output_type == "latent" else self.decode_latents(latents, output_type)
@@ -175,9 +227,7 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
     def _labels(self, class_labels: str | int | Iterable, num_images_per_prompt: int) -> torch.Tensor:
         labels = self.class_embedding.labels_of(class_labels)
         if not labels or num_images_per_prompt < 1:
-            raise ValueError(
-                f"nothing to draw: class_labels={class_labels}, num_images_per_prompt={num_images_per_prompt}"
-            )
+            raise ValueError(f"no images: {class_labels=}, {num_images_per_prompt=}")
         return torch.tensor(labels).repeat_interleave(num_images_per_prompt)
 
     def _check_inputs(self, batch_size, generator, output_type, num_inference_steps, tensor_inputs) -> None:
@@ -186,34 +236,28 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type={output_type!r} must be one of pil, np, pt, latent")
         if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"{len(generator)} generators for {batch_size} images: give one, or one an image"
-            )
+            raise ValueError(f"{len(generator)} generators for {batch_size} images: give 1, or 1 per image")
         if unknown := set(tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs {unknown} must be in {self._callback_tensor_inputs}"
             )
 
     def _initial_latents(self, batch_size: int, generator, latents: torch.Tensor | None) -> torch.Tensor:
-        size = self.unet.config.sample_size
+        size, device = self.unet.config.sample_size, self._execution_device
         shape = (batch_size, self.unet.config.in_channels, size, size)
         if latents is None:
-            return randn_tensor(
-                shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype
-            )
+            return randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
         if latents.shape != shape:
-            raise ValueError(f"latents of shape {tuple(latents.shape)} given where {shape} is needed")
-        return latents.to(self._execution_device, self.unet.dtype)
+            raise ValueError(f"latents must have shape {shape}, not {tuple(latents.shape)}")
+        return latents.to(device, self.unet.dtype)
 
-    def _tokens(self, labels: torch.Tensor, guidance_scale: float) -> torch.Tensor:
-        if guidance_scale != 1:
-            labels = torch.cat([torch.full_like(labels, self.class_embedding.null_label), labels])
-        return self.class_embedding(labels.to(self._execution_device))
+    def _tokens(self, labels: torch.Tensor) -> torch.Tensor:
+        return self.class_embedding(labels.to(self._execution_device), return_dict=False)[0]
 
     def _predict(self, latents, timestep, tokens, guidance_scale: float) -> torch.Tensor:
         guided = guidance_scale != 1
         inputs = torch.cat([latents] * 2) if guided else latents
-        tokens = tokens[-len(inputs) :]  # the classes' own come last
+        tokens = tokens[-len(inputs) :]  # without guidance, the conditional tokens alone: they are last
         inputs = self.scheduler.scale_model_input(inputs, timestep).to(self.unet.dtype)
         prediction = self.unet(inputs, timestep, encoder_hidden_states=tokens, return_dict=False)[0].float()
         if guided:
@@ -229,7 +273,7 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pt"):
-        """Normalized latents (B, C, h, w) to slices of that `output_type`, as in the call."""
+        """Decode normalized latents (B, C, h, w) to slices; `output_type` as in `__call__`."""
         # Half precision overflows in the decoder's activations, so it always runs in float32.
         dtype = self.vae.dtype
         if dtype != torch.float32:
@@ -240,7 +284,7 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
             self.vae.to(dtype)
         return self.image_processor.postprocess(images, output_type=output_type)
 
-    # ---- Counterfactuals -----------------------------------------------------------------------------------
+    # ---- Counterfactuals ---------------------------------------------------------------------------------
 
     @torch.no_grad()
     def counterfactual(
@@ -252,30 +296,33 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         num_inference_steps: int = 50,
         guidance_scale: float = 1.5,
     ) -> Counterfactual:
-        """Slices (B, 1, H, W) in [-1, 1] of the class `source` as they would look in the class `target`.
+        """Translate slices (B, 1, H, W) in [-1, 1] of the class `source` to the class `target`.
 
-        DDIM inversion under `source`, then DDIM under `target` and, to know the error, under `source` again.
+        DDIM inversion in the class `source`, then DDIM sampling in the class `target` and, to measure the
+        error of the method, in `source` again.
 
         Args:
-            strength: share of the noise schedule that is walked, 0 (the autoencoder alone) to 1 (to pure
-                noise). More lets the class change more, and keeps less of the person.
-            num_inference_steps: DDIM steps each way, two or more.
-            guidance_scale: w of ε = ε(source) + w (ε(target) − ε(source)).
+            strength: fraction of the noise schedule that is inverted, 0 (the autoencoder alone) to 1 (pure
+                noise). A higher strength lets the class change more and preserves less of the subject.
+            num_inference_steps: DDIM steps in each direction, two or more.
+            guidance_scale: guidance scale w of ε = ε(source) + w (ε(target) − ε(source)).
 
         Raises:
-            ValueError: an unknown class, slices of another shape or range, a number out of range.
+            ValueError: an unknown class, slices of another shape or range, a number out of range, or a
+                scheduler that does not follow the training's noise schedule or scales its latents.
         """
         size, size_given = self.unet.config.sample_size * self.vae_scale_factor, tuple(image.shape)
         if image.ndim != 4 or size_given[1:] != (1, size, size) or not image.abs().max() <= 1.01:
-            raise ValueError(f"image {size_given} given where (B, 1, {size}, {size}) in [-1, 1] is needed")
+            raise ValueError(f"image must be (B, 1, {size}, {size}) in [-1, 1], not {size_given}")
         if not 0 <= strength <= 1 or num_inference_steps < 2:
             raise ValueError(f"{strength=} must lie in [0, 1], {num_inference_steps=} be 2 or more")
+        check_scheduler(self.scheduler)
         if self.scheduler.init_noise_sigma != 1:
             raise ValueError(f"{type(self.scheduler).__name__} scales its latents: take a DDIMScheduler")
         image = image.to(self._execution_device, torch.float32)
         clean = self.vae.encode(image.to(self.vae.dtype)).latent_dist.mean
         clean = normalize_latents(self.vae, clean)  # (B, C, h, w)
-        own, other = (self._tokens(self._labels(name, len(image)), 1) for name in (source, target))
+        own, other = (self._tokens(self._labels(name, len(image))) for name in (source, target))
 
         highest = strength * len(self.scheduler.alphas_cumprod)
         timesteps = torch.linspace(0, highest, num_inference_steps + 1).round().int().unique()[1:] - 1
@@ -288,11 +335,11 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
 
     @torch.no_grad()
     def ddim(self, latents, timesteps, tokens, guidance_scale: float = 1, invert: bool = False):
-        """Latents (B, C, h, w) from the last of the rising `timesteps` to clean ones, or `invert` that.
+        """DDIM sampling of latents (B, C, h, w) from the last of the rising `timesteps`, or its inversion.
 
-        With ᾱ = cos²φ a step is a turn by δ, z' = cos δ z − sin δ v(z) (Salimans & Ho 2022,
-        arXiv:2202.00512, appendix D), which holds from pure noise as well. Its inverse needs v(z) at the z
-        it looks for, and finds both by fixed-point iteration (Pan et al. 2023, arXiv:2309.04907).
+        With ᾱ = cos²φ a step is a rotation by δ, z' = cos δ z − sin δ v(z) (Salimans & Ho 2022,
+        arXiv:2202.00512, appendix D), which is defined at zero SNR as well. DDIM inversion needs v(z) at the
+        z that it solves for, and finds it by fixed-point iteration (Pan et al. 2023, arXiv:2309.04907).
         """
         angles = self.scheduler.alphas_cumprod[timesteps].sqrt().arccos()
         path = list(zip(timesteps, angles, angles.diff(prepend=torch.zeros(1))))
@@ -313,35 +360,31 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
     def load_lora_weights(
         self, source: str | Path | dict[str, torch.Tensor], adapter_name: str | None = None, **kwargs
     ) -> None:
-        """Lay a LoRA of train_ldm.py --lora_rank over the U-Net, and take its class tokens and classes.
+        """Load a LoRA of train_ldm.py --lora_rank into the U-Net, with its class tokens and class names.
 
-        `set_adapters`, `disable_lora` and `fuse_lora` are diffusers' own and are about the U-Net. Of several
-        files, the last one's class tokens count; `unload_lora_weights` gives the pipeline's own back.
+        `set_adapters`, `disable_lora` and `fuse_lora` are diffusers' own and act on the U-Net alone. Of
+        several LoRAs, the class tokens are the last one's; `unload_lora_weights` restores the pipeline's.
 
         Args:
             source: folder, file or Hub name of pytorch_lora_weights.safetensors, or its tensors.
             kwargs: of diffusers' `lora_state_dict`, as `revision` or `token`.
         """
         kwargs |= {"use_safetensors": True, "return_lora_metadata": True}
-        weights, _, told = self.lora_state_dict(source, **kwargs)
-        tokens = {
-            name.removeprefix("class_embedding."): tensor
-            for name, tensor in weights.items()
-            if name.startswith("class_embedding.")
-        }
+        weights, _, metadata = self.lora_state_dict(source, **kwargs)
+        metadata, prefix = metadata or {}, "class_embedding."
         self.load_lora_into_unet(weights, None, self.unet, adapter_name=adapter_name, _pipeline=self)
         own, records = self.class_embedding, self.unet.config.get("_trained_on")
         if getattr(self, "_before_lora", None) is None:
             self._before_lora = (own, records)
-        if tokens:
-            names = (told or {}).get("class_embedding.class_names", own.config.class_names)
+        if tokens := {key.removeprefix(prefix): weights[key] for key in weights if key.startswith(prefix)}:
+            names = metadata.get("class_embedding.class_names", own.config.class_names)
             tuned = type(own)(list(names), own.config.token_dim, own.config.tokens_per_class)
             tuned.load_state_dict(tokens)
             self.register_modules(class_embedding=tuned.to(own.device, own.dtype))
-        self.unet.register_to_config(_trained_on=(told or {}).get("class_embedding.trained_on", records))
+        self.unet.register_to_config(_trained_on=metadata.get("class_embedding.trained_on", records))
 
     def unload_lora_weights(self) -> None:
-        """Take all LoRA files off again: U-Net, classes and class tokens are the pipeline's own."""
+        """Remove all LoRAs and restore the pipeline's own class names and class tokens."""
         super().unload_lora_weights()
         if getattr(self, "_before_lora", None) is not None:
             embedding, records = self._before_lora
@@ -358,20 +401,16 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         [file, class]: `pipeline.py` at the top and `class_embedding/class_embedding.py`.
         """
         super().save_config(save_directory, **kwargs)
-        folder = Path(save_directory)
-        index = json.loads((folder / self.config_name).read_text())
+        index_path, embedding = Path(save_directory, self.config_name), type(self.class_embedding)
+        index = json.loads(index_path.read_text())
         index["_class_name"] = ["pipeline", ClassConditionalLDMPipeline.__name__]
-        index["class_embedding"] = ["class_embedding", type(self.class_embedding).__name__]
-        (folder / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        for source, target in (
-            (inspect.getsourcefile(ClassConditionalLDMPipeline), folder / "pipeline.py"),
-            (
-                inspect.getsourcefile(type(self.class_embedding)),
-                folder / "class_embedding" / "class_embedding.py",
-            ),
-        ):
+        index["class_embedding"] = ["class_embedding", embedding.__name__]
+        index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        files = {"pipeline.py": ClassConditionalLDMPipeline, "class_embedding/class_embedding.py": embedding}
+        for name, defined in files.items():
+            source, target = Path(inspect.getsourcefile(defined)), Path(save_directory, name)
             target.parent.mkdir(exist_ok=True)
-            if Path(source).resolve() != target.resolve():
+            if source.resolve() != target.resolve():
                 shutil.copyfile(source, target)
 
     @classmethod
@@ -388,12 +427,11 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs) -> str:
-        """Fetch a pipeline of the Hub, leaving its code files where they are."""
-        passed_on = ("cache_dir", "proxies", "local_files_only", "token", "revision", "force_download")
-        options = {name: kwargs[name] for name in passed_on if kwargs.get(name) is not None}
-        folder = snapshot_download(
-            pretrained_model_name, allow_patterns=["*.json", "*.safetensors"], **options
-        )
+        """Download a pipeline from the Hub without its code files."""
+        names = ("cache_dir", "proxies", "local_files_only", "token", "revision", "force_download")
+        options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        patterns = ["*.json", "*.safetensors"]
+        folder = snapshot_download(pretrained_model_name, allow_patterns=patterns, **options)
         if not (Path(folder) / cls.config_name).is_file():
             raise OSError(f"there is no {cls.config_name} in it")
         return folder

@@ -161,7 +161,7 @@ class Bench:
         pipeline = ClassConditionalLDMPipeline(self.vae, unet, embedding, scheduler)
         pipeline.set_progress_bar_config(disable=True)
         noise = torch.randn(2 * batch, *self.shape, device=DEVICE)
-        tokens = embedding(torch.zeros(2 * batch, dtype=torch.long, device=DEVICE))
+        tokens = embedding(torch.zeros(2 * batch, dtype=torch.long, device=DEVICE)).tokens
         generator = torch.Generator().manual_seed(0)
 
         def draw(kind: str):

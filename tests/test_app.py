@@ -402,7 +402,7 @@ def test_a_drawing_that_nobody_waits_for_ends(pipeline):
     assert [done for done, _ in seen] == [1, 2, 3] and len(calls) < 300
     expected = next(generate_images(pipeline, [0, 1], [1, 2], 2, num_inference_steps=3))
     assert torch.equal(seen[-1][1], expected)
-    with pytest.raises(ValueError, match="knows no class"):
+    with pytest.raises(ValueError, match="unknown class"):
         list(generate_progressively(pipeline, [7], [1], **options))
 
 

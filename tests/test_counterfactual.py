@@ -62,7 +62,7 @@ def test_inversion_undoes_ddim_of_the_scheduler(pipeline):
         "AD", num_inference_steps=50, guidance_scale=1, latents=noise, output_type="latent"
     ).images
     timesteps = pipeline.scheduler.timesteps.flip(0)
-    tokens = pipeline.class_embedding(torch.tensor([0]))
+    tokens = pipeline.class_embedding(torch.tensor([0])).tokens
     assert torch.allclose(pipeline.ddim(noise, timesteps, tokens), drawn, atol=1e-3)
     assert (pipeline.ddim(drawn, timesteps, tokens, invert=True) - noise).abs().max() < 0.05
 
@@ -82,7 +82,7 @@ def test_a_perfect_denoiser_is_walked_exactly(pipeline, prediction_type):
 
         perfect.forward = forward
     pipeline.register_modules(unet=perfect)
-    tokens = pipeline.class_embedding(torch.tensor([0]))
+    tokens = pipeline.class_embedding(torch.tensor([0])).tokens
     noise = torch.randn(1, 4, 8, 8)
     assert torch.allclose(pipeline.ddim(noise, torch.tensor([9, 499, 999]), tokens), clean, atol=0.02)
 
@@ -101,9 +101,9 @@ def test_a_morph_begins_and_ends_with_what_is_drawn_of_the_classes(pipeline):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"target": "MCI"}, "it knows AD"),
-        ({"image": torch.zeros(1, 16, 16)}, r"image \(1, 16, 16\) given where \(B, 1, 16, 16\)"),
-        ({"image": torch.zeros(1, 3, 16, 16)}, "given where"),
+        ({"target": "MCI"}, "classes are AD"),
+        ({"image": torch.zeros(1, 16, 16)}, r"image must be \(B, 1, 16, 16\) in \[-1, 1\], not \(1, 16, 16\)"),
+        ({"image": torch.zeros(1, 3, 16, 16)}, r"not \(1, 3, 16, 16\)"),
         ({"image": torch.full((1, 1, 16, 16), 255.0)}, r"in \[-1, 1\]"),
         ({"image": torch.full((1, 1, 16, 16), torch.nan)}, r"in \[-1, 1\]"),
         ({"strength": 1.2}, "strength=1.2"),
@@ -190,7 +190,7 @@ def test_what_is_missing_is_said(model, phantom_dir, tmp_path, monkeypatch):
         (("--from_image", lone, "--to", "AD"), "give it, such as --from NC"),
         (("--from_image", lone, "--from", "NC"), "--to is missing"),
         (("--from_image", tmp_path / "text.png", "--from", "NC", "--to", "AD"), "not an image"),
-        (("--from_image", lone, "--from", "NC", "--to", "MCI"), "it knows AD"),
+        (("--from_image", lone, "--from", "NC", "--to", "MCI"), "classes are AD"),
         (("--morph", 5, "--to", "AD"), "--from is missing"),
         (("--morph", 1, "--from", "NC", "--to", "AD"), "at least 2 frames"),
         (("--morph", 5, "--from", "NC", "--to", "AD", "--scheduler", "euler"), "--scheduler ddim"),

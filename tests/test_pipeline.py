@@ -1,12 +1,14 @@
-"""Sampling: what it draws, from what seed, and that a saved pipeline loads anywhere."""
+"""Sampling: against exact denoisers, from which seed, and that a saved pipeline loads anywhere."""
 
 import subprocess
 import sys
 
+import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, HeunDiscreteScheduler
+from stand_ins import make_pipeline
 
 from adni_ldm.generation import (
     SCHEDULERS,
@@ -25,7 +27,7 @@ def seeded(*seeds):
 
 
 class PerfectDenoiser(torch.nn.Module):
-    """Knows the clean latent, and says the velocity that leads there."""
+    """Predicts the velocity towards one clean latent."""
 
     def __init__(self, unet, scheduler, clean):
         super().__init__()
@@ -62,7 +64,7 @@ def test_guidance_one_is_no_guidance(pipeline):
         ).images
         for scale in (1, 2, 0)
     )
-    tokens = pipeline.class_embedding(torch.tensor([0]))
+    tokens = pipeline.class_embedding(torch.tensor([0])).tokens
     with torch.no_grad():
         velocity = pipeline.unet(
             latents, pipeline.scheduler.timesteps[0], encoder_hidden_states=tokens
@@ -90,7 +92,7 @@ def test_guidance_in_an_interval_asks_for_the_class_alone_outside_of_it(pipeline
 
 
 class GaussianDenoiser(torch.nn.Module):
-    """The best denoiser of latents that are N(mean, std²); noise z then leads to mean + std · z exactly."""
+    """The exact denoiser of latents N(mean, std²): the ODE maps noise z to mean + std · z."""
 
     def __init__(self, unet, alphas, mean, std):
         super().__init__()
@@ -98,31 +100,87 @@ class GaussianDenoiser(torch.nn.Module):
         self.alphas, self.mean, self.std = alphas, mean, std
 
     def forward(self, noisy, timestep, encoder_hidden_states, return_dict):
-        alpha = self.alphas[int(timestep)]
+        alpha = self.alphas[int(timestep)].to(noisy)
         variance = alpha * self.std**2 + 1 - alpha
         clean = self.mean + alpha.sqrt() * self.std**2 / variance * (noisy - alpha.sqrt() * self.mean)
         noise = (noisy - alpha.sqrt() * clean) / (1 - alpha).sqrt()
         return (alpha.sqrt() * noise - (1 - alpha).sqrt() * clean,)
 
 
-@pytest.mark.parametrize("std", [0.1, 0.3, 1.0])
-def test_twenty_steps_of_dpm_do_what_more_of_ddim_do(pipeline, std):
-    """Against the solution, from pure noise (zero terminal SNR) to the last step. Latents have std 1."""
-    noise = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    betas = {"beta_start": 0.00085, "beta_end": 0.012}  # of train_ldm.py
+def give_exact_denoiser(pipeline, std):
+    """The noise schedule of train_ldm.py, and the exact denoiser of N(3, std²) for it."""
+    betas = {"beta_start": 0.00085, "beta_end": 0.012}
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, set_alpha_to_one=True, **betas)
     alphas = pipeline.scheduler.alphas_cumprod
     pipeline.register_modules(unet=GaussianDenoiser(pipeline.unet, alphas, 3.0, std))
 
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_samples_the_distribution_that_was_trained_on(pipeline, name):
+    """At 30 and 150 steps, which do not divide the 1000 timesteps of training."""
+    give_exact_denoiser(pipeline, std=1.0)
+    use_scheduler(pipeline, name)
+    for steps, tolerance in ((30, 0.12), (150, 0.04)):
+        options = {"generator": torch.Generator().manual_seed(0), "output_type": "latent"}
+        samples = pipeline(["AD"] * 32, steps, guidance_scale=1, **options).images  # 8192 values
+        assert abs(samples.mean() - 3) < 0.035, "three standard errors, for N(3, 1)"
+        assert abs(samples.std() - 1) < tolerance
+
+
+@pytest.mark.parametrize("steps", [7, 20, 60, 150, 334])
+def test_ddim_reaches_the_solution_with_any_number_of_steps(pipeline, steps):
+    """Also where diffusers' own step, 1000 // steps timesteps long, misses the next timestep."""
+    give_exact_denoiser(pipeline, std=1.0)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    samples = pipeline("AD", steps, guidance_scale=1, latents=noise, output_type="latent").images
+    errors = samples - (3 + noise)
+    assert errors.abs().mean() < 1.6 / steps, "of first order"
+    assert abs(samples.mean() - noise.mean() - 3) < 0.02
+
+
+IGNORING = {
+    "HeunDiscreteScheduler": "noise schedule",
+    "PNDMScheduler": "noise schedule",
+    "KDPM2DiscreteScheduler": "noise schedule",
+    "DPMSolverSinglestepScheduler": "timestep_spacing='trailing'",
+    "FlowMatchEulerDiscreteScheduler": "prediction_type='v_prediction'",
+    "IPNDMScheduler": "prediction_type='v_prediction'",
+}
+
+
+@pytest.mark.parametrize(("name", "ignored"), IGNORING.items())
+def test_a_scheduler_that_ignores_the_training_schedule_is_named(pipeline, name, ignored):
+    """`from_config` drops options that the new class does not have, and keeps them in the config."""
+    pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
+    with pytest.raises(ValueError, match=f"{name} .*{ignored}"):
+        pipeline("AD", 2)
+
+
+def test_a_saved_scheduler_keeps_the_training_schedule(pipeline, tmp_path):
+    use_scheduler(pipeline, "heun")
+    pipeline.scheduler.save_pretrained(tmp_path)
+    pipeline.scheduler = HeunDiscreteScheduler.from_pretrained(tmp_path)
+    pipeline("AD", 2)
+    use_scheduler(pipeline, "ddim")
+    original = make_pipeline().scheduler.alphas_cumprod
+    assert torch.allclose(pipeline.scheduler.alphas_cumprod.sqrt(), original.sqrt(), atol=5e-4)
+
+
+@pytest.mark.parametrize("std", [0.1, 0.3, 1.0])
+def test_20_steps_of_dpm_solver_are_more_accurate_than_50_of_ddim(pipeline, std):
+    """Against the solution, from pure noise (zero terminal SNR) to the last step. Latents have std 1."""
+    noise = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    give_exact_denoiser(pipeline, std)
+
     def error(name, steps):
         use_scheduler(pipeline, name)
         options = {"latents": noise, "guidance_scale": 1, "output_type": "latent"}
-        drawn = pipeline(["AD"] * 8, steps, **options).images
-        return (drawn - (3.0 + std * noise)).square().mean().sqrt().item()
+        samples = pipeline(["AD"] * 8, steps, **options).images
+        return (samples - (3.0 + std * noise)).square().mean().sqrt().item()
 
     assert error("ddim", 50) < 0.06
     assert error("dpm++", 20) < error("ddim", 20 if std < 1 else 50)
-    assert std < 1 or error("dpm++", 50) < 0.015, "on the schedule that was trained with"
+    assert std < 1 or error("dpm++", 50) < 0.015, "on the training's noise schedule"
 
 
 def test_an_image_depends_on_its_seed_and_not_on_its_batch(pipeline):
@@ -158,14 +216,6 @@ def test_the_class_changes_the_image(pipeline):
     assert not torch.allclose(ad, nc, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_every_sampler_draws(pipeline, name):
-    use_scheduler(pipeline, name)
-    images = pipeline(["AD", "NC"], 4, generator=seeded(0, 1), output_type="pt").images
-    assert images.shape == (2, 1, 16, 16)
-    assert images.isfinite().all() and images.std() > 0
-
-
 def test_output_types(pipeline):
     pil = pipeline("AD", 2, num_images_per_prompt=2, generator=seeded(0, 1)).images
     as_numpy = pipeline("AD", 2, num_images_per_prompt=2, generator=seeded(0, 1), output_type="np").images
@@ -190,6 +240,25 @@ def test_the_callback_sees_and_steers_the_latents(pipeline):
     assert (images == 0).all()
 
 
+def test_a_callback_changes_the_guidance_scale(pipeline):
+    """As diffusers' dynamic guidance callbacks do; guidance may also begin after an unguided step."""
+    batch_sizes = []
+    pipeline.unet.register_forward_pre_hook(lambda _module, inputs: batch_sizes.append(len(inputs[0])))
+
+    def increase(pipe, _step, _timestep, tensors):
+        pipe._guidance_scale += 0.5
+        return tensors
+
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    options = {"latents": latents, "output_type": "latent", "guidance_scale": 1.0}
+    changed = pipeline("AD", 4, callback_on_step_end=increase, **options).images
+    assert batch_sizes == [1, 2, 2, 2]
+    assert pipeline.guidance_scale == 3 and pipeline.do_classifier_free_guidance
+    assert pipeline.num_timesteps == 4
+    assert not torch.allclose(changed, pipeline("AD", 4, **options).images, atol=1e-3)
+    assert not pipeline.do_classifier_free_guidance
+
+
 def test_a_half_precision_pipeline_decodes_in_float32(pipeline):
     dtypes = []
     pipeline.to(torch.bfloat16)
@@ -203,13 +272,13 @@ def test_a_half_precision_pipeline_decodes_in_float32(pipeline):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"class_labels": "MCI"}, "it knows AD"),
-        ({"class_labels": []}, "nothing to draw"),
+        ({"class_labels": "MCI"}, "classes are AD"),
+        ({"class_labels": []}, "no images"),
         ({"class_labels": "AD", "output_type": "jpg"}, "output_type"),
         ({"class_labels": "AD", "num_inference_steps": 0}, "num_inference_steps"),
         ({"class_labels": "AD", "guidance_interval": (0.5, 0.5)}, "guidance_interval"),
         ({"class_labels": ["AD", "NC"], "generator": seeded(0)}, "1 generators for 2 images"),
-        ({"class_labels": "AD", "latents": torch.zeros(1, 4, 4, 4)}, "latents of shape"),
+        ({"class_labels": "AD", "latents": torch.zeros(1, 4, 4, 4)}, "latents must have shape"),
         ({"class_labels": "AD", "callback_on_step_end_tensor_inputs": ["tokens"]}, "tokens"),
     ],
 )

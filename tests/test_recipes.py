@@ -302,7 +302,7 @@ def test_fp16_without_a_gpu_is_refused_in_one_line(phantom_dir, tmp_path):
             "a discriminator needs slices of 32 pixels",
         ),
         (("train_ldm.py", "--prediction_type", "epsilon"), "rescale_betas_zero_snr"),
-        (("sample.py", "--model", "{model}", "--class", "MCI"), "it knows AD (0), NC (1)"),
+        (("sample.py", "--model", "{model}", "--class", "MCI"), "classes are AD (0), NC (1)"),
         (("sample.py", "--model", "./nowhere"), "./nowhere: no such folder"),
         (("prepare_data.py", "wash"), "no command 'wash'"),
         (("prepare_data.py", "check", "--classes", "AD"), "--classes AD: give two or more"),

@@ -38,7 +38,7 @@ def denoising_losses(
     labels = torch.from_numpy(known[images.labels])
     losses = [np.zeros(0)]
     for rows, latents in _latent_batches(pipeline, images, batch_size, "the model's loss"):
-        tokens = pipeline.class_embedding(labels[rows].to(latents.device))  # (B, 2, D)
+        tokens = pipeline.class_embedding(labels[rows].to(latents.device)).tokens  # (B, 2, D)
         of_levels = []
         for index, level in enumerate(LEVELS):
             noise, timestep, alpha = _noise(pipeline, latents, level, seed + index)
@@ -71,7 +71,7 @@ def bottleneck_features(
             null = torch.full((len(rows),), pipeline.class_embedding.null_label, device=latents.device)
             noise, timestep, alpha = _noise(pipeline, latents, BOTTLENECK_LEVEL, seed)
             noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-            _predict(pipeline, noisy, timestep, pipeline.class_embedding(null))
+            _predict(pipeline, noisy, timestep, pipeline.class_embedding(null).tokens)
             features.append(caught.pop().flatten(1).float().cpu().numpy())
     finally:
         hook.remove()

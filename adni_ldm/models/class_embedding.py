@@ -1,30 +1,42 @@
-"""The class tokens that the denoiser's cross-attention reads.
+"""The class embedding: class labels to the tokens that the denoiser's cross-attention reads.
 
-This file travels with a saved pipeline and is loaded from there where adni_ldm is not installed, so it
-imports nothing of the package. diffusers finds the loading method of a custom component by looking for
-its base class in the component's module: `ModelMixin` must stay a name of this file.
+This file is saved with every pipeline and loaded from there where adni_ldm is not installed, so it imports
+nothing of the package. diffusers finds the loading method of a custom component by looking for its base class
+in the component's module: `ModelMixin` must stay a name of this file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
 from torch import nn
 
 
+@dataclass
+class ClassEmbeddingOutput(BaseOutput):
+    """Output of `ClassEmbedding`: class tokens (B, tokens_per_class, token_dim)."""
+
+    tokens: torch.Tensor
+
+
 class ClassEmbedding(ModelMixin, ConfigMixin):
-    """Learned tokens of each class, and of one class more that stands for "no class".
+    """Learned tokens of each class, and of the null class.
 
     The last entry is the null class of classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598):
-    training replaces a tenth of the labels by it, sampling contrasts it with the class asked for.
+    label dropout replaces labels by it in training; sampling extrapolates from its prediction.
 
     Args:
         class_names: names in the order of their labels; label k is `class_names[k]`.
         token_dim: width D of a token, the denoiser's `cross_attention_dim`.
-        tokens_per_class: how many tokens cross-attention may choose among.
+        tokens_per_class: number of tokens that represent a class in cross-attention.
+
+    Raises:
+        ValueError: a class name occurs twice, or cannot be the name of a folder.
     """
 
     @register_to_config
@@ -36,26 +48,25 @@ class ClassEmbedding(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         if len(set(class_names)) != len(class_names):
-            raise ValueError(f"class_names={list(class_names)} names a class twice")
+            raise ValueError(f"class_names={list(class_names)} has a name twice")
         if any(not name or name.startswith(".") or set(name) & set("/\\\0") for name in class_names):
             raise ValueError(f"class_names={list(class_names)}: each must be able to name a folder")
         self.table = nn.Embedding(len(class_names) + 1, tokens_per_class * token_dim)
 
     @property
     def null_label(self) -> int:
-        """Label of the null class: one past the last real one."""
+        """Label of the null class: the number of classes."""
         return len(self.config.class_names)
 
     def labels_of(self, classes: str | int | Iterable[str | int]) -> list[int]:
-        """Labels of classes given by name or number, one or several.
+        """Convert classes, given by name or number, one or several, to labels.
 
         Raises:
-            ValueError: a class that the model does not know; the message names those it does.
+            ValueError: an unknown class; the message lists the known ones.
         """
         names = list(self.config.class_names)
-        one = isinstance(classes, (str, int))
         labels = []
-        for entry in [classes] if one else classes:
+        for entry in [classes] if isinstance(classes, (str, int)) else classes:
             text = str(int(entry) if isinstance(entry, torch.Tensor) else entry).strip()
             if text in names:
                 labels.append(names.index(text))
@@ -63,15 +74,15 @@ class ClassEmbedding(ModelMixin, ConfigMixin):
                 labels.append(int(text))
             else:
                 known = ", ".join(f"{name} ({label})" for label, name in enumerate(names))
-                raise ValueError(f"the model knows no class {text!r}; it knows {known}")
+                raise ValueError(f"unknown class {text!r}; the model's classes are {known}")
         return labels
 
     @torch.no_grad()
     def with_classes(self, class_names: Sequence[str]) -> ClassEmbedding:
-        """A copy that knows these classes, in this order, and after them those that only this one knows.
+        """Copy the embedding to these classes, in this order, followed by those of its own that are missing.
 
-        Classes are told by their names and keep their tokens, and so does the null class; a new class starts
-        with the tokens of the null class, which stand for any image.
+        Classes are matched by name and keep their tokens, and so does the null class; a new class starts
+        with the tokens of the null class, which represent any image.
         """
         known = list(self.config.class_names)
         names = [*class_names, *(name for name in known if name not in class_names)]
@@ -80,6 +91,13 @@ class ClassEmbedding(ModelMixin, ConfigMixin):
         grown.table.weight.copy_(self.table.weight[[*rows, self.null_label]])
         return grown.to(self.device)
 
-    def forward(self, labels: torch.Tensor) -> torch.Tensor:
-        """Labels (B,), integers in [0, null_label], to tokens (B, tokens_per_class, token_dim)."""
-        return self.table(labels).unflatten(-1, (self.config.tokens_per_class, self.config.token_dim))
+    def forward(
+        self, labels: torch.Tensor, return_dict: bool = True
+    ) -> ClassEmbeddingOutput | tuple[torch.Tensor]:
+        """Map labels (B,), integers in [0, null_label], to tokens (B, tokens_per_class, token_dim).
+
+        Returns:
+            `ClassEmbeddingOutput` with `.tokens`, or a tuple with them when `return_dict` is False.
+        """
+        tokens = self.table(labels).unflatten(-1, (self.config.tokens_per_class, self.config.token_dim))
+        return ClassEmbeddingOutput(tokens=tokens) if return_dict else (tokens,)

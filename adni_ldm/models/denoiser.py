@@ -1,4 +1,4 @@
-"""The denoiser: a U-Net over latents that reads class tokens by cross-attention."""
+"""The denoiser: a U-Net over latents, conditioned on class tokens by cross-attention."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ def build_denoiser(
     latent_channels: int,
     latent_size: int,  # side of the square latent
     widths: Sequence[int] = (128, 256, 384, 512),  # channels per level, fine to coarse
-    token_dim: int = 256,  # width of the class tokens that cross-attention reads
+    token_dim: int = 256,  # width of the class tokens
     layers_per_block: int = 2,
     head_dim: int = 32,  # channels of one attention head
 ) -> UNet2DConditionModel:
-    """Denoiser for latents (B, C, h, w), after Rombach et al. 2022 (arXiv:2112.10752), section 3.3.
+    """Build a U-Net for latents (B, C, h, w), after Rombach et al. 2022 (arXiv:2112.10752), section 3.3.
 
-    Every level but the finest attends: there attention costs most, (h·w)², and convolution sees enough.
+    Every level but the finest has attention: there its cost, (h·w)², is highest and convolution suffices.
 
     Raises:
-        UserError: the latent cannot be halved as often as there are levels, or a width has no whole
-            number of heads or of groups of 32.
+        UserError: the latent cannot be halved once per level, or a width is not a multiple of 32 (the groups
+            of group normalization) and of `head_dim`.
     """
     halvings = len(widths) - 1
     if latent_size % 2**halvings:
@@ -51,9 +51,9 @@ def build_denoiser(
 
 
 class ConditionalDenoiser(nn.Module):
-    """U-Net and class embedding as the one module that is trained.
+    """U-Net and class embedding as one module.
 
-    One module means one gradient average, one EMA and one checkpoint, and it is all that DeepSpeed takes.
+    One module has one gradient all-reduce, one EMA and one checkpoint, and DeepSpeed takes no more than one.
     """
 
     def __init__(self, unet: UNet2DConditionModel, class_embedding: ClassEmbedding):
@@ -62,6 +62,6 @@ class ConditionalDenoiser(nn.Module):
         self.class_embedding = class_embedding
 
     def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Noisy latents (B, C, h, w), timesteps (B,) and labels (B,) to the prediction (B, C, h, w)."""
-        tokens = self.class_embedding(labels)  # (B, 2, D)
+        """Map noisy latents (B, C, h, w), timesteps (B,) and labels (B,) to the prediction (B, C, h, w)."""
+        tokens = self.class_embedding(labels, return_dict=False)[0]  # (B, 2, D)
         return self.unet(noisy, timesteps, encoder_hidden_states=tokens, return_dict=False)[0]

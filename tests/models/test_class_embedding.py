@@ -7,18 +7,26 @@ from adni_ldm.models import ClassEmbedding
 
 
 def test_a_label_becomes_two_tokens():
-    tokens = ClassEmbedding(("AD", "NC"), token_dim=32)(torch.tensor([0, 1, 1]))
+    tokens = ClassEmbedding(("AD", "NC"), token_dim=32)(torch.tensor([0, 1, 1])).tokens
     assert tokens.shape == (3, 2, 32)
     assert torch.equal(tokens[1], tokens[2])
     assert not torch.equal(tokens[0], tokens[1])
     assert not torch.equal(tokens[0, 0], tokens[0, 1]), "the two tokens of a class are learned apart"
 
 
+def test_the_output_is_a_class_or_a_tuple():
+    """diffusers' convention of `return_dict`."""
+    embedding = ClassEmbedding(token_dim=8)
+    output = embedding(torch.tensor([1]))
+    assert torch.equal(output.tokens, embedding(torch.tensor([1]), return_dict=False)[0])
+    assert torch.equal(output[0], output["tokens"])
+
+
 def test_the_null_class_has_tokens_of_its_own():
     embedding = ClassEmbedding(("AD", "NC"), token_dim=8)
-    null = embedding(torch.tensor([embedding.null_label]))
+    null = embedding(torch.tensor([embedding.null_label])).tokens
     assert embedding.null_label == 2
-    assert all(not torch.equal(null, embedding(torch.tensor([label]))) for label in (0, 1))
+    assert all(not torch.equal(null, embedding(torch.tensor([label])).tokens) for label in (0, 1))
     with pytest.raises(IndexError):
         embedding(torch.tensor([3]))
 
@@ -40,7 +48,7 @@ def test_classes_go_by_name_or_number(asked, labels):
 
 @pytest.mark.parametrize("asked", ["MCI", 2, "2", -1, ["AD", "ad"]])
 def test_an_unknown_class_is_refused_with_the_known_ones(asked):
-    with pytest.raises(ValueError, match=r"it knows AD \(0\), NC \(1\)"):
+    with pytest.raises(ValueError, match=r"classes are AD \(0\), NC \(1\)"):
         ClassEmbedding().labels_of(asked)
 
 
@@ -50,7 +58,7 @@ def test_names_and_tokens_survive_saving(tmp_path):
     loaded = ClassEmbedding.from_pretrained(tmp_path)
     labels = torch.arange(4)
     assert list(loaded.config.class_names) == ["AD", "MCI", "NC"]
-    assert torch.equal(loaded(labels), embedding(labels))
+    assert torch.equal(loaded(labels).tokens, embedding(labels).tokens)
 
 
 @pytest.mark.parametrize("name", ["../AD", "a/b", "a\\b", ".hidden", ""])
