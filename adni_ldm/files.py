@@ -1,8 +1,8 @@
 """Files and folders that are on disk whole or not at all, and the check of an output folder.
 
-A file is written under a temporary name beside its place, flushed to the disk and renamed. A folder (a
-checkpoint, a latent cache) is too, and `commit_folder` lists the SHA-256 of its files in a record, against
-which `find_damage` verifies it later. A kill or a power cut at any moment leaves the earlier state or the new.
+A file is written under a temporary name beside its place, flushed to the disk and renamed. So is a folder (a
+checkpoint, a latent cache); `commit_folder` lists the SHA-256 of its files in a record, against which
+`find_damage` verifies it. A kill or a power cut at any moment leaves the earlier state or the new one.
 """
 
 from __future__ import annotations

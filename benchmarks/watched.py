@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch  # noqa: E402
 
-from adni_ldm.training.metrics import RunLog  # noqa: E402
+from adni_ldm.training.metrics import MetricsLogger  # noqa: E402
 
 
 def own_gib() -> float:
@@ -41,7 +41,7 @@ def main() -> None:
     sys.argv = sys.argv[2:]
     stamps: list[tuple[int, float]] = []
     own: list[float] = []
-    write_means = RunLog.write_means
+    write_means = MetricsLogger.write_means
 
     def stamped(log, step, **values):
         line = write_means(log, step, **values)
@@ -55,7 +55,7 @@ def main() -> None:
             own.append(own_gib())
             time.sleep(0.1)
 
-    RunLog.write_means = stamped
+    MetricsLogger.write_means = stamped
     threading.Thread(target=watch, daemon=True).start()
     started = time.perf_counter()
     try:

@@ -102,7 +102,10 @@ def test_a_morph_begins_and_ends_with_what_is_drawn_of_the_classes(pipeline):
     ("arguments", "message"),
     [
         ({"target": "MCI"}, "classes are AD"),
-        ({"image": torch.zeros(1, 16, 16)}, r"image must be \(B, 1, 16, 16\) in \[-1, 1\], not \(1, 16, 16\)"),
+        (
+            {"image": torch.zeros(1, 16, 16)},
+            r"image must be \(B, 1, 16, 16\) in \[-1, 1\], not \(1, 16, 16\)",
+        ),
         ({"image": torch.zeros(1, 3, 16, 16)}, r"not \(1, 3, 16, 16\)"),
         ({"image": torch.full((1, 1, 16, 16), 255.0)}, r"in \[-1, 1\]"),
         ({"image": torch.full((1, 1, 16, 16), torch.nan)}, r"in \[-1, 1\]"),

@@ -67,7 +67,7 @@ def test_tested_pair_is_that_of_the_constraints():
 
 
 def test_every_requirement_has_an_exact_version():
-    """Of what `make .venv` installs, direct and transitive: a missing pin lets the environment change by itself."""
+    """Of what `make .venv` installs, direct and transitive: a missing pin lets the environment drift."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     waiting = [Requirement(line) for group in (project["dependencies"], *extras.values()) for line in group]

@@ -11,7 +11,13 @@ from adni_ldm.config.evaluation import EvaluateConfig
 from adni_ldm.config.hub import PushConfig, PushSamplesConfig
 from adni_ldm.config.parsing import parse_config, run_command
 from adni_ldm.config.sampling import SampleConfig
-from adni_ldm.config.training import TrainLDMConfig, TrainVAEConfig, save_config, settings_to_keep
+from adni_ldm.config.training import (
+    TrainingConfig,
+    TrainLDMConfig,
+    TrainVAEConfig,
+    save_config,
+    settings_to_keep,
+)
 
 __all__ = [
     "AppConfig",
@@ -24,6 +30,7 @@ __all__ = [
     "SampleConfig",
     "ScansConfig",
     "TrainLDMConfig",
+    "TrainingConfig",
     "TrainVAEConfig",
     "class_names",
     "parse_config",

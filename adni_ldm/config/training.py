@@ -133,8 +133,13 @@ class TrainingConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)} must be at least 1")
         if not 0 < self.val_fraction < 1:
-            raise UserError(f"--val_fraction {self.val_fraction} must lie between 0 and 1")
+            raise UserError(f"--val_fraction {self.val_fraction} must be between 0 and 1")
         class_names(self.classes)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes in the order of their labels."""
+        return class_names(self.classes)
 
 
 @dataclass(frozen=True)
@@ -163,7 +168,7 @@ class TrainVAEConfig(TrainingConfig):
     )
     perceptual: MayChange[str] = HfArg(
         default="none",
-        help="Features of the perceptual term: none, vgg (ImageNet), radimagenet, medicalnet, or a file or "
+        help="Features of the perceptual term: none, vgg (ImageNet), radimagenet, or a file or "
         "folder "
         "of their weights.",
     )

@@ -42,7 +42,7 @@ CLASS_NAMES = ("AD", "NC")
 MOST_UNPACKED = 100  # times the size of the archive
 MOST_PIXELS = 8192**2
 
-# Part of the cache keys of prepared slices and of latents. The datasets library hashes a function by name, not
+# Part of the cache keys of prepared slices and latents. The datasets library hashes a function by name, not
 # by code: increase this number with every change in what prepare_image returns.
 PREPARATION_VERSION = 1
 

@@ -1,7 +1,14 @@
-"""The networks: an autoencoder, a denoiser and the class tokens that it reads."""
+"""The networks: the autoencoder, the denoiser, and the class tokens that it reads."""
 
-from adni_ldm.models.autoencoder import build_autoencoder
+from adni_ldm.models.autoencoder import ReconstructingVAE, build_autoencoder, latent_shape
 from adni_ldm.models.class_embedding import ClassEmbedding
 from adni_ldm.models.denoiser import ConditionalDenoiser, build_denoiser
 
-__all__ = ["ClassEmbedding", "ConditionalDenoiser", "build_autoencoder", "build_denoiser"]
+__all__ = [
+    "ClassEmbedding",
+    "ConditionalDenoiser",
+    "ReconstructingVAE",
+    "build_autoencoder",
+    "build_denoiser",
+    "latent_shape",
+]

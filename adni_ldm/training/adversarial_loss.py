@@ -1,7 +1,7 @@
-"""A discriminator beside the autoencoder, and how much it weighs.
+"""Adversarial loss of the autoencoder: a PatchGAN discriminator and its adaptive weight.
 
-After Esser et al. 2021 (VQGAN, arXiv:2012.09841), section 3.1: it looks at patches, and its weight follows
-the gradients, so that it never outweighs what makes reconstructions like the slices.
+After Esser et al. 2021 (VQGAN, arXiv:2012.09841), section 3.1: the discriminator scores patches, and the
+weight of its loss follows the gradients, so that it never outweighs the reconstruction loss.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from torch import nn
 from adni_ldm.errors import UserError
 
 
-class Discriminator(nn.Module):
-    """MONAI's patch discriminator: slices (B, 1, H, W) in [-1, 1] to one score a patch, (B, 1, h, w).
+class PatchDiscriminator(nn.Module):
+    """MONAI's PatchGAN discriminator: slices (B, 1, H, W) in [-1, 1] to one score a patch, (B, 1, h, w).
 
-    Its usual BatchNorm would make a score depend on the other slices of the process: two processes of batch b
-    would not take the step of one of 2b. GroupNorm looks at one slice alone.
+    GroupNorm replaces its BatchNorm, with which a score depends on the other slices of the process: two
+    processes of batch b would not take the step of one of 2b.
 
     Args:
         width: channels of the first layer, a multiple of 4; each layer doubles them.
-        layers: with three a score sees 70 x 70 pixels (Isola et al. 2017, arXiv:1611.07004).
+        layers: with three, a score covers 70 x 70 pixels (Isola et al. 2017, arXiv:1611.07004).
     """
 
     def __init__(self, width: int = 64, layers: int = 3):
@@ -33,24 +33,24 @@ class Discriminator(nn.Module):
         self.network = PatchDiscriminator(
             spatial_dims=2, in_channels=1, channels=width, num_layers_d=layers, norm=norm
         )
-        # λ for the next update. Here, since the weights' file of a checkpoint keeps it for a resumed run.
-        self.register_buffer("balance", torch.zeros(()))
+        # The adaptive weight of the next update; a buffer, so that a checkpoint keeps it with the weights.
+        self.register_buffer("d_weight", torch.zeros(()))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.network(images)[-1]
 
 
-class Adversary:
-    """The two sides' losses for each batch, and the weight λ between them for each update.
+class AdversarialLoss:
+    """Losses of generator and discriminator for each batch, and the adaptive weight for each update.
 
     λ = ‖∇ L_rec‖ / (‖∇ L_gan‖ + δ) at the weight of the decoder's last layer (equation 7). The gradients are
-    averages over all processes and accumulated batches, as those of the update are: so λ does not depend on
-    how the batch is shared out. They are known once the last batch is through, and λ is that of the update
-    before; in the discriminator's first update it is 0.
+    averages over all processes and accumulated batches, as those of the update are, so λ does not depend on
+    how the batch is distributed. They are complete after the last batch, so λ is that of the previous update;
+    in the discriminator's first update it is 0.
 
     Args:
         discriminator: the module itself.
-        prepared: what `accelerator.prepare` made of it.
+        prepared: the module that `accelerator.prepare` returned for it.
         last_layer: weight of the decoder's last layer.
         weight: factor on λ.
     """
@@ -60,7 +60,7 @@ class Adversary:
     def __init__(
         self,
         accelerator: Accelerator,
-        discriminator: Discriminator,
+        discriminator: PatchDiscriminator,
         prepared: nn.Module,
         last_layer: nn.Parameter,
         weight: float,
@@ -73,69 +73,69 @@ class Adversary:
         self.score = PatchAdversarialLoss(criterion="least_squares", no_activation_leastsq=True)
         self.gradients: list[torch.Tensor] = []  # of this update's batches: (2, *last_layer.shape)
 
-    def losses(
-        self, images: torch.Tensor, reconstruction: torch.Tensor, likeness: torch.Tensor
+    def __call__(
+        self, images: torch.Tensor, reconstruction: torch.Tensor, rec_loss: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the autoencoder's loss gains, weighted, and the discriminator's loss, for one backward pass.
+        """Generator loss, weighted, and discriminator loss, for one backward pass of their sum.
 
         Args:
             images, reconstruction: (B, 1, H, W).
-            likeness: the autoencoder's loss that says how like the two are, without the KL.
+            rec_loss: the reconstruction loss with its spectral and perceptual terms, without the KL term.
         """
-        # The autoencoder's side. The discriminator is held still, and its wrapper waits for no gradient.
+        # The generator's loss. The discriminator is frozen, and its wrapper waits for no gradient.
         self.discriminator.requires_grad_(False)
         with self.accelerator.no_sync(self.prepared):
-            fooled = self.score(self.prepared(reconstruction), target_is_real=True, for_discriminator=False)
+            scores = self.prepared(reconstruction)
+            g_loss = self.score(scores, target_is_real=True, for_discriminator=False)
         self.discriminator.requires_grad_(True)
-        self.gradients.append(torch.stack([self._gradient(likeness), self._gradient(fooled)]))
+        self.gradients.append(torch.stack([self._gradient(rec_loss), self._gradient(g_loss)]))
 
-        # The discriminator's side, in one pass: a wrapper takes one forward for each backward.
-        both = self.prepared(torch.cat([images, reconstruction.detach()]))
-        real, drawn = (
-            self.score(scores, target_is_real=is_real, for_discriminator=True)
-            for scores, is_real in zip(both.chunk(2), (True, False))
+        # The discriminator's loss, in one pass: a wrapper takes one forward pass for each backward pass.
+        scores = self.prepared(torch.cat([images, reconstruction.detach()])).chunk(2)
+        real, synthetic = (
+            self.score(part, target_is_real=is_real, for_discriminator=True)
+            for part, is_real in zip(scores, (True, False))
         )
-        return self.weight * self.discriminator.balance.clone() * fooled, (real + drawn) / 2
+        return self.weight * self.discriminator.d_weight.clone() * g_loss, (real + synthetic) / 2
 
-    def end_update(self, max_grad_norm: float) -> torch.Tensor:
-        """Set λ for the next update, clip the discriminator's gradients; returns their norm.
-
-        After `accelerator.clip_grad_norm_` of the autoencoder's, which takes the gradient scaling off both.
-        """
+    def end_update(self) -> None:
+        """Set λ for the next update; every process calls it after each update."""
         mean = self.accelerator.reduce(torch.stack(self.gradients).mean(dim=0), "mean")
         self.gradients.clear()
-        balance = adaptive_weight(*mean, self.DELTA, self.LARGEST)
-        # a batch that is not finite is not learned from
-        self.discriminator.balance.copy_(torch.where(balance.isfinite(), balance, self.discriminator.balance))
-        return nn.utils.clip_grad_norm_(self.discriminator.parameters(), max_grad_norm)
+        d_weight = adaptive_weight(*mean, self.DELTA, self.LARGEST)
+        # a batch that is not finite leaves the weight as it was
+        self.discriminator.d_weight.copy_(
+            torch.where(d_weight.isfinite(), d_weight, self.discriminator.d_weight)
+        )
 
     def _gradient(self, loss: torch.Tensor) -> torch.Tensor:
-        """Gradient at the last layer, scaled on its way as fp16 needs it."""
-        scaler = self.accelerator.scaler
-        scale = scaler.get_scale() if scaler else 1.0
+        """Gradient at the last layer, scaled for the backward pass as fp16 needs it."""
+        scaler, scale = self.accelerator.scaler, 1.0
+        if scaler:
+            scale = scaler.scale(torch.ones((), device=loss.device))  # get_scale() would wait for the GPU
         (gradient,) = torch.autograd.grad(loss * scale, self.last_layer, retain_graph=True)
         return gradient.float() / scale
 
 
 def adaptive_weight(
-    of_likeness: torch.Tensor, of_adversary: torch.Tensor, delta: float = 1e-6, largest: float = 1e4
+    rec_gradient: torch.Tensor, g_gradient: torch.Tensor, delta: float = 1e-6, largest: float = 1e4
 ) -> torch.Tensor:
     """λ = ‖∇ L_rec‖ / (‖∇ L_gan‖ + δ), at most `largest`, of the two gradients at the last layer.
 
     Esser et al. 2021 (arXiv:2012.09841), equation 7.
     """
-    return (of_likeness.norm() / (of_adversary.norm() + delta)).clamp(max=largest)
+    return (rec_gradient.norm() / (g_gradient.norm() + delta)).clamp(max=largest)
 
 
-def refuse_sharding(accelerator: Accelerator, weight: float) -> None:
-    """Refuse a discriminator where a launcher takes one network alone.
+def check_adversarial_loss(accelerator: Accelerator, weight: float) -> None:
+    """Check that an adversarial loss can be trained here.
 
     Raises:
-        UserError: under FSDP or DeepSpeed.
+        UserError: the run uses FSDP or DeepSpeed, which train one network at a time.
     """
     kind = accelerator.distributed_type
     if weight and kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise UserError(
             f"--discriminator_weight {weight}: {kind.value} trains one network at a time; give "
-            "--discriminator_weight 0, or take accelerate_config.yaml: a VAE needs no sharding"
+            "--discriminator_weight 0, or use accelerate_config.yaml: a VAE needs no sharding"
         )

@@ -1,6 +1,6 @@
-"""Which slices a batch holds and what noise it gets: functions of (seed, batch number) alone.
+"""Which slices a batch holds and which random numbers it uses: functions of (seed, batch number) alone.
 
-Nothing here has state, so a resumed run repeats the uninterrupted one, and N processes of batch size b
+Nothing here has state. A resumed run therefore repeats the uninterrupted one, and N processes of batch size b
 see exactly what one process of batch size N·b sees, each its own rows of it.
 """
 
@@ -19,11 +19,11 @@ def _epoch_order(num_images: int, epoch: int, seed: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(num_images)
 
 
-class BatchIndices(Sampler[list[int]]):
+class BatchSampler(Sampler[list[int]]):
     """Indices of the slices in batches `start` to `stop`, this process's rows of them.
 
-    Epochs follow each other without a gap: each slice comes once an epoch, also where the number of
-    slices is no multiple of the batch, so no slice is lost and no process runs out before the others.
+    Epochs follow each other without a gap: each slice comes once an epoch, even if the number of slices is
+    not a multiple of the batch size, so no slice is lost and no process runs out before the others.
 
     Args:
         num_images: size of the training set.
@@ -53,32 +53,30 @@ class BatchIndices(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         for batch in range(self.start, self.stop):
             first = (batch * self.num_processes + self.process) * self.batch_size
-            places = range(first, first + self.batch_size)
-            yield [
-                int(
-                    _epoch_order(self.num_images, place // self.num_images, self.seed)[
-                        place % self.num_images
-                    ]
-                )
-                for place in places
-            ]
+            yield [self._slice_at(position) for position in range(first, first + self.batch_size)]
+
+    def _slice_at(self, position: int) -> int:
+        epoch, place = divmod(position, self.num_images)
+        return int(_epoch_order(self.num_images, epoch, self.seed)[place])
 
 
-class BatchNoise:
-    """Random tensors of one batch. Drawn for all processes at once, of which each keeps its rows.
+class BatchRandom:
+    """Random tensors of one batch, sampled for all processes at once; each process keeps its rows.
 
-    Drawing the others' rows as well costs microseconds and makes a run independent of the number of
-    processes. Streams differ between kinds of device, as torch's generators do.
+    Sampling the other processes' rows as well takes microseconds and makes a run independent of the number
+    of processes. Streams differ between kinds of device, as torch's generators do.
     """
 
     def __init__(
         self, seed: int, batch: int, batch_size: int, process: int, num_processes: int, device: torch.device
     ):
-        state = np.random.SeedSequence([seed, batch]).generate_state(1, np.uint64)[0]
-        self.generator = torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
+        state = int(np.random.SeedSequence([seed, batch]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        self.device = torch.device(device)
+        self.generator = torch.Generator(device).manual_seed(state)
+        # On the host for what indexes memory there; on a CPU run it is the same stream.
+        self._host = self.generator if self.device.type == "cpu" else torch.Generator().manual_seed(state)
         self.total = batch_size * num_processes
         self.rows = slice(process * batch_size, (process + 1) * batch_size)
-        self.device = device
 
     def normal(self, *shape: int) -> torch.Tensor:
         """Standard normal (B, *shape)."""
@@ -91,3 +89,7 @@ class BatchNoise:
     def integers(self, high: int) -> torch.Tensor:
         """Integers in [0, high), (B,)."""
         return torch.randint(high, (self.total,), generator=self.generator, device=self.device)[self.rows]
+
+    def host_integers(self, high: int) -> torch.Tensor:
+        """Integers in [0, high), (B,), on the CPU whatever the device."""
+        return torch.randint(high, (self.total,), generator=self._host)[self.rows]

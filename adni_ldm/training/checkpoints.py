@@ -1,14 +1,14 @@
-"""Checkpoints: everything that the next step depends on, on disk whole or not at all.
+"""Checkpoints: all that the next update depends on, on disk whole or not at all.
 
     checkpoints/step-00001000/
-        progress.json           step, what the run is, and the SHA-256 of every other file; written last
+        progress.json           step, identity of the run, and the SHA-256 of every other file; written last
         model.safetensors       weights
-        ema.safetensors         their moving average, where there is one
+        ema.safetensors         their EMA, if there is one
         optimizer.bin, random_states_0.pkl, scaler.pt      accelerate's; torch reads them with weights_only
 
-The folder is written under another name, flushed to the disk and renamed: a kill or a power cut at any moment
-leaves the last one whole. Under FSDP the weights are accelerate's pytorch_model_fsdp.bin, read with
-weights_only as well, and each process has an EMA file; DeepSpeed's files are read by DeepSpeed, in its way.
+The folder is written under a temporary name, flushed to the disk and renamed: a kill or a power cut at any
+moment leaves the last one whole. Under FSDP the weights are accelerate's pytorch_model_fsdp.bin, read with
+weights_only as well, and each process has an EMA file; DeepSpeed's files are read by DeepSpeed itself.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ PROGRESS = "progress.json"
 Identity = Mapping[str, Mapping[str, object]]
 
 
-def refuse_earlier_run(output_dir: str | Path, resume_from: str | None) -> None:
-    """Refuse to write over checkpoints that a later resume would take for this run's.
+def check_earlier_run(output_dir: str | Path, resume_from: str | None) -> None:
+    """Check that the folder holds no checkpoints that a later resume would mistake for this run's.
 
     Raises:
-        UserError: there are some and the run does not resume, or it resumes from one before them.
+        UserError: it holds some and the run does not resume, or resumes from an earlier one.
     """
     found = _checkpoints(Path(output_dir) / "checkpoints")
     if not found or resume_from == "latest":
         return
     if resume_from is None:
         raise UserError(
-            f"{found[-1]} is of an earlier run: go on with --resume_from_checkpoint latest, "
+            f"{found[-1]} is of an earlier run: resume it with --resume_from_checkpoint latest, "
             f"remove {found[-1].parent}, or choose another --output_dir"
         )
     start = Path(resume_from)
     if re.fullmatch(r"step-\d+", start.name) and found[-1].name > start.name:
         raise UserError(
-            f"{found[-1]} is later than {start}, and `latest` would go on from it: remove it, "
+            f"{found[-1]} is later than {start}, and `latest` would resume from it: remove it, "
             "or choose another --output_dir"
         )
 
@@ -69,18 +69,18 @@ def save_checkpoint(
     ema: EMAModel | None = None,
     **counts: int,
 ) -> None:
-    """Write `output_dir/checkpoints/step-00001000`, drop all but the newest `keep`. Every process calls it.
+    """Write `output_dir/checkpoints/step-00001000`, remove all but the newest `keep`. Every process calls it.
 
     Args:
-        identity: what a resume is held against, as `record.run_identity` gives it.
-        counts: further numbers that `load_checkpoint` gives back.
+        identity: what a resume is compared with, from `run_record.run_identity`.
+        counts: further numbers that `load_checkpoint` returns.
 
     Raises:
         UserError: it cannot be written, as on a full disk; the earlier ones stay.
     """
     folder = Path(output_dir) / "checkpoints"
     if accelerator.is_main_process:
-        for left in folder.glob("*.partial"):  # by a kill while writing
+        for left in folder.glob("*.partial"):  # left by a kill while writing
             shutil.rmtree(left, ignore_errors=True)
     accelerator.wait_for_everyone()
     write_state(accelerator, folder / f"step-{step:08d}", step, identity, ema, **counts)
@@ -98,12 +98,12 @@ def write_state(
     ema: EMAModel | None = None,
     **counts: int,
 ) -> None:
-    """Write the state of the run as the folder `target`, whole or not at all. Every process calls it."""
+    """Write the state of the run as the folder `target`, atomically. Every process calls it."""
     partial = target.with_name(f"{target.name}.partial")
     problem = None
     try:
         accelerator.save_state(str(partial))
-        _save_average(accelerator, partial, ema)
+        _save_ema(accelerator, partial, ema)
     except (OSError, RuntimeError, SafetensorError) as error:
         problem = error
     problems = _gathered(problem)
@@ -117,13 +117,13 @@ def write_state(
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
         accelerator.wait_for_everyone()
-        if problem and not _is_of_the_disk(problem):
+        if problem and not _is_disk_error(problem):
             raise problem
         last = _checkpoints(target.parent)
         raise UserError(
             f"{target} could not be written ({problems[0]}); "
             + (f"the last good checkpoint is {last[-1].name}: " if last else "there is no earlier one: ")
-            + "make room and start again with --resume_from_checkpoint latest"
+            + "free some space and start again with --resume_from_checkpoint latest"
         ) from problem
 
 
@@ -136,20 +136,20 @@ def load_checkpoint(
 ) -> dict[str, int]:
     """Load a checkpoint into what was prepared and into `ema`. Every process calls it.
 
-    The main process verifies the files' SHA-256. Of `latest`, a damaged checkpoint is set aside under the
-    name `….damaged`, with a warning, and the one before it is taken.
+    The main process verifies the files' SHA-256. With "latest", a damaged checkpoint is renamed to
+    `….damaged`, with a warning, and the one before it is loaded.
 
     Args:
         resume_from: a checkpoint's folder, "latest" of `output_dir` (a first start if there is none),
             or None.
-        identity: what this run is. A difference in `identity["must"]` is refused, one in
-            `identity["should"]` warned of.
+        identity: identity of this run. A difference in `identity["must"]` is an error, one in
+            `identity["should"]` a warning.
 
     Returns:
-        The step, 0 where there is nothing to load, and the `counts` it was saved with.
+        The step, 0 if nothing was loaded, and the `counts` that it was saved with.
 
     Raises:
-        UserError: the folder named is no checkpoint, all are damaged, or it is another run's.
+        UserError: the folder is no checkpoint, all are damaged, or it belongs to another run.
     """
     if resume_from is None:
         return {"step": 0}
@@ -165,15 +165,15 @@ def load_checkpoint(
     if path is None:
         return {"step": 0}
     if not all(gather_object([(path / PROGRESS).is_file()])):
-        raise UserError(f"{path} is not seen by every process: --output_dir must lie on a disk they share")
+        raise UserError(f"{path}: some process cannot see it; --output_dir must be on a disk that they share")
     accelerator.load_state(str(path))
-    _load_average(accelerator, path, ema)
+    _load_ema(accelerator, path, ema)
     progress = json.loads((path / PROGRESS).read_text())
     return {name: value for name, value in progress.items() if isinstance(value, int)}
 
 
 def _choose(folder: Path, resume_from: str, identity: Identity) -> Path | None:
-    """The checkpoint to load, whole and of this run; None where there is none yet."""
+    """The checkpoint to load, intact and of this run; None if there is none yet."""
     if resume_from != "latest":
         path = Path(resume_from)
         if not (path / PROGRESS).is_file():
@@ -182,38 +182,38 @@ def _choose(folder: Path, resume_from: str, identity: Identity) -> Path | None:
             )
         if damage := find_damage(path, PROGRESS):
             raise UserError(f"--resume_from_checkpoint {path} is damaged: {damage}; give another, or latest")
-        _hold_against(path, identity)
+        _check_identity(path, identity)
         return path
     damages = []
     for path in reversed(_checkpoints(folder)):
         damage = find_damage(path, PROGRESS)
         if not damage:
-            _hold_against(path, identity)
+            _check_identity(path, identity)
             return path
         aside = path.with_name(f"{path.name}.damaged")
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(path, aside)
-        logger.warning("checkpoint %s is damaged (%s): passed over, kept as %s", path, damage, aside.name)
+        logger.warning("checkpoint %s is damaged (%s): skipped, kept as %s", path, damage, aside.name)
         damages.append(f"{aside.name}: {damage}")
     if damages:
         raise UserError(
-            f"no whole checkpoint is left in {folder} ({'; '.join(damages)}): "
+            f"no intact checkpoint is left in {folder} ({'; '.join(damages)}): "
             "start again without them, or with another --output_dir"
         )
     return None
 
 
-def _hold_against(path: Path, identity: Identity) -> None:
-    """Refuse a checkpoint of a run that was another in what matters."""
+def _check_identity(path: Path, identity: Identity) -> None:
+    """Check that a checkpoint belongs to this run; warn of what may change the rounding."""
     saved = json.loads((path / PROGRESS).read_text())["identity"]
     if differences := _differences(saved.get("must", {}), identity.get("must", {})):
         raise UserError(
-            f"{path} is of another run: {'; '.join(differences)}. Give what it was started with, "
+            f"{path} is of another run: {'; '.join(differences)}. Use the settings it was started with, "
             "or another --output_dir"
         )
     if differences := _differences(saved.get("should", {}), identity.get("should", {})):
         logger.warning(
-            "%s: %s. The run goes on, and may not repeat the uninterrupted one bit for bit",
+            "%s: %s. The run continues, and may not repeat the uninterrupted one bit for bit",
             path,
             "; ".join(differences),
         )
@@ -222,25 +222,25 @@ def _hold_against(path: Path, identity: Identity) -> None:
 def _differences(saved: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
     names = sorted(saved.keys() | now.keys()) if saved and now else []
     return [
-        f"{name} was {saved.get(name, 'not there')}, is {now.get(name, 'not there')}"
+        f"{name} was {saved.get(name, 'absent')}, is {now.get(name, 'absent')}"
         for name in names
         if saved.get(name) != now.get(name)
     ]
 
 
-def _average_file(accelerator: Accelerator, folder: Path) -> Path:
+def _ema_file(accelerator: Accelerator, folder: Path) -> Path:
     if accelerator.distributed_type == DistributedType.FSDP:  # each process has its shard
         return folder / f"ema_{accelerator.process_index}.safetensors"
     return folder / "ema.safetensors"
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """What of a tensor lies on this process: all of it, but for FSDP."""
+    """The part of a tensor on this process: all of it, except under FSDP."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def _save_average(accelerator: Accelerator, folder: Path, ema: EMAModel | None) -> None:
-    path = _average_file(accelerator, folder)
+def _save_ema(accelerator: Accelerator, folder: Path, ema: EMAModel | None) -> None:
+    path = _ema_file(accelerator, folder)
     if ema is None or not (accelerator.is_main_process or "_" in path.stem):
         return
     tensors = {
@@ -250,25 +250,25 @@ def _save_average(accelerator: Accelerator, folder: Path, ema: EMAModel | None) 
     save_file(tensors, path, metadata={"optimization_step": str(ema.optimization_step)})
 
 
-def _load_average(accelerator: Accelerator, folder: Path, ema: EMAModel | None) -> None:
+def _load_ema(accelerator: Accelerator, folder: Path, ema: EMAModel | None) -> None:
     if ema is None:
         return
-    with safe_open(_average_file(accelerator, folder), "pt") as file:
+    with safe_open(_ema_file(accelerator, folder), "pt") as file:
         ema.optimization_step = int(file.metadata()["optimization_step"])
         for index, tensor in enumerate(ema.shadow_params):
             _local(tensor).copy_(file.get_tensor(f"{index:05d}"))
 
 
 def _gathered(problem: Exception | None) -> list[str]:
-    """What went wrong on any process, in a line each; all processes get the same list."""
+    """The problems of all processes, a line each; every process gets the same list."""
     line = None
     if problem is not None:
         line = " ".join((getattr(problem, "strerror", None) or str(problem)).split())[:200]
     return [line for line in gather_object([line]) if line is not None]
 
 
-def _is_of_the_disk(error: Exception) -> bool:
-    """Whether a full or failing disk raised this; torch and safetensors have words of their own for it."""
+def _is_disk_error(error: Exception) -> bool:
+    """Whether a full or failing disk raised this; torch and safetensors raise errors of their own for it."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
     text = str(error)

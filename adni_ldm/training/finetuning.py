@@ -1,11 +1,13 @@
-"""What of a model is trained when it goes on from another: parts by name, or a LoRA beside the weights."""
+"""Fine-tuning: which parts of a model are trained, and LoRA beside its weights."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from accelerate.utils import DistributedType
 from diffusers import UNet2DConditionModel
 from torch import nn
 
@@ -13,33 +15,37 @@ from adni_ldm.errors import UserError
 from adni_ldm.models.denoiser import ConditionalDenoiser
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
 
-# Attention, which reads the class, and the residual blocks' convolutions, which hold what things look like.
+# Attention, which reads the class tokens, and the residual blocks' convolutions, which model appearance.
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")
 
 
-def refuse_missing_start(init_from: str | None, freeze: Sequence[str], lora_rank: int) -> None:
-    """Refuse at the start, in one line, what needs a model to go on from, or a library that is not there.
+def check_start(
+    init_from: str | None, freeze: Sequence[str], lora_rank: int, distributed_type: DistributedType
+) -> None:
+    """Check that there is a model to fine-tune, and what LoRA needs.
 
     Raises:
-        UserError: it is missing.
+        UserError: --freeze or --lora_rank without --init_from, or LoRA without peft or under FSDP.
     """
     for flag, given in (("--freeze", freeze), ("--lora_rank", lora_rank)):
         if given and not init_from:
             raise UserError(f"{flag}: random weights are of no use frozen; add --init_from")
     if lora_rank and find_spec("peft") is None:
         raise UserError("--lora_rank: peft is not installed: pip install 'adni-ldm[lora]'")
+    if lora_rank and distributed_type == DistributedType.FSDP:
+        raise UserError("--lora_rank is small enough for each GPU; start without FSDP")
 
 
-def fit(unet: UNet2DConditionModel, channels: int, latent_size: int) -> None:
-    """Let the U-Net take latents of another side, in place; its weights know none.
+def set_latent_size(unet: UNet2DConditionModel, channels: int, latent_size: int) -> None:
+    """Set the side of the latents that the U-Net denoises, in place; its weights do not depend on it.
 
     Raises:
-        UserError: the side cannot be halved as often as the U-Net does, or the channels are other ones.
+        UserError: the side cannot be halved as often as the U-Net does, or the channels differ.
     """
     if channels != unet.config.in_channels:
         raise UserError(
             f"--vae: its latents have {channels} channels and the U-Net of --init_from takes "
-            f"{unet.config.in_channels}; tune that pipeline's own with train_vae.py --init_from"
+            f"{unet.config.in_channels}; fine-tune that pipeline's own with train_vae.py --init_from"
         )
     factor = 2 ** (len(unet.config.block_out_channels) - 1)
     if latent_size % factor:
@@ -51,10 +57,10 @@ def fit(unet: UNet2DConditionModel, channels: int, latent_size: int) -> None:
 
 
 def freeze(network: nn.Module, prefixes: Sequence[str]) -> None:
-    """Take the parameters whose names begin so out of training.
+    """Freeze the parameters whose names begin with one of the prefixes, in place.
 
     Raises:
-        UserError: a prefix fits no parameter, or nothing is left to train.
+        UserError: a prefix matches no parameter, or nothing is left to train.
     """
     parameters = dict(network.named_parameters())
     for prefix in prefixes:
@@ -71,35 +77,39 @@ def freeze(network: nn.Module, prefixes: Sequence[str]) -> None:
 
 
 def add_lora(unet: UNet2DConditionModel, rank: int) -> None:
-    """Freeze the U-Net and put W + B A beside its weights W, with B and A of that rank (Hu et al. 2022,
-    arXiv:2106.09685, equation 3). B starts as zero, so the U-Net starts as it was."""
+    """Freeze the U-Net and add B A of that rank to its weights W, in place (Hu et al. 2022, arXiv:2106.09685,
+    equation 3). B starts at zero, so the U-Net's output is unchanged at first."""
     from peft import LoraConfig
 
     unet.requires_grad_(False)
-    # alpha / r is 1: the file then needs to say nothing but its matrices
+    # alpha / r is 1: the file then holds nothing but the matrices
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LORA_TARGETS)))
 
 
 def save_lora(denoiser: ConditionalDenoiser, folder: Path) -> None:
-    """Write pytorch_lora_weights.safetensors: what `load_lora_weights` lays over the pipeline tuned from.
+    """Write pytorch_lora_weights.safetensors, which `load_lora_weights` applies to the pipeline tuned from.
 
-    It holds the U-Net's matrices and the class tokens as they are now, with the names of the classes and the
-    records of what it was trained on.
+    It holds the U-Net's LoRA matrices and the present class tokens, with the names of the classes and the
+    records of the training data.
     """
     from peft import get_peft_model_state_dict
 
     embedding = denoiser.class_embedding
-    told = {"class_names": list(embedding.config.class_names)}
-    told["trained_on"] = list(denoiser.unet.config.get("_trained_on", ()))
+    metadata = {"class_names": list(embedding.config.class_names)}
+    metadata["trained_on"] = list(denoiser.unet.config.get("_trained_on", ()))
     ClassConditionalLDMPipeline.save_lora_weights(
         folder,
         unet_lora_layers=get_peft_model_state_dict(denoiser.unet),
         text_encoder_lora_layers=embedding.state_dict(),
-        text_encoder_lora_adapter_metadata=told,
+        text_encoder_lora_adapter_metadata=metadata,
     )
 
 
-def merge_lora(unet: UNet2DConditionModel) -> None:
-    """Add B A to the weights and leave a plain U-Net, in place."""
-    unet.fuse_lora()
-    unet.unload_lora()
+def merge_lora(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A plain copy of the U-Net with B A added to its weights; without LoRA the U-Net itself."""
+    if not getattr(unet, "_hf_peft_config_loaded", False):
+        return unet
+    merged = copy.deepcopy(unet)
+    merged.fuse_lora()
+    merged.unload_lora()
+    return merged

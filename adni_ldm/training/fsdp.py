@@ -1,4 +1,4 @@
-"""Whole networks where FSDP keeps a share of each weight on every process."""
+"""Full weights of a network that FSDP shards over the processes."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch.distributed.tensor import DTensor
 
 
-def whole(network: ModelMixin) -> ModelMixin:
-    """The network; under FSDP a copy of it with whole weights, gathered. Every process calls it.
+def gather_full_weights(network: ModelMixin) -> ModelMixin:
+    """Return the network itself; under FSDP a copy of it with full weights. Every process calls it.
 
-    What is done with it needs no other process: a forward pass of a sharded network on one process alone
-    would wait for the others for ever.
+    The copy can be used by one process alone, where a forward pass of the sharded network would wait for the
+    other processes for ever.
     """
     parameters = dict(network.named_parameters())
     if not any(isinstance(parameter, DTensor) for parameter in parameters.values()):
         return network
-    # Entries with an underscore are notes. One says which arguments were defaults, and counts those given by
-    # position among them, so that from_config would lose those.
+    # Entries with an underscore are notes. `_use_default_values` lists the arguments that were defaults and
+    # counts positional ones among them, so that from_config would drop those.
     config = dict(network.config)
     config.pop("_use_default_values", None)
     copy = type(network).from_config({name: config[name] for name in config if name[0] != "_"})

@@ -1,10 +1,10 @@
-"""The training set as latents: encoded once, kept on disk, drawn anew each step.
+"""Latent cache: the posteriors of the training set, encoded once, kept on disk and sampled at every step.
 
     latents = encode_posteriors(vae, slices, accelerator, cache="runs/latents", content="3f0c…")
-    latents.draw([17, 4], torch.randn(2, 4, 32, 32))         # two latents, other noise gives others
+    latents[[17, 4]].sample(rng)                    # two latents; other random numbers give others
 
-The cache is a folder for each combination of VAE weights, slices and settings, named by their hash: another
-VAE or another cohort has another folder, and the same ones are read by every later run.
+The cache has one folder for each combination of VAE weights, slices and settings, named by their hash:
+another VAE or another cohort has another folder, and later runs read the same ones.
 
     KEY/posteriors.npy      float32 (variants, N, 2, C, h, w): mean and standard deviation; memory-mapped
     KEY/latents.json        labels, the channels' statistics, and the SHA-256 of both; written last
@@ -35,22 +35,41 @@ from adni_ldm.errors import UserError
 from adni_ldm.files import commit_folder, find_damage
 from adni_ldm.generation import hash_weights
 from adni_ldm.models.autoencoder import latent_shape
+from adni_ldm.training.batch_sampling import BatchRandom
 
 RECORD = "latents.json"
-# Slices that are encoded together. Always the same ones, filled up where they run out: so the cache has the
-# same bits whatever the recipe's batch size and the number of processes.
+# Slices that are encoded together. Always the same ones, and the last chunk is padded: the bits of the cache
+# then depend neither on the recipe's batch size nor on the number of processes.
 CHUNK = 16
-# How far an augmented variant goes: small enough that it could be another scan of the subject. There is no
-# flip: left and right in a sagittal slice are the brain's front and back.
+# Range of an augmented variant: small enough to pass for another scan of the subject. There is no flip: left
+# and right in a sagittal slice are the front and the back of the brain.
 MAX_DEGREES, MAX_SHIFT, MAX_GAIN = 5.0, 0.03, 0.1
+
+
+@dataclass(frozen=True)
+class LatentBatch:
+    """Posteriors of the slices of one batch."""
+
+    posteriors: torch.Tensor  # (variants, N, 2, C, h, w), of all slices
+    indices: torch.Tensor  # (B,), on the posteriors' device
+    labels: torch.Tensor  # (B,), on the device that trains
+
+    def sample(self, rng: BatchRandom) -> torch.Tensor:
+        """Sample a latent of each slice, z = μ + σ ε (B, C, h, w), of a random variant; not normalized."""
+        variants = len(self.posteriors)
+        rows = self.indices
+        chosen = rng.host_integers(variants) if variants > 1 else torch.zeros(len(rows), dtype=torch.int64)
+        chosen = self.posteriors[_to(chosen, rows.device), rows]
+        mean, std = _to(chosen, self.labels.device).unbind(1)
+        return mean + std * rng.normal(*mean.shape[1:])
 
 
 @dataclass(frozen=True)
 class LatentPosteriors:
     """Posterior N(mean, std²) of each slice, as the VAE encodes it (not normalized).
 
-    The spread is kept, not one draw of it: a draw frozen into the cache is noise that no denoiser can
-    remove, and sets a floor under the loss.
+    The standard deviation is kept, not a single sample: a sample frozen in the cache is noise that no
+    denoiser can remove, and bounds the loss from below.
     """
 
     posteriors: torch.Tensor  # (variants, N, 2, C, h, w): mean and std; variant 0 is the slice as it is
@@ -59,9 +78,9 @@ class LatentPosteriors:
 
     @classmethod
     def open(cls, folder: Path, device: torch.device) -> LatentPosteriors:
-        """Read a cache: into the GPU's memory if it takes at most a quarter of what is free, else mapped.
+        """Open a cache: in the GPU's memory if it takes at most a quarter of what is free, else mapped.
 
-        A mapped one takes no memory of the process; a draw reads the rows of its batch.
+        A mapped cache takes no memory of the process; a batch reads its rows alone.
         """
         record = json.loads((folder / RECORD).read_text())
         # "c": no write reaches the file
@@ -73,6 +92,12 @@ class LatentPosteriors:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __getitem__(self, indices: Sequence[int]) -> LatentBatch:
+        """The batch of the slices at `indices`."""
+        rows = torch.as_tensor(indices)
+        labels = self.labels[_to(rows, self.labels.device)]
+        return LatentBatch(self.posteriors, _to(rows, self.posteriors.device), labels)
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, h, w) of a latent."""
@@ -80,22 +105,15 @@ class LatentPosteriors:
 
     @property
     def variants(self) -> int:
-        """How many there are of each slice, itself included."""
+        """Number of variants of each slice, itself included."""
         return len(self.posteriors)
 
-    def draw(
-        self, indices: Sequence[int], noise: torch.Tensor, variants: torch.Tensor | int = 0
-    ) -> torch.Tensor:
-        """A latent of each slice asked for, (B, C, h, w), from standard normal noise of that shape.
 
-        Args:
-            variants: which one of each slice, (B,); 0 is the slice as it is.
-        """
-        place = self.posteriors.device
-        rows = torch.as_tensor(indices, device=place)
-        chosen = self.posteriors[torch.as_tensor(variants, device=place).expand(len(rows)), rows]
-        mean, std = chosen.to(noise.device).unbind(1)
-        return mean + std * noise
+def _to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on the device, without waiting for a GPU: pageable memory would be copied synchronously."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 @torch.no_grad()
@@ -107,18 +125,18 @@ def encode_posteriors(
     content: str,
     variants: int = 0,
 ) -> LatentPosteriors:
-    """Posteriors of all slices, from the cache, or encoded into it. Every process calls it.
+    """Load the posteriors of all slices from the cache, or encode them into it. Every process calls it.
 
     Args:
         vae: on the accelerator's device.
         slices: yields {"image": (1, H, W) in [-1, 1]}, and has `labels`, int64 (N,). Read only if the cache
-            has nothing of them, or what it has is damaged.
-        cache: folder of caches, on a disk that all processes see.
-        content: hash of the slices; the main process's counts.
-        variants: augmented ones of each slice, kept beside it.
+            does not hold them, or is damaged.
+        cache: folder of caches, on a disk that all processes share.
+        content: hash of the slices; that of the main process is used.
+        variants: number of augmented variants of each slice, kept beside it.
 
     Raises:
-        UserError: the cache cannot be written, or some process does not see it.
+        UserError: the cache cannot be written, or a process cannot see it.
     """
     folder = Path(cache).expanduser().absolute()
     key, missing, problems = "", True, []
@@ -127,7 +145,7 @@ def encode_posteriors(
         key = _key(vae, slices, content, variants, accelerator.device)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            # Another run may be writing the same: wait for it, and read what it wrote.
+            # Another run may be writing the same cache: wait for it, and read what it wrote.
             lock = FileLock(folder / f"{key}.lock").acquire()
             missing = find_damage(folder / key, RECORD) is not None
             if missing:
@@ -139,12 +157,12 @@ def encode_posteriors(
         key, missing, problems = broadcast_object_list([key, missing, problems])
         target, partial = folder / key, folder / f"{key}.partial"
         if not problems and not all(gather_object([(partial if missing else target).is_dir()])):
-            problems = ["it is not seen by every process"]
+            problems = ["some process cannot see it"]
         if missing and not problems:
             problems = _write(vae, slices, accelerator, partial, target, variants)
     if problems:
         raise UserError(
-            f"--latent_cache {folder}: {problems[0]}; give a folder with room that all processes see"
+            f"--latent_cache {folder}: {problems[0]}; give a folder with free space that all processes share"
         )
     return LatentPosteriors.open(target, accelerator.device)
 
@@ -157,7 +175,7 @@ def _write(
     target: Path,
     variants: int,
 ) -> list[str]:
-    """Encode the slices and have the main process write them; what hindered it, alike on all processes."""
+    """Encode the slices and let the main process write them; returns the problems, alike on all processes."""
     shape = (1 + variants, len(slices), 2, *latent_shape(vae, slices[0]["image"].shape[-1]))
     problems: list[str] = []
     with (partial / "posteriors.npy").open("wb") if accelerator.is_main_process else nullcontext() as file:
@@ -181,7 +199,7 @@ def _write(
 def _saved(
     batches: Iterable[torch.Tensor], file: BinaryIO | None, problems: list[str]
 ) -> Iterator[torch.Tensor]:
-    """The batches, each once it is written; past a full disk as well, since other processes still wait."""
+    """Yield each batch once it is written; on a full disk too, because other processes still take part."""
     for posteriors in batches:
         if file and not problems:
             try:
@@ -196,21 +214,25 @@ def encode_slices(
 ) -> Iterator[torch.Tensor]:
     """Mean and standard deviation of the slices' posteriors, (n, 2, C, h, w), float32, in their order.
 
-    Each process encodes its share and gets all. The slices come as they are, then as variant 1, and so on.
+    Each process encodes its share and receives all: the slices as they are, then variant 1, and so on.
     """
     total, step = len(slices), CHUNK * accelerator.num_processes
     first = CHUNK * accelerator.process_index
     starts = range(0, total, step)
-    # past the end it is the last slice again, and the copies are cut off below
+    # padded with copies of the last slice, which are dropped below
     share = [min(start + first + row, total - 1) for start in starts for row in range(CHUNK)]
-    hidden = {"disable": not accelerator.is_main_process, "leave": False}
-    progress = tqdm(desc="encoding slices", total=(1 + variants) * total, **hidden)
+    progress = tqdm(
+        desc="encoding slices",
+        total=(1 + variants) * total,
+        disable=not accelerator.is_main_process,
+        leave=False,
+    )
     for variant in range(1 + variants):
         loader = DataLoader(Subset(slices, share), batch_size=CHUNK)
         for number, (start, batch) in enumerate(zip(starts, loader, strict=True)):
             images = batch["image"].to(accelerator.device, torch.float32)  # (CHUNK, 1, H, W)
             if variant:
-                images = vary(images, share[number * CHUNK : (number + 1) * CHUNK], variant)
+                images = augment(images, share[number * CHUNK : (number + 1) * CHUNK], variant)
             with torch.no_grad():  # else a trainable VAE's graph would grow with every slice
                 posterior = vae.encode(images).latent_dist
             rows = accelerator.gather(torch.stack([posterior.mean, posterior.std], dim=1).contiguous())
@@ -220,8 +242,8 @@ def encode_slices(
     progress.close()
 
 
-def vary(images: torch.Tensor, indices: Sequence[int], variant: int) -> torch.Tensor:
-    """Slices (B, 1, H, W) in [-1, 1], turned, shifted and brightened a little by (variant, index)."""
+def augment(images: torch.Tensor, indices: Sequence[int], variant: int) -> torch.Tensor:
+    """Rotate, shift and rescale slices (B, 1, H, W) in [-1, 1] a little, by (variant, index)."""
     draws = np.stack([np.random.default_rng([variant, index]).uniform(-1, 1, 4) for index in indices])
     angle, right, down, gain = torch.tensor(draws, dtype=torch.float32, device=images.device).T  # (B,) each
     cos, sin = (torch.deg2rad(MAX_DEGREES * angle).cos(), torch.deg2rad(MAX_DEGREES * angle).sin())
@@ -232,7 +254,7 @@ def vary(images: torch.Tensor, indices: Sequence[int], variant: int) -> torch.Te
 
 
 def channel_statistics(batches: Iterable[torch.Tensor]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel of latents drawn from all posteriors (n, 2, C, h, w).
+    """Mean and standard deviation per channel of latents sampled from all posteriors (n, 2, C, h, w).
 
     Var z = E (μ² + σ²) − (E μ)², in float64.
     """
@@ -247,8 +269,8 @@ def channel_statistics(batches: Iterable[torch.Tensor]) -> tuple[list[float], li
 
 
 def _key(vae: AutoencoderKL, slices: Dataset, content: str, variants: int, device: torch.device) -> str:
-    """Name of the cache of these: the same on every machine of a kind."""
-    # What is measured after training, and notes, change no posterior.
+    """Name of the cache folder: the same on every machine of a kind."""
+    # What is measured after training, and entries with an underscore, change no posterior.
     measured = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
     config = {name: vae.config[name] for name in vae.config if name[0] != "_" and name not in measured}
     # Kinds of device round differently.

@@ -1,23 +1,23 @@
-"""The run's log: metrics.csv, its picture, and the tracker."""
+"""metrics.csv of a run, its loss curves, and accelerate's tracker."""
 
 from __future__ import annotations
 
 import csv
-import os
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
 from adni_ldm.figures import save_curves
+from adni_ldm.files import atomic_file
 
 
-class RunLog:
-    """Appends lines to `metrics.csv` and hands them to accelerate's tracker; the main process alone writes.
+class MetricsLogger:
+    """Appends rows to `metrics.csv` and passes them to accelerate's tracker; only the main process writes.
 
     Args:
-        columns: what a line may hold beside the step; what was not measured at a step stays empty.
-        resumed_at: lines after this step are dropped, since they will be written again.
+        columns: what a row may hold beside the step; what was not measured at a step stays empty.
+        resumed_at: rows after this step are dropped, because they will be written again.
     """
 
     def __init__(
@@ -26,19 +26,18 @@ class RunLog:
         self.accelerator = accelerator
         self.path = Path(output_dir) / "metrics.csv"
         self.columns = ("step", *columns)
-        self.pending: list[dict[str, torch.Tensor]] = []  # of batches since the last line
+        self.pending: list[dict[str, torch.Tensor]] = []  # of batches since the last row
         if not accelerator.is_main_process:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name("metrics.csv.partial")
-        with partial.open("w", newline="") as file:
+        earlier = self._earlier_rows(resumed_at)
+        with atomic_file(self.path) as partial, partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
-            writer.writerows(self._earlier_lines(resumed_at))
-        os.replace(partial, self.path)
+            writer.writerows(earlier)
 
-    def _earlier_lines(self, resumed_at: int) -> list[dict[str, str]]:
-        """Lines up to the step resumed at, but for a last one that a kill or a full disk cut off."""
+    def _earlier_rows(self, resumed_at: int) -> list[dict[str, str]]:
+        """Rows up to the step resumed at, without a last one that a kill or a full disk truncated."""
         if not resumed_at or not self.path.is_file():
             return []
         lines = self.path.read_text().splitlines(keepends=True)
@@ -49,13 +48,13 @@ class RunLog:
         ]
 
     def add(self, **values: torch.Tensor) -> None:
-        """Keep scalars of one batch for the next `write_means`; waits for no device."""
+        """Keep scalars of one batch for the next `write_means`, without waiting for the device."""
         self.pending.append({name: value.detach() for name, value in values.items()})
 
     def write_means(self, step: int, **values: float) -> dict[str, float]:
-        """Add a line with the means of what was added since the last, over batches and processes.
+        """Write a row with the means over batches and processes of what was added since the last row.
 
-        Values that are not finite are left out; where there is no other, the mean is NaN.
+        Values that are not finite are left out; if no others remain, the mean is NaN.
         """
         names = list(self.pending[0])
         stacked = torch.stack([torch.stack([batch[name] for name in names]) for batch in self.pending])
@@ -64,18 +63,18 @@ class RunLog:
         total, count = self.accelerator.reduce(sums, "sum")
         means = (total / count).tolist()
         self.pending.clear()
-        line = dict(zip(names, means, strict=True)) | values
-        self.write(step, **line)
-        return line
+        row = dict(zip(names, means, strict=True)) | values
+        self.write(step, **row)
+        return row
 
     def write(self, step: int, **values: float) -> None:
-        """Add a line."""
+        """Write a row."""
         self.accelerator.log(values, step=step)
         if self.accelerator.is_main_process:
             with self.path.open("a", newline="") as file:
                 csv.DictWriter(file, self.columns).writerow({"step": step, **values})
 
-    def draw(self) -> None:
-        """Write `loss.png` beside the CSV."""
+    def plot(self) -> None:
+        """Write `loss.png` beside the CSV file."""
         if self.accelerator.is_main_process:
             save_curves(self.path, self.path.with_name("loss.png"))

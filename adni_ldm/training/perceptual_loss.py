@@ -1,4 +1,4 @@
-"""How unlike two slices look to a network that was trained to see."""
+"""Perceptual loss: the distance of two slices in the features of a pretrained network."""
 
 from __future__ import annotations
 
@@ -12,66 +12,59 @@ from torch import nn
 
 from adni_ldm.errors import UserError
 
-# Where the weights of a name come from. MONAI's PerceptualLoss has the same networks; it wants the lpips
-# package for VGG, runs code from a repository for the other two, and refuses MedicalNet for slices.
-HUB_FILES = {
-    "radimagenet": ("MONAI/checkpoints", "RadImageNet-ResNet50_notop.pth"),
-    "medicalnet": ("TencentMedicalNet/MedicalNet-Resnet10", "resnet_10_23dataset.pth"),
-}
+# Where the weights of a name come from. MONAI's PerceptualLoss has the same networks; it needs the lpips
+# package for VGG, and runs code from a repository for RadImageNet.
+HUB_FILES = {"radimagenet": ("MONAI/checkpoints", "RadImageNet-ResNet50_notop.pth")}
 NAMES = ("vgg", *HUB_FILES)
 SUFFIXES = (".safetensors", ".pth", ".pt")
 
 
-class PerceptualDistance(nn.Module):
-    """Distance of the features of slices, after Zhang et al. 2018 (arXiv:1801.03924), equation 1.
+class PerceptualLoss(nn.Module):
+    """Distance of the features of slices (Zhang et al. 2018, arXiv:1801.03924, equation 1).
 
-    Features are scaled to length 1 over the channels; the squared differences are summed over channels and
-    averaged over places, depths and slices. No weights are learned for the channels.
+    Features are normalized to length 1 over the channels; the squared differences are summed over channels
+    and averaged over positions, depths and slices. No channel weights are learned.
 
     Args:
-        stages: parts of a network, whose outputs one after another are the features.
-        kind: vgg or resnet50 (trained on ImageNet), radimagenet or medicalnet: what they take as input.
+        stages: consecutive parts of a network, whose outputs are the features.
+        kind: vgg or resnet50 (trained on ImageNet) or radimagenet: how their input is normalized.
     """
 
     def __init__(self, stages: list[nn.Module], kind: str):
         super().__init__()
-        self.stages, self.kind = nn.ModuleList(stages), kind
+        self.stages = nn.ModuleList(stages)
+        std = (1.0, 1.0, 1.0) if kind == "radimagenet" else (0.229, 0.224, 0.225)
+        for name, values in (("mean", (0.485, 0.456, 0.406)), ("std", std)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()  # the weights get no gradient; the reconstruction does
 
     def forward(self, reconstruction: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        """Mean distance of slices (B, 1, H, W) in [-1, 1]; the gradient flows into the reconstruction."""
-        seen, expected = (self._input(one.float(), images.float()) for one in (reconstruction, images))
+        """Mean distance () of slices (B, 1, H, W) in [-1, 1]; the gradient flows into the reconstruction."""
+        found, expected = (self._input(slices.float()) for slices in (reconstruction, images))
         distances = []
         for stage in self.stages:
-            seen = stage(seen)
+            found = stage(found)
             with torch.no_grad():
                 expected = stage(expected)
-            difference = F.normalize(seen, dim=1, eps=1e-8) - F.normalize(expected, dim=1, eps=1e-8)
+            difference = F.normalize(found, dim=1, eps=1e-8) - F.normalize(expected, dim=1, eps=1e-8)
             distances.append(difference.square().sum(dim=1).mean())
         return torch.stack(distances).mean()
 
-    def _input(self, slices: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-        """Slices as the network had them in its training."""
-        if self.kind == "medicalnet":  # volumes of one slice, by the mean and spread of the true one
-            std, mean = torch.std_mean(reference, dim=(1, 2, 3), keepdim=True)
-            return ((slices - mean) / (std + 1e-6)).unsqueeze(2)  # (B, 1, 1, H, W)
-        colour = (slices / 2 + 0.5).expand(-1, 3, -1, -1)
-        colour = colour - colour.new_tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-        if self.kind == "radimagenet":
-            return colour
-        return colour / colour.new_tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    def _input(self, slices: torch.Tensor) -> torch.Tensor:
+        """Slices (B, 3, H, W), normalized as in the training of the network."""
+        return ((slices / 2 + 0.5).expand(-1, 3, -1, -1) - self.mean) / self.std
 
 
-def load_perception(name: str) -> PerceptualDistance | None:
-    """The perceptual distance by name, or with the weights of a file; None for "none".
+def load_perceptual_loss(name: str) -> PerceptualLoss | None:
+    """Load the perceptual loss by name, or with the weights of a file; None for "none".
 
     Args:
-        name: none, vgg (ImageNet), radimagenet, medicalnet; or a file of weights (safetensors, or what torch
-            reads with weights_only) of torchvision's VGG-16 or ResNet-50, of RadImageNet's ResNet-50 or of
-            MedicalNet's ResNet-10; or a folder that holds one.
+        name: none, vgg (ImageNet) or radimagenet; or a file of weights (safetensors, or what torch reads with
+            weights_only) of torchvision's VGG-16 or ResNet-50 or of RadImageNet's ResNet-50; or a folder that
+            holds one.
 
     Raises:
-        UserError: the weights are not there and cannot be had, or are of no such network.
+        UserError: the weights are missing and cannot be downloaded, or belong to another network.
     """
     if name == "none":
         return None
@@ -79,18 +72,16 @@ def load_perception(name: str) -> PerceptualDistance | None:
     try:
         if "features.0.weight" in weights:
             return _vgg(weights)
-        if weights["conv1.weight"].ndim == 5:
-            return _medicalnet(weights)
         return _resnet50(weights)
     except (KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:150]
         raise UserError(
-            f"--perceptual {name}: weights of none of VGG-16, ResNet-50 and MedicalNet's ResNet-10 ({reason})"
+            f"--perceptual {name}: these weights are of neither VGG-16 nor ResNet-50 ({reason})"
         ) from error
 
 
 def _find(name: str) -> Path:
-    """The file of weights; of a known name from the cache, or else from where it is published."""
+    """The file of weights; for a known name from the cache, else downloaded."""
     if name in NAMES:
         try:
             if name in HUB_FILES:
@@ -108,8 +99,8 @@ def _find(name: str) -> Path:
                 f"{HUB_FILES[name][1]} of {HUB_FILES[name][0]} (Hugging Face)" if name in HUB_FILES else url
             )
             raise UserError(
-                f"--perceptual {name}: its weights are not here and cannot be fetched; get {file} elsewhere "
-                "and give --perceptual PATH/TO/IT, or take none"
+                f"--perceptual {name}: its weights are not in the cache and cannot be downloaded; get {file} "
+                "elsewhere and give --perceptual PATH/TO/IT, or use none"
             ) from error
     path = Path(name).expanduser()
     found = sorted(file for file in path.glob("*") if file.suffix in SUFFIXES) if path.is_dir() else [path]
@@ -122,20 +113,20 @@ def _find(name: str) -> Path:
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
-    """Weights by name, without what training scripts put around them."""
+    """Weights by name, without the wrapping that training scripts add."""
     try:
         if path.suffix == ".safetensors":
             weights = load_file(path)
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch has many ways to say that a file is no file of weights
+    except Exception as error:  # torch raises many kinds of error for a file that holds no weights
         reason = " ".join(str(error).split())[:100]
         raise UserError(f"--perceptual {path}: cannot be read as weights ({reason})") from error
     weights = weights.get("state_dict", weights)
     return {key.removeprefix("module."): value for key, value in weights.items()}
 
 
-def _vgg(weights: dict[str, torch.Tensor]) -> PerceptualDistance:
+def _vgg(weights: dict[str, torch.Tensor]) -> PerceptualLoss:
     """The five depths of LPIPS: the last activation before each pooling."""
     from torchvision.models import vgg16
 
@@ -144,10 +135,10 @@ def _vgg(weights: dict[str, torch.Tensor]) -> PerceptualDistance:
     weights = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
     network.load_state_dict(weights)
     ends = (4, 9, 16, 23, 30)
-    return PerceptualDistance([network[start:end] for start, end in zip((0, *ends), ends)], "vgg")
+    return PerceptualLoss([network[start:end] for start, end in zip((0, *ends), ends)], "vgg")
 
 
-def _resnet50(weights: dict[str, torch.Tensor]) -> PerceptualDistance:
+def _resnet50(weights: dict[str, torch.Tensor]) -> PerceptualLoss:
     from torchvision.models import resnet50
 
     network = resnet50(weights=None)
@@ -158,14 +149,14 @@ def _resnet50(weights: dict[str, torch.Tensor]) -> PerceptualDistance:
         _from_keras(network, weights)
     network.fc = nn.Identity()
     network.load_state_dict(weights)
-    return PerceptualDistance(_stages(network, network.relu), kind)
+    return PerceptualLoss(_stages(network), kind)
 
 
 def _from_keras(network: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Make torchvision's ResNet-50 and such weights fit, in place.
+    """Adapt torchvision's ResNet-50 and weights from Keras to each other, in place.
 
-    Keras' convolutions have a bias, which goes into the mean that the BatchNorm after it takes off, and its
-    blocks halve the picture in their first convolution.
+    Keras' convolutions have a bias, which is folded into the mean that the following BatchNorm subtracts, and
+    its blocks downsample in their first convolution.
     """
     for key in [
         key for key in weights if key.endswith(".bias") and f"{key[:-5]}.running_mean" not in weights
@@ -179,18 +170,8 @@ def _from_keras(network: nn.Module, weights: dict[str, torch.Tensor]) -> None:
         block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
 
 
-def _medicalnet(weights: dict[str, torch.Tensor]) -> PerceptualDistance:
-    from monai.networks.nets.resnet import resnet10  # slow to import
-
-    network = resnet10(
-        spatial_dims=3, n_input_channels=1, feed_forward=False, shortcut_type="B", bias_downsample=False
-    )
-    network.load_state_dict({key: value for key, value in weights.items() if not key.startswith("conv_seg.")})
-    return PerceptualDistance(_stages(network, network.act), "medicalnet")
-
-
-def _stages(network: nn.Module, activation: nn.Module) -> list[nn.Module]:
-    """The five depths of a ResNet of torchvision or MONAI."""
-    first = nn.Sequential(network.conv1, network.bn1, activation)
+def _stages(network: nn.Module) -> list[nn.Module]:
+    """The five depths of a ResNet."""
+    first = nn.Sequential(network.conv1, network.bn1, network.relu)
     second = nn.Sequential(network.maxpool, network.layer1)
     return [first, second, network.layer2, network.layer3, network.layer4]

@@ -1,131 +1,357 @@
-"""Start of a training run: processes, precision, tracker, and the training data."""
+"""TrainingRun: what every training run has and no method needs to know about.
+
+    run = TrainingRun(cfg, "LDM", metrics=("loss", "val_loss"))     # processes, seed, output folder
+    train, val = run.load_slices()                                  # refuses data leakage between splits
+    run.prepare(model, backbone=unet)                               # optimizer, EMA, resume
+    for batch, rng in run.batches(train):
+        run.step(loss(run.model, batch, rng))                       # gradients, clipping, EMA, metrics
+        if run.every(100):
+            with run.ema_weights(): ...                             # validate
+    run.apply_ema()
+    run.save(model)
+
+It never sees a loss function, a noise schedule or an architecture: those are the recipe's.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from datetime import timedelta
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
-import torch.distributed as distributed
-from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedType,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    set_seed,
-)
-from torch.distributed import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
+from accelerate.utils import DistributedType
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
 
+from adni_ldm.config import TrainingConfig, save_config, settings_to_keep
 from adni_ldm.data.folder import SUBJECTS_UNKNOWN
-from adni_ldm.data.provenance import DataRecord, describe_data
-from adni_ldm.data.slices import CLASS_NAMES, SliceTensors, open_folder, read_slices, to_arrays
-from adni_ldm.environment import processes_without_gpu
-from adni_ldm.errors import UserError
-from adni_ldm.precision import choose_precision
-from adni_ldm.training.compute import compute_deterministically
+from adni_ldm.data.provenance import check_leakage, describe_data, training_records
+from adni_ldm.data.slices import SliceTensors, open_folder, read_slices, to_arrays
+from adni_ldm.generation import hash_weights
+from adni_ldm.training.batch_sampling import BatchRandom, BatchSampler
+from adni_ldm.training.checkpoints import check_earlier_run, load_checkpoint, save_checkpoint, write_state
+from adni_ldm.training.compute import check_compute_options, set_compute_options
+from adni_ldm.training.ema import build_ema, ema_weights, update_ema
+from adni_ldm.training.fsdp import gather_full_weights
+from adni_ldm.training.launch import describe_compute, start_accelerator
+from adni_ldm.training.metrics import MetricsLogger
+from adni_ldm.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate, trainable
+from adni_ldm.training.run_record import hash_slices, record_start, run_identity
+from adni_ldm.training.update_guard import UpdateGuard, exit_code, ignore_stop_signals, stop_nonfinite
 
 
-def start_accelerator(
-    output_dir: str | Path,
-    mixed_precision: str | None,
-    gradient_accumulation_steps: int,
-    report_to: str,
-    seed: int,
-    batch_size: int = 1,
-    deterministic: bool = False,
-) -> Accelerator:
-    """Accelerator with its tracker, and the seed set: weights start alike on every process.
+class TrainingRun:
+    """Processes, data, optimizer, EMA, checkpoints, metrics and signals of one training run.
 
     Args:
-        batch_size: of a process; DeepSpeed asks for it.
-        deterministic: only kernels that give the same bits each time.
+        cfg: settings of the recipe.
+        name: what is trained, for the progress bar.
+        metrics: columns of metrics.csv beside step, learning_rate and skipped.
 
     Raises:
-        UserError: fp16 without a GPU, or a tracker that is not installed.
+        UserError: the output folder holds another run, or this machine lacks what the settings need.
     """
-    precision = choose_precision(mixed_precision)
-    if deterministic:
-        compute_deterministically()
-    # refused before anything is written
-    if Path(output_dir).is_file():
-        raise UserError(f"--output_dir {output_dir}: a file stands there; give a folder")
-    try:
-        accelerator = Accelerator(
-            cpu=processes_without_gpu(),
-            mixed_precision=precision,
-            gradient_accumulation_steps=gradient_accumulation_steps,
-            log_with=None if report_to == "none" else report_to,
-            project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir)),
-            # The main process decodes data and draws samples while the others wait for it.
-            kwargs_handlers=[InitProcessGroupKwargs(init_method="attempt://", timeout=timedelta(hours=2))],
+
+    def __init__(self, cfg: TrainingConfig, name: str, metrics: Sequence[str]):
+        check_earlier_run(cfg.output_dir, cfg.resume_from_checkpoint)
+        check_compute_options(cfg.attention, cfg.optimizer)
+        self.cfg, self.name, self.output_dir = cfg, name, Path(cfg.output_dir)
+        self.accelerator = start_accelerator(
+            cfg.output_dir,
+            cfg.mixed_precision,
+            cfg.gradient_accumulation_steps,
+            cfg.report_to,
+            cfg.seed,
+            cfg.batch_size,
+            cfg.max_grad_norm,
+            cfg.deterministic,
         )
-    except ValueError as error:
-        if "fp16" in str(error) or "log_with" in str(error) or report_to in str(error):
-            raise UserError(str(error)) from error
-        raise
-    for feature, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-        if os.environ.get(feature) == "true" and accelerator.device.type == "cpu":
-            raise UserError(f"{name} needs GPUs here and none is visible; take configs/accelerate/cpu.yaml")
-    if plugin := accelerator.state.deepspeed_plugin:  # it cannot ask a DataLoader: none is prepared
-        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size
-    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise UserError(
-            "FSDP of version 1 is not supported: set fsdp_version: 2 (configs/accelerate/fsdp.yaml)"
+        self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        self.print = self.accelerator.print
+        self.on_gpu = self.device.type != "cpu"
+        self.channels_last = self.on_gpu if cfg.channels_last is None else cfg.channels_last
+        self.images_per_update = cfg.batch_size * cfg.gradient_accumulation_steps
+        self.images_per_update *= self.accelerator.num_processes
+        self.metric_names = (*metrics, "learning_rate", "skipped")
+        self.hashes: dict[str, str] = {}  # of all that a resumed run must share with its first part
+        self.notes: dict[str, str] = {}  # of what it should share
+        self.updates = 0  # optimizer updates so far
+
+    # ---- Data --------------------------------------------------------------------------------------------
+
+    def load_slices(self) -> tuple[SliceTensors, SliceTensors]:
+        """Training and validation slices, decoded once by the main process.
+
+        Raises:
+            UserError: the data cannot be trained on; splits that share a subject are data leakage.
+        """
+        cfg = self.cfg
+        with self.accelerator.main_process_first():
+            listing = open_folder(cfg.data_dir, cfg.class_names, cfg.table)
+            splits = read_slices(listing, cfg.val_fraction)
+            train, val = (
+                SliceTensors(to_arrays(splits[split], cfg.image_size)) for split in ("train", "val")
+            )
+        self.data = describe_data(listing, splits)
+        if not self.data.subjects_known:
+            self.print(f"note: {SUBJECTS_UNKNOWN}")
+        self.hashes |= hash_slices(self.accelerator, self.data, cfg.image_size, train=train, val=val)
+        self.print(f"{len(train)} training slices, {len(val)} held out; {describe_compute(self.accelerator)}")
+        return train, val
+
+    def check_leakage(self, name: str, model: ModelMixin) -> None:
+        """Raise UserError if `model` was trained on subjects that the data of this run holds out."""
+        check_leakage(name, model.config.get("_trained_on"), self.data)
+
+    def record_training(self, model: ModelMixin) -> None:
+        """Record in the model's config what this run trains it on, after what it was trained on before."""
+        model.register_to_config(_trained_on=training_records(self.data, model.config.get("_trained_on")))
+
+    def depends_on(self, **modules: nn.Module) -> None:
+        """Record the weights that the run starts from: a resume with other ones is refused."""
+        self.hashes |= {name: hash_weights(module) for name, module in modules.items()}
+
+    # ---- Networks, optimizer, EMA, resume ----------------------------------------------------------------
+
+    def prepare(
+        self,
+        *networks: nn.Module,
+        backbone: ModelMixin,
+        compiled: Sequence[nn.Module] | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+    ) -> None:
+        """Prepare networks for training, and resume if the settings ask for it.
+
+        Sets `models`, what must be called in training (`model` is the first), and builds the optimizer of
+        all networks and the EMA of the first.
+
+        Args:
+            backbone: the diffusers model in the first network, to which the compute options apply.
+            compiled: the parts of it that --compile applies to; by default all of it.
+        """
+        cfg, accelerator = self.cfg, self.accelerator
+        if self.channels_last:
+            networks[0].to(memory_format=torch.channels_last)
+        set_compute_options(
+            backbone,
+            [backbone] if compiled is None else compiled,
+            gradient_checkpointing=cfg.gradient_checkpointing,
+            attention=cfg.attention,
+            on_cpu=not self.on_gpu,
+            compile=cfg.compile,
         )
-    set_seed(seed)
-    if accelerator.device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
-    return accelerator
+        # One optimizer for all networks: gradient scaling, checks and checkpoints then see one update.
+        groups = [{"params": trainable(network)} for network in networks]
+        optimizer = build_optimizer(cfg.optimizer, groups, cfg.learning_rate, cfg.weight_decay, betas)
+        *self.models, self.optimizer = accelerator.prepare(*networks, optimizer)
+        self.model = self.models[0]
+        self.trained = trainable(networks[0])  # after prepare, which may have replaced the parameters
+        sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        self.deferred = self.device.type == "cuda" and cfg.optimizer == "adamw" and not sharded
+        self.ema = None
+        if cfg.use_ema:
+            place = "cpu" if cfg.offload_ema else self.device
+            self.ema = build_ema(self.trained, cfg.ema_halflife_images, self.images_per_update, place)
+        self._resume()
 
+    def _resume(self) -> None:
+        """Load the checkpoint that the settings name, and open the run's records."""
+        cfg, accelerator = self.cfg, self.accelerator
+        identity = run_identity(accelerator, settings_to_keep(cfg), self.data.hash, **self.hashes)
+        identity["should"] |= self.notes
+        self.state = {"identity": identity, "ema": self.ema}
+        resumed = load_checkpoint(accelerator, self.output_dir, cfg.resume_from_checkpoint, **self.state)
+        self.updates = resumed.pop("step")
+        self.guard = UpdateGuard(accelerator, cfg.max_nonfinite, **resumed)
+        if self.is_main:
+            save_config(cfg, self.output_dir)
+            record_start(self.output_dir, self.updates, identity)
+        if cfg.report_to != "none":
+            accelerator.init_trackers("logs")
+        self.metrics = MetricsLogger(accelerator, self.output_dir, self.metric_names, self.updates)
 
-def _meet_by_attempt(_url: str, **options) -> Iterator[tuple[Store, int, int]]:
-    """How processes find each other: as torch does from the environment, apart for each restart.
+    # ---- Updates -----------------------------------------------------------------------------------------
 
-    A launcher with --max_restarts keeps its store when it starts the processes again. Under one prefix they
-    may find the addresses of those that died and connect to nobody (torch 2.15, static rendezvous).
-    """
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    for store, rank, world_size in rendezvous("env://", timeout=options["timeout"]):
-        yield PrefixStore(f"attempt_{attempt}", store), rank, world_size
+    def batches(self, source: Dataset) -> Iterator[tuple[object, BatchRandom]]:
+        """Yield the batches that are left, each with its random numbers; the recipe calls `step` for each.
 
+        Args:
+            source: slices, read by a DataLoader as {"image": (B, 1, H, W), "label": (B,)} on the device; or
+                cached latents, of which `source[indices]` is a batch.
+        """
+        cfg, accelerator = self.cfg, self.accelerator
+        accumulation = cfg.gradient_accumulation_steps
+        rows = {"process": accelerator.process_index, "num_processes": accelerator.num_processes}
+        first, last = self.updates * accumulation, cfg.max_steps * accumulation
+        sampler = BatchSampler(len(source), cfg.batch_size, cfg.seed, first, last, **rows)
+        loaded = (
+            self._images(source, sampler) if isinstance(source, Dataset) else map(source.__getitem__, sampler)
+        )
+        self.guard.listen()
+        self.progress = tqdm(
+            total=cfg.max_steps, initial=self.updates, desc=f"training {self.name}", disable=not self.is_main
+        )
+        for number, batch in enumerate(loaded, start=first):
+            rng = BatchRandom(cfg.seed, number, cfg.batch_size, **rows, device=self.device)
+            with accelerator.accumulate(*self.models):
+                set_learning_rate(self.optimizer, self.learning_rate)
+                yield batch, rng
+            if accelerator.sync_gradients:
+                self._end_update()
+        self.progress.close()
 
-if distributed.is_available():
-    distributed.register_rendezvous_handler("attempt", _meet_by_attempt)
+    def updates_per_epoch(self, source: Dataset) -> int:
+        """Updates in which every slice is seen about once."""
+        return max(1, len(source) // self.images_per_update)
 
+    def validation_batches(self, source: Dataset, count: int) -> Iterator[tuple[object, BatchRandom]]:
+        """About `count` rows of held-out data in batches; the same rows and random numbers each time."""
+        size = self.cfg.batch_size
+        for number in range(max(1, min(len(source), count) // size)):
+            rows = [row % len(source) for row in range(number * size, (number + 1) * size)]
+            yield source[rows], BatchRandom(self.cfg.seed, number, size, 0, 1, self.device)
 
-def load_training_slices(
-    accelerator: Accelerator,
-    data_dir: str | Path,
-    image_size: int,
-    val_fraction: float,
-    class_names: Sequence[str] = CLASS_NAMES,
-    table: str | Path | None = None,
-) -> tuple[SliceTensors, SliceTensors, DataRecord]:
-    """Training and held-out slices, and what they are; decoded once, by the main process.
+    def _images(self, slices: Dataset, sampler: BatchSampler) -> Iterator[dict[str, torch.Tensor]]:
+        workers = 2 * self.on_gpu if self.cfg.num_workers is None else self.cfg.num_workers
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        loader = DataLoader(
+            slices,
+            batch_sampler=sampler,
+            num_workers=workers,
+            worker_init_fn=ignore_stop_signals,
+            pin_memory=self.on_gpu,
+        )
+        for batch in loader:
+            batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+            yield batch | {"image": batch["image"].contiguous(memory_format=layout)}
 
-    Raises:
-        UserError: data that cannot be trained on.
-    """
-    with accelerator.main_process_first():
-        scan = open_folder(data_dir, class_names, table)
-        splits = read_slices(scan, val_fraction)
-        train, val = (SliceTensors(to_arrays(splits[split], image_size)) for split in ("train", "val"))
-    data = describe_data(scan, splits)
-    if not data.subjects_known:
-        accelerator.print(f"note: {SUBJECTS_UNKNOWN}")
-    return train, val, data
+    @property
+    def learning_rate(self) -> float:
+        """Of the next update."""
+        cfg = self.cfg
+        return learning_rate_at(self.updates, cfg.learning_rate, cfg.warmup_steps, cfg.max_steps)
 
+    @property
+    def updated(self) -> bool:
+        """Whether the last `step` ended an update, and did not only accumulate gradients."""
+        return self.accelerator.sync_gradients
 
-def describe(accelerator: Accelerator) -> str:
-    """What the run computes on, in words."""
-    count = accelerator.num_processes
-    precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
-    return f"{count} process{'es' if count > 1 else ''} on {accelerator.device.type}, {precision}"
+    def step(
+        self,
+        loss: torch.Tensor,
+        metrics: Mapping[str, torch.Tensor] | None = None,
+        **inputs: torch.Tensor,
+    ) -> None:
+        """Back-propagate a loss; after the last batch of an update clip the gradients and update the weights.
 
+        An update whose loss or gradient is not finite on some process is skipped on all of them.
 
-def on_gpu(accelerator: Accelerator) -> bool:
-    """Whether the run computes on an accelerator of any make."""
-    return accelerator.device.type != "cpu"
+        Args:
+            metrics: scalars for metrics.csv, by default the loss.
+            inputs: tensors that the diagnostic report describes if losses stay non-finite.
+        """
+        accelerator, cfg = self.accelerator, self.cfg
+        accelerator.backward(loss)
+        self.metrics.add(**(metrics or {"loss": loss}))
+        self.guard.add(loss, **inputs)
+        if not accelerator.sync_gradients:
+            return
+        self.last_rate = self.learning_rate
+        self._settle()  # the update before, which the device has finished by now
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), cfg.max_grad_norm)
+        for network in self.models[1:]:  # the call above has unscaled the gradients of all
+            norm = norm + nn.utils.clip_grad_norm_(network.parameters(), cfg.max_grad_norm)
+        skip = self.guard.check(norm)
+        applied = None if self.deferred else self.guard.settle()
+        if applied is False:
+            self.optimizer.zero_grad()  # without gradients the step below changes nothing
+        if self.deferred and accelerator.scaler is None:
+            self.optimizer.optimizer.found_inf = skip  # fused AdamW skips on the device, as for a scaler
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.updates += 1
+        if applied:
+            self._update_ema()
+        self.progress.update()
+        if self.every(cfg.log_steps):
+            counts = {"learning_rate": self.last_rate, "skipped": self.guard.skipped}
+            row = self.metrics.write_means(self.updates, **counts)
+            self.progress.set_postfix(loss=f"{row['loss']:.4f}")
+
+    def every(self, steps: int) -> bool:
+        """Whether the last `step` ended an update whose number is a multiple of `steps`, or the last update.
+
+        Never, if `steps` is 0.
+        """
+        due = self.updated and steps > 0 and (self.updates % steps == 0 or self._is_last)
+        if due:
+            self._settle()
+        return due
+
+    @property
+    def _is_last(self) -> bool:
+        return self.updates == self.cfg.max_steps
+
+    def _settle(self) -> None:
+        """Read the decision on the last update if it is still on the device, and update the EMA by it."""
+        if self.guard.settle():
+            self._update_ema()
+
+    def _update_ema(self) -> None:
+        if self.ema:
+            update_ema(self.ema, self.trained)
+
+    def _end_update(self) -> None:
+        """Write a checkpoint if one is due, and end the run on a signal or on too many skipped updates."""
+        cfg, accelerator, guard = self.cfg, self.accelerator, self.guard
+        due = cfg.checkpointing_steps and self.updates % cfg.checkpointing_steps == 0
+        if due or guard.stop or guard.exhausted:
+            self._settle()
+        if (due or guard.stop) and not self._is_last:
+            limit = cfg.checkpoints_total_limit
+            save_checkpoint(accelerator, self.output_dir, self.updates, limit, **self.state, **guard.counts)
+        if guard.exhausted:
+            folder = self.output_dir / "nonfinite"
+            write_state(accelerator, folder, self.updates, **self.state, **guard.counts)
+            weights = self.model.parameters()
+            stop_nonfinite(accelerator, folder, self.updates, guard, weights, learning_rate=self.last_rate)
+        if guard.stop and not self._is_last:
+            accelerator.end_training()
+            self.print(f"{guard.stop.name}: stopped after step {self.updates}; its checkpoint is written")
+            raise SystemExit(exit_code(guard.stop))
+
+    # ---- Weights to validate and to save -----------------------------------------------------------------
+
+    def ema_weights(self) -> AbstractContextManager[None]:
+        """Within the block the trained parameters hold their EMA. Every process enters it."""
+        return ema_weights(self.ema, self.trained)
+
+    def full_weights(self, network: ModelMixin) -> ModelMixin:
+        """The network with full weights, gathered where FSDP shards them. Every process calls it."""
+        return gather_full_weights(network)
+
+    def log(self, **values: float) -> None:
+        """Write values of this step to metrics.csv and the tracker, on the main process."""
+        self.metrics.write(self.updates, **values)
+
+    def message(self, text: str) -> None:
+        """Print a line above the progress bar, on the main process."""
+        if self.is_main:
+            self.progress.write(text)
+
+    def apply_ema(self) -> None:
+        """After the last update: replace the trained parameters by their EMA, if there is one."""
+        self._settle()
+        if self.ema:
+            self.ema.copy_to(self.trained)
+
+    def save(self, model: ModelMixin, message: str) -> None:
+        """Save a model or pipeline in the output folder, plot the metrics and end the run."""
+        if self.is_main:
+            model.save_pretrained(self.output_dir)
+        self.metrics.plot()
+        self.accelerator.end_training()
+        self.print(message)

@@ -1,14 +1,13 @@
-"""What a run is and where it ran: the identity that a resume is held against, and run.json."""
+"""Identity of a run, which a resume is compared with, and run.json, which records every start."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from datetime import datetime, timezone, UTC
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from adni_ldm.data.manifest import CONTENT
 from adni_ldm.data.provenance import DataRecord
 from adni_ldm.data.slices import PREPARATION_VERSION, SliceTensors
 from adni_ldm.environment import installed_versions
+from adni_ldm.files import write_json
 
 LIBRARIES = ("adni-ldm", "torch", "diffusers", "accelerate", "transformers", "datasets", "safetensors")
 
@@ -28,9 +28,9 @@ def hash_slices(
 ) -> dict[str, str]:
     """SHA-256 of what training sees of each split, first 16 hex digits. Every process calls it.
 
-    Where the data's manifest.json has a hash of the files' content: over that, the subjects of the split, the
-    image size and the version of image preparation, so that no pixel is read. Else over the pixels. The same
-    slices in the same order have the same hash wherever they are.
+    If the data's manifest.json has a hash of the files' content, the hash is over that, the subjects of the
+    split, the image size and the version of image preparation, and no pixel is read. Otherwise it is over the
+    pixels. The same slices in the same order have the same hash wherever they are stored.
     """
     hashes = {}
     for split, slices in splits.items() if accelerator.is_main_process else ():
@@ -52,12 +52,12 @@ def run_identity(
     data_hash: str,
     **hashes: str,
 ) -> dict[str, dict[str, object]]:
-    """What a resumed run must have in common with the one it goes on from, and what it should.
+    """What a resumed run must share with its first part, and what it should share.
 
     Args:
-        settings: "must" and "should", as `config.settings_to_keep` gives them.
-        data_hash: of the slices trained on.
-        hashes: of what else goes in.
+        settings: "must" and "should", from `config.settings_to_keep`.
+        data_hash: of the training data.
+        hashes: of everything else that the run starts from.
     """
     device = accelerator.device
     must = {
@@ -75,11 +75,11 @@ def run_identity(
         "GPU" if device.type == "cuda" else "number of threads": machine,
         **settings["should"],
     }
-    return json.loads(json.dumps({"must": must, "should": should}))  # as it comes back from a file
+    return json.loads(json.dumps({"must": must, "should": should}))  # as a file returns it
 
 
 def record_start(output_dir: str | Path, step: int, identity: Mapping[str, object]) -> None:
-    """Add this start to `run.json`: command, versions, git commit, and what the run is."""
+    """Add this start to `run.json`: command, versions, git commit, and identity of the run."""
     path = Path(output_dir) / "run.json"
     try:
         starts = json.loads(path.read_text())["starts"] if step else []
@@ -93,13 +93,11 @@ def record_start(output_dir: str | Path, step: int, identity: Mapping[str, objec
         "versions": installed_versions(LIBRARIES),
         **identity,
     }
-    partial = path.with_name("run.json.partial")
-    partial.write_text(json.dumps({"starts": [*starts, start]}, indent=1) + "\n")
-    os.replace(partial, path)
+    write_json(path, {"starts": [*starts, start]})
 
 
 def git_commit(clone: Path) -> str | None:
-    """Commit that a clone stands at, with `+changes` where files differ from it; None outside a clone."""
+    """Commit of a clone, with `+changes` if files differ from it; None outside a clone."""
     if not (clone / ".git").exists():
         return None
 

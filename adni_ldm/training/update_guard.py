@@ -1,4 +1,4 @@
-"""What all processes must agree on at each update: whether it is taken, and whether the run is to stop."""
+"""What all processes must agree on at each update: whether it is applied, and whether the run is to stop."""
 
 from __future__ import annotations
 
@@ -20,25 +20,27 @@ logger = logging.getLogger(__name__)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-class UpdateCheck:
-    """Looks at the loss of each batch and decides, alike on all processes, about each update.
+class UpdateGuard:
+    """Decides on each update, identically on all processes, by one reduction over them.
 
-    One sum over the processes an update: a process that skipped or stopped by itself would leave the others
-    waiting for its gradients.
+    A process that skipped an update or stopped by itself would leave the others waiting for its gradients.
+    The decision stays on the device until `settle` reads it: a GPU run reads it one update late, so that the
+    host never waits for the update in progress.
 
     Args:
-        max_nonfinite: updates in a row whose loss or gradient is not finite before the run ends.
-        skipped, in_a_row: what a checkpoint gave back.
+        max_nonfinite: consecutive updates with a non-finite loss or gradient before the run ends.
+        skipped, in_a_row: counts from a checkpoint.
     """
 
     def __init__(self, accelerator: Accelerator, max_nonfinite: int, skipped: int = 0, in_a_row: int = 0):
         self.accelerator, self.max_nonfinite = accelerator, max_nonfinite
         self.skipped, self.in_a_row = skipped, in_a_row
-        self.stop: signal.Signals | None = None  # agreed on
-        self.batches: list[dict[str, torch.Tensor]] = []  # of this update
-        self.last: list[dict[str, torch.Tensor]] = []  # of the update decided on
+        self.stop: signal.Signals | None = None  # agreed on by all processes
+        self.batches: list[dict[str, torch.Tensor]] = []  # of the update in progress
+        self.last: list[dict[str, torch.Tensor]] = []  # of the update that was decided on last
         self.grad_norm = torch.tensor(0.0)
-        self._received: set[int] = set()  # by this process
+        self._received: set[int] = set()  # signals that reached this process
+        self._pending: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -46,50 +48,65 @@ class UpdateCheck:
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
     @property
-    def taken(self) -> bool:
-        """Whether the last update was taken."""
-        return self.in_a_row == 0
+    def exhausted(self) -> bool:
+        """Whether too many consecutive updates were skipped."""
+        return self.in_a_row >= self.max_nonfinite
 
     def listen(self) -> None:
-        """From now on SIGTERM and SIGUSR1 end the run at its next update, and not at once."""
+        """Let SIGTERM and SIGUSR1 end the run after its next update, and not at once."""
         for number in STOP_SIGNALS:
             signal.signal(number, lambda received, _frame: self._received.add(received))
 
     def add(self, loss: torch.Tensor, **inputs: torch.Tensor) -> None:
-        """Note a batch: its loss, and what a diagnostic should tell about. Waits for no device."""
+        """Record a batch: its loss, and what a diagnostic report should describe; no wait for the device."""
         self.batches.append({name: tensor.detach() for name, tensor in {"loss": loss, **inputs}.items()})
 
-    def passes(self, grad_norm: torch.Tensor | None) -> bool:
-        """Whether the losses and the gradients of this update are finite on every process.
+    def check(self, grad_norm: torch.Tensor | float | None) -> torch.Tensor:
+        """Check that losses and gradients of this update are finite on every process.
 
         Args:
-            grad_norm: what `clip_grad_norm_` returned; None where the launcher has none.
+            grad_norm: what `clip_grad_norm_` returned: a tensor, a float (DeepSpeed), or None.
+
+        Returns:
+            1.0 if the update must be skipped, else 0.0; a tensor () on the device. `settle` reads it.
         """
-        if grad_norm is not None:
-            self.grad_norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
         device = self.accelerator.device
+        if grad_norm is not None:
+            grad_norm = torch.as_tensor(grad_norm)
+            self.grad_norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
         losses = [batch["loss"].float() for batch in self.batches]
         bad = ~torch.stack([*losses, self.grad_norm.float().to(device)]).isfinite().all()
-        received = torch.tensor([float(number in self._received) for number in STOP_SIGNALS], device=device)
-        flags = torch.cat([bad.float()[None], received])
-        bad, *stops = self.accelerator.reduce(flags, "sum").tolist()
-        self.stop = next((number for number, count in zip(STOP_SIGNALS, stops) if count), None)
-        if bad:
-            self.skipped += 1
-            self.in_a_row += 1
-        else:
-            self.in_a_row = 0
+        received = torch.tensor([float(number in self._received) for number in STOP_SIGNALS])
+        received = received.to(device, non_blocking=True)
+        flags = self.accelerator.reduce(torch.cat([bad.float()[None], received]), "sum")
         self.last, self.batches = self.batches, []
-        return not bad
+        copied = None
+        if flags.is_cuda:
+            host = torch.empty(flags.shape, pin_memory=True)
+            host.copy_(flags, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+            self._pending = (host, copied)
+        else:
+            self._pending = (flags, None)
+        return (flags[0] > 0).float()
 
-    @property
-    def exhausted(self) -> bool:
-        """Whether too many updates in a row were skipped."""
-        return self.in_a_row >= self.max_nonfinite
+    def settle(self) -> bool | None:
+        """Read the decision on the last update: True if it was applied, None if it was read before."""
+        if self._pending is None:
+            return None
+        (flags, copied), self._pending = self._pending, None
+        if copied is not None:
+            copied.synchronize()
+        bad, *stops = flags.tolist()
+        self.stop = next((number for number, count in zip(STOP_SIGNALS, stops) if count), self.stop)
+        self.skipped += bool(bad)
+        self.in_a_row = self.in_a_row + 1 if bad else 0
+        return not bad
 
 
 def exit_code(number: signal.Signals) -> int:
-    """What a shell says of a program that a signal ended: 143 for SIGTERM, 138 for SIGUSR1."""
+    """Exit status of a program that a signal ended: 143 for SIGTERM, 138 for SIGUSR1."""
     return 128 + number
 
 
@@ -103,23 +120,23 @@ def stop_nonfinite(
     accelerator: Accelerator,
     folder: Path,
     step: int,
-    check: UpdateCheck,
+    guard: UpdateGuard,
     parameters: Iterable[torch.nn.Parameter],
     **values: float,
 ) -> None:
     """Write `report.json` into the folder of the last state, and end the run. Every process calls it.
 
     Args:
-        values: further numbers for the report, as the learning rate.
+        values: further numbers for the report, such as the learning rate.
 
     Raises:
         UserError: always.
     """
-    batches = [{name: describe_values(tensor) for name, tensor in batch.items()} for batch in check.last]
+    batches = [{name: describe_values(tensor) for name, tensor in batch.items()} for batch in guard.last]
     report = {
         "step": step,
-        "skipped_in_a_row": check.in_a_row,
-        "gradient_norm": str(check.grad_norm.item()),
+        "skipped_in_a_row": guard.in_a_row,
+        "gradient_norm": str(guard.grad_norm.item()),
         "gradient_scale": accelerator.scaler.get_scale() if accelerator.scaler else None,
         "weights_not_finite": sum(int((~parameter.isfinite()).sum()) for parameter in parameters),
         **values,
@@ -129,14 +146,14 @@ def stop_nonfinite(
         (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     accelerator.wait_for_everyone()
     raise UserError(
-        f"loss or gradient not finite in {check.in_a_row} updates in a row, up to step {step}: "
+        f"loss or gradient not finite in {guard.in_a_row} updates in a row, up to step {step}: "
         f"{folder / 'report.json'} describes the batch; try a lower --learning_rate, "
         "or --mixed_precision bf16 in place of fp16"
     )
 
 
 def describe_values(tensor: torch.Tensor) -> dict[str, object]:
-    """Shape, range, mean and standard deviation of the finite values, and how many are not."""
+    """Shape, range, mean and standard deviation of the finite values, and the number of the others."""
     values = tensor.detach().float().flatten()
     finite = values[values.isfinite()]
     statistics = {"shape": list(tensor.shape), "not_finite": values.numel() - finite.numel()}

@@ -18,8 +18,8 @@ from run_faults import write_slices  # noqa: E402
 from tiny_runs import ROOT, WEIGHTS, arguments, weights_of  # noqa: E402
 
 from adni_ldm.errors import UserError  # noqa: E402
-from adni_ldm.training.ema import learning_rate_at  # noqa: E402
-from adni_ldm.training.run import start_accelerator  # noqa: E402
+from adni_ldm.training.launch import start_accelerator  # noqa: E402
+from adni_ldm.training.optimizer import learning_rate_at  # noqa: E402
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
 CPU = [*LAUNCH, "configs/accelerate/cpu.yaml"]

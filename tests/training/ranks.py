@@ -22,17 +22,17 @@ from torch.utils.data import Dataset
 from adni_ldm.models.autoencoder import ReconstructingVAE, build_autoencoder
 from adni_ldm.models.class_embedding import ClassEmbedding
 from adni_ldm.models.denoiser import ConditionalDenoiser, build_denoiser
-from adni_ldm.training.adversarial_loss import Adversary, Discriminator
-from adni_ldm.training.batch_sampling import BatchNoise
+from adni_ldm.training.adversarial_loss import AdversarialLoss, PatchDiscriminator
+from adni_ldm.training.batch_sampling import BatchRandom
 from adni_ldm.training.latents import LatentPosteriors, encode_posteriors
+from adni_ldm.training.launch import start_accelerator
 from adni_ldm.training.losses import (
     diffusion_loss,
     kl_divergence,
     reconstruction_loss,
     spectral_loss,
 )
-from adni_ldm.training.run import start_accelerator
-from adni_ldm.training.update_guard import UpdateCheck
+from adni_ldm.training.update_guard import UpdateGuard
 
 TOTAL = 8  # rows of an update, over all processes and accumulated batches
 
@@ -47,7 +47,7 @@ def build(which: str) -> torch.nn.Module:
 
 def loss_of(which: str, model: torch.nn.Module, rows: slice) -> torch.Tensor:
     """The recipe's loss on some rows of one fixed batch of 8."""
-    noise = BatchNoise(0, 0, TOTAL, 0, 1, torch.device("cpu"))
+    noise = BatchRandom(0, 0, TOTAL, 0, 1, torch.device("cpu"))
     if which == "vae":
         images, draws = noise.normal(1, 16, 16).tanh(), noise.normal(4, 8, 8)
         reconstruction, mean, logvar = model(images[rows], draws[rows])
@@ -74,19 +74,21 @@ def gradients(accelerator, which: str, accumulation: int) -> dict[str, torch.Ten
 
 def agreements(accelerator) -> dict[str, list]:
     """What each process decides where the last one alone meets a NaN, an infinite gradient, and SIGTERM."""
-    check = UpdateCheck(accelerator, max_nonfinite=2)
-    check.listen()
+    guard = UpdateGuard(accelerator, max_nonfinite=2)
+    guard.listen()
     alone = accelerator.process_index == accelerator.num_processes - 1
     good, decisions = torch.tensor(1.0), []
     for loss, norm in ((good, good), (good / 0 * 0, good), (good, good / 0), (good, good)):
-        check.add(loss if alone else good)
-        decisions.append(check.passes(norm if alone else good))
-        decisions.append(check.exhausted)
+        guard.add(loss if alone else good)
+        guard.check(norm if alone else good)
+        decisions.append(guard.settle())
+        decisions.append(guard.exhausted)
     if alone:
         os.kill(os.getpid(), signal.SIGTERM)
-    check.add(good)
-    check.passes(good)
-    return {"decisions": decisions, "skipped": check.skipped, "stop": check.stop}
+    guard.add(good)
+    guard.check(good)
+    guard.settle()
+    return {"decisions": decisions, "skipped": guard.skipped, "stop": guard.stop}
 
 
 def opposed(accelerator, accumulation: int) -> dict[str, torch.Tensor]:
@@ -94,11 +96,13 @@ def opposed(accelerator, accumulation: int) -> dict[str, torch.Tensor]:
 
     In the first one that is measured. No step is taken, so both updates are of the same weights.
     """
-    network, discriminator = build("vae"), Discriminator(width=8, layers=2)
+    network, discriminator = build("vae"), PatchDiscriminator(width=8, layers=2)
     model, prepared = accelerator.prepare(network, discriminator)
-    adversary = Adversary(accelerator, discriminator, prepared, network.vae.decoder.conv_out.weight, 0.5)
+    adversarial_loss = AdversarialLoss(
+        accelerator, discriminator, prepared, network.vae.decoder.conv_out.weight, 0.5
+    )
     size = TOTAL // (accelerator.num_processes * accumulation)
-    noise = BatchNoise(0, 0, TOTAL, 0, 1, torch.device("cpu"))
+    noise = BatchRandom(0, 0, TOTAL, 0, 1, torch.device("cpu"))
     images, draws = noise.normal(1, 16, 16).tanh(), noise.normal(4, 8, 8)
     for _ in range(2):
         network.zero_grad(), discriminator.zero_grad()
@@ -107,12 +111,12 @@ def opposed(accelerator, accumulation: int) -> dict[str, torch.Tensor]:
             rows = slice(first, first + size)
             with accelerator.accumulate(model, prepared):
                 reconstruction, _, _ = model(images[rows], draws[rows])
-                likeness = reconstruction_loss(reconstruction, images[rows], "l1")
-                likeness = likeness + spectral_loss(reconstruction, images[rows])
-                fooling, telling = adversary.losses(images[rows], reconstruction, likeness)
-                accelerator.backward(likeness + fooling + telling)
-        adversary.end_update(max_grad_norm=1e6)
-    found = {"gan.balance": discriminator.balance}
+                rec_loss = reconstruction_loss(reconstruction, images[rows], "l1")
+                rec_loss = rec_loss + spectral_loss(reconstruction, images[rows])
+                g_loss, d_loss = adversarial_loss(images[rows], reconstruction, rec_loss)
+                accelerator.backward(rec_loss + g_loss + d_loss)
+        adversarial_loss.end_update()
+    found = {"gan.d_weight": discriminator.d_weight}
     for part in (network, discriminator):
         found |= {f"gan.{name}": weight.grad.clone() for name, weight in part.named_parameters()}
     return found

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from adni_ldm import files
 from adni_ldm.config import TrainLDMConfig, settings_to_keep
 from adni_ldm.errors import UserError
-from adni_ldm.training.checkpoints import load_checkpoint, refuse_earlier_run, save_checkpoint
-from adni_ldm.training.ema import average, update_average
+from adni_ldm.training.checkpoints import check_earlier_run, load_checkpoint, save_checkpoint
+from adni_ldm.training.ema import build_ema, update_ema
 
 
 @pytest.fixture
@@ -41,16 +41,16 @@ def damage(file):
 
 def test_weights_optimizer_average_and_counts_come_back(prepared, tmp_path):
     accelerator, model, optimizer = prepared
-    ema = average(model.parameters(), 1, 8, "cpu")
+    ema = build_ema(model.parameters(), 1, 8, "cpu")
     update(*prepared)
-    update_average(ema, model.parameters())
+    update_ema(ema, model.parameters())
     save_checkpoint(accelerator, tmp_path, step=1, keep=2, ema=ema, skipped=3)
     update(*prepared)
-    update_average(ema, model.parameters())
+    update_ema(ema, model.parameters())
     after, averaged = model.weight.detach().clone(), ema.shadow_params[0].clone()
     assert load_checkpoint(accelerator, tmp_path, "latest", ema=ema) == {"step": 1, "skipped": 3}
     update(*prepared)
-    update_average(ema, model.parameters())
+    update_ema(ema, model.parameters())
     assert torch.equal(model.weight, after), "the optimizer's moments came back as well"
     assert torch.equal(ema.shadow_params[0], averaged)
 
@@ -83,7 +83,7 @@ def test_a_damaged_one_is_passed_over_and_named(name, prepared, tmp_path, caplog
     assert (tmp_path / "checkpoints/step-00000002.damaged").is_dir(), "kept, and never taken for a good one"
 
     damage(tmp_path / "checkpoints/step-00000001" / name)
-    with pytest.raises(UserError, match="no whole checkpoint is left"):
+    with pytest.raises(UserError, match="no intact checkpoint is left"):
         load_checkpoint(accelerator, tmp_path, "latest")
 
 
@@ -105,7 +105,7 @@ def test_nothing_is_unpickled_but_weights(prepared, tmp_path):
         def __reduce__(self):
             return (flag.write_text, ("ran",))
 
-    ema = average([torch.nn.Parameter(torch.ones(2))], 1, 8, "cpu")
+    ema = build_ema([torch.nn.Parameter(torch.ones(2))], 1, 8, "cpu")
     save_checkpoint(accelerator, tmp_path, 1, keep=1, ema=ema)
     folder = tmp_path / "checkpoints/step-00000001"
     assert load_file(folder / "model.safetensors") and load_file(folder / "ema.safetensors")
@@ -187,12 +187,12 @@ def test_where_there_is_nothing_to_resume(prepared, tmp_path):
 
 def test_a_start_over_an_earlier_run_is_refused(prepared, tmp_path):
     accelerator, *_ = prepared
-    refuse_earlier_run(tmp_path, None)
+    check_earlier_run(tmp_path, None)
     for step in (3, 5):
         save_checkpoint(accelerator, tmp_path, step, keep=2)
-    refuse_earlier_run(tmp_path, "latest")
+    check_earlier_run(tmp_path, "latest")
     with pytest.raises(UserError, match="step-00000005 is of an earlier run"):
-        refuse_earlier_run(tmp_path, None)
-    refuse_earlier_run(tmp_path, str(tmp_path / "checkpoints/step-00000005"))
+        check_earlier_run(tmp_path, None)
+    check_earlier_run(tmp_path, str(tmp_path / "checkpoints/step-00000005"))
     with pytest.raises(UserError, match="step-00000005 is later than"):
-        refuse_earlier_run(tmp_path, str(tmp_path / "checkpoints/step-00000003"))
+        check_earlier_run(tmp_path, str(tmp_path / "checkpoints/step-00000003"))

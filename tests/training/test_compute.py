@@ -6,8 +6,9 @@ import torch
 from adni_ldm.errors import UserError
 from adni_ldm.models.autoencoder import build_autoencoder
 from adni_ldm.models.denoiser import build_denoiser
-from adni_ldm.training.compute import refuse_missing_kernels, set_kernels
-from adni_ldm.training.ema import average, build_optimizer, set_learning_rate, update_average
+from adni_ldm.training.compute import check_compute_options, set_compute_options
+from adni_ldm.training.ema import build_ema, update_ema
+from adni_ldm.training.optimizer import build_optimizer, set_learning_rate
 
 
 @pytest.mark.parametrize(
@@ -17,7 +18,7 @@ def test_kernels_keep_gradients_and_names(flags):
     def gradients(**options):
         torch.manual_seed(0)
         unet = build_denoiser(4, 8, (32, 32), 16, 1)
-        set_kernels([unet], [unet], **options)
+        set_compute_options(unet, [unet], **options)
         noisy, tokens = torch.randn(2, 4, 8, 8), torch.randn(2, 2, 16)
         unet(noisy, torch.tensor([1, 5]), encoder_hidden_states=tokens).sample.square().mean().backward()
         return {name: parameter.grad for name, parameter in unet.named_parameters()}, unet.state_dict().keys()
@@ -29,7 +30,8 @@ def test_kernels_keep_gradients_and_names(flags):
 
 def test_gradient_checkpointing_reaches_both_networks():
     networks = [build_autoencoder(16, widths=(8, 16)), build_denoiser(4, 8, (32, 32), 16, 1)]
-    set_kernels(networks, [], gradient_checkpointing=True)
+    for network in networks:
+        set_compute_options(network, [], gradient_checkpointing=True)
     assert all(network.is_gradient_checkpointing for network in networks)
 
 
@@ -39,9 +41,9 @@ def test_gradient_checkpointing_reaches_both_networks():
     [(("xformers", "adamw"), "--attention xformers needs CUDA"), (("sdpa", "adamw8bit"), "needs CUDA")],
 )
 def test_what_needs_cuda_is_refused_without_it(flags, message):
-    refuse_missing_kernels("sdpa", "adamw")
+    check_compute_options("sdpa", "adamw")
     with pytest.raises(UserError, match=message):
-        refuse_missing_kernels(*flags)
+        check_compute_options(*flags)
 
 
 @pytest.mark.parametrize("flags", [("xformers", "adamw"), ("sdpa", "adamw8bit")])
@@ -49,18 +51,18 @@ def test_what_is_not_installed_is_refused_with_the_command(flags, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("adni_ldm.training.compute.find_spec", lambda name: None)
     with pytest.raises(UserError, match="is not installed: pip install"):
-        refuse_missing_kernels(*flags)
+        check_compute_options(*flags)
 
 
 def test_an_offloaded_average_is_the_same_average():
     """Weights elsewhere than their average, as under --offload_ema: averaged, and not just copied."""
     weights = [torch.nn.Parameter(torch.zeros(3))]
-    ours, plain = average(weights, 8, 4, "cpu"), average(weights, 8, 4, "cpu")
+    ours, plain = build_ema(weights, 8, 4, "cpu"), build_ema(weights, 8, 4, "cpu")
     for _ in range(4):
         with torch.no_grad():
             weights[0] += 1
         moved = [Elsewhere(weights[0].detach().clone())]
-        update_average(ours, moved)
+        update_ema(ours, moved)
         plain.step(weights)
     assert torch.allclose(ours.shadow_params[0], plain.shadow_params[0])
     assert 0 < ours.shadow_params[0][0] < 4

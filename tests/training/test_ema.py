@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from adni_ldm.training.ema import average, averaged_weights, learning_rate_at, update_average
+from adni_ldm.training.ema import build_ema, ema_weights, update_ema
+from adni_ldm.training.optimizer import learning_rate_at
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
@@ -19,26 +20,26 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 
 def test_averaged_weights_are_there_only_within_the_block():
     weight = torch.nn.Parameter(torch.zeros(1))
-    ema = average([weight], halflife_images=2, batch_images=2, device="cpu")
+    ema = build_ema([weight], halflife_images=2, batch_images=2, device="cpu")
     for _ in range(3):
         with torch.no_grad():
             weight += 1
-        update_average(ema, [weight])
-    with averaged_weights(ema, [weight]):
+        update_ema(ema, [weight])
+    with ema_weights(ema, [weight]):
         inside = weight.item()
     assert weight.item() == 3
     assert 0 < inside < 3
-    with averaged_weights(None, [weight]):
+    with ema_weights(None, [weight]):
         assert weight.item() == 3
 
 
 def followed(halflife_images, batch_images, total, change_at):
     """The average after `total` images of a weight that is 0 and becomes 1 after `change_at` of them."""
     weight = torch.nn.Parameter(torch.zeros(1))
-    ema = average([weight], halflife_images, batch_images, "cpu")
+    ema = build_ema([weight], halflife_images, batch_images, "cpu")
     for seen in range(0, total, batch_images):
         weight.data.fill_(float(seen >= change_at))
-        update_average(ema, [weight])
+        update_ema(ema, [weight])
     return ema.shadow_params[0].item()
 
 

@@ -14,12 +14,13 @@ from adni_ldm.models import build_autoencoder
 from adni_ldm.pipeline import denormalize_latents, normalize_latents
 from adni_ldm.training import latents as latents_module
 from adni_ldm.training import run_record
+from adni_ldm.training.batch_sampling import BatchRandom
 from adni_ldm.training.latents import (
     LatentPosteriors,
+    augment,
     channel_statistics,
     encode_posteriors,
     encode_slices,
-    vary,
 )
 from adni_ldm.training.run_record import hash_slices
 
@@ -53,8 +54,7 @@ def vae():
 
 def drawn(posteriors, count=7):
     """One latent of each slice, from fixed noise."""
-    noise = torch.randn(count, *posteriors.shape, generator=torch.Generator().manual_seed(1))
-    return posteriors.draw(list(range(count)), noise)
+    return posteriors[range(count)].sample(BatchRandom(1, 0, count, 0, 1, "cpu"))
 
 
 def test_every_slice_is_encoded_in_order(vae, accelerator, tmp_path, monkeypatch):
@@ -70,7 +70,8 @@ def test_every_slice_is_encoded_in_order(vae, accelerator, tmp_path, monkeypatch
 def test_drawn_latents_keep_the_posteriors_spread(vae, accelerator, tmp_path):
     """A cached draw would have no spread at all."""
     latents = encode_posteriors(vae, Slices(), accelerator, tmp_path, "slices")
-    draws = torch.stack([latents.draw([3, 5], torch.randn(2, *latents.shape)) for _ in range(1000)])
+    batch = latents[[3, 5]]
+    draws = torch.stack([batch.sample(BatchRandom(0, number, 2, 0, 1, "cpu")) for number in range(1000)])
     std = latents.posteriors[0, [3, 5], 1]
     assert torch.allclose(draws.std(dim=0) / std, torch.ones_like(std), atol=0.15)
     assert (draws.std(dim=0) / std).mean().item() == pytest.approx(1, abs=0.01)
@@ -161,9 +162,9 @@ def test_variants_are_small_changes_by_slice_and_never_flips(vae, accelerator, t
     y, x = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
     image = 2 * torch.exp(-((y / 0.5) ** 2) - ((x + 0.2) / 0.3) ** 2) - 1  # a blob left of the middle
     images = image.expand(50, 1, 64, 64)
-    varied = vary(images, range(50), variant=1)
-    assert torch.equal(varied, vary(images, range(50), 1)), "a function of slice and variant"
-    assert not torch.allclose(varied, vary(images, range(50), 2), atol=0.01)
+    varied = augment(images, range(50), variant=1)
+    assert torch.equal(varied, augment(images, range(50), 1)), "a function of slice and variant"
+    assert not torch.allclose(varied, augment(images, range(50), 2), atol=0.01)
     assert varied.min() >= -1 and varied.max() <= 1
     mass = varied + 1
     centre = (mass * x).sum(dim=(1, 2, 3)) / mass.sum(dim=(1, 2, 3))
@@ -173,10 +174,14 @@ def test_variants_are_small_changes_by_slice_and_never_flips(vae, accelerator, t
 
     latents = encode_posteriors(vae, Slices(), accelerator, tmp_path, "slices", variants=2)
     assert latents.variants == 3
-    noise = torch.zeros(2, *latents.shape)
-    rows = latents.draw([4, 4], noise, torch.tensor([0, 2]))
-    assert torch.equal(rows[0], latents.posteriors[0, 4, 0])
-    assert torch.equal(rows[1], latents.posteriors[2, 4, 0]) and not torch.equal(rows[0], rows[1])
+    seen = set()
+    for number in range(20):
+        rng, again = (BatchRandom(0, number, 2, 0, 1, "cpu") for _ in range(2))
+        variants, noise = again.host_integers(3), again.normal(*latents.shape)
+        mean, std = latents.posteriors[variants, torch.tensor([4, 4])].unbind(1)
+        assert torch.equal(latents[[4, 4]].sample(rng), mean + std * noise)
+        seen |= set(variants.tolist())
+    assert seen == {0, 1, 2}, "the slice itself and both variants"
 
 
 def test_normalized_latents_have_zero_mean_and_unit_variance():
@@ -191,7 +196,7 @@ def test_normalized_latents_have_zero_mean_and_unit_variance():
 
     channel_mean, channel_std = channel_statistics(posteriors.split(150))
     vae.register_to_config(latents_mean=channel_mean, latents_std=channel_std)
-    drawn = latents.draw(list(range(400)), torch.randn(mean.shape, generator=generator))
+    drawn = latents[range(400)].sample(BatchRandom(0, 0, 400, 0, 1, "cpu"))
     normalized = normalize_latents(vae, drawn)
     assert normalized.mean(dim=(0, 2, 3)).abs().max() < 0.02
     assert (normalized.std(dim=(0, 2, 3)) - 1).abs().max() < 0.02

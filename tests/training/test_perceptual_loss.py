@@ -7,7 +7,7 @@ from torch import nn
 from torchvision.models import resnet50, vgg16
 
 from adni_ldm.errors import UserError
-from adni_ldm.training.perceptual_loss import load_perception
+from adni_ldm.training.perceptual_loss import load_perceptual_loss
 
 
 def slices(seed, count=2, size=32):
@@ -41,34 +41,24 @@ def with_biases(network):
     return network.eval()
 
 
-def write_medicalnet(folder):
-    from monai.networks.nets.resnet import resnet10
-
-    options = {"spatial_dims": 3, "n_input_channels": 1, "feed_forward": False, "bias_downsample": False}
-    weights = resnet10(shortcut_type="B", **options).state_dict()
-    weights = {f"module.{key}": value for key, value in weights.items()}
-    torch.save({"state_dict": weights, "epoch": 3}, folder / "resnet_10_23dataset.pth")
-    return folder / "resnet_10_23dataset.pth"
-
-
 def write_resnet50(folder):
     torch.save(resnet50(weights=None).state_dict(), folder / "resnet50.pth")
     return folder / "resnet50.pth"
 
 
-@pytest.mark.parametrize("write", [write_vgg, write_resnet50, write_medicalnet])
+@pytest.mark.parametrize("write", [write_vgg, write_resnet50])
 def test_the_gradient_reaches_the_reconstruction(write, tmp_path):
     """Computed under no_grad, as a usual example script does, it would be a number that teaches nothing."""
-    perception = load_perception(str(write(tmp_path)))
+    perceptual_loss = load_perceptual_loss(str(write(tmp_path)))
     images, reconstruction = slices(0), slices(1).requires_grad_()
-    distance = perception(reconstruction, images)
+    distance = perceptual_loss(reconstruction, images)
     distance.backward()
     assert distance.item() > 0 and reconstruction.grad.abs().mean() > 0
     assert reconstruction.grad.isfinite().all()
-    assert perception(images, images).item() == pytest.approx(0, abs=1e-6)
-    assert not any(weight.requires_grad for weight in perception.parameters())
+    assert perceptual_loss(images, images).item() == pytest.approx(0, abs=1e-6)
+    assert not any(weight.requires_grad for weight in perceptual_loss.parameters())
     # Each slice by itself: the mean of two batches of one is the batch of two.
-    alone = [perception(slices(1)[[row]], images[[row]]) for row in (0, 1)]
+    alone = [perceptual_loss(slices(1)[[row]], images[[row]]) for row in (0, 1)]
     assert torch.stack(alone).mean().item() == pytest.approx(distance.item(), rel=1e-3)
 
 
@@ -76,17 +66,17 @@ def test_radimagenets_weights_fit_torchvisions_network(tmp_path):
     torch.manual_seed(0)
     reference = with_biases(resnet50(weights=None))
     torch.save(reference.state_dict(), tmp_path / "RadImageNet-ResNet50_notop.pth")
-    perception = load_perception(str(tmp_path))
-    assert perception.kind == "radimagenet"
+    perceptual_loss = load_perceptual_loss(str(tmp_path))
+    assert torch.equal(perceptual_loss.std, torch.ones(3, 1, 1)), "RadImageNet subtracts the mean alone"
     found = inputs = torch.randn(1, 3, 64, 64)
-    for stage in perception.stages:
+    for stage in perceptual_loss.stages:
         found = stage(found)
     expected = reference(inputs)
     assert torch.allclose(found.mean(dim=(2, 3)), expected, rtol=1e-3, atol=1e-4 * expected.max().item())
 
 
 def test_none_is_none():
-    assert load_perception("none") is None
+    assert load_perceptual_loss("none") is None
 
 
 @pytest.mark.parametrize(
@@ -94,24 +84,23 @@ def test_none_is_none():
     [
         ("vgg", "get .*vgg16-.*pth elsewhere and give --perceptual"),
         ("radimagenet", "get RadImageNet-ResNet50_notop.pth .* elsewhere"),
-        ("medicalnet", "get resnet_10_23dataset.pth .* elsewhere"),
-        ("lpips", "expected none, vgg, radimagenet, medicalnet, a file"),
+        ("lpips", "expected none, vgg, radimagenet, a file"),
     ],
 )
 def test_weights_that_are_not_there_are_told_in_one_line(name, message, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no network, also where there is one
     with pytest.raises(UserError, match=message) as refusal:
-        load_perception(name)
+        load_perceptual_loss(name)
     assert "\n" not in str(refusal.value)
 
 
 def test_weights_of_something_else_are_refused(tmp_path):
     save_file({"conv1.weight": torch.zeros(1, 1, 3, 3)}, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match="weights of none of"):
-        load_perception(str(tmp_path / "other.safetensors"))
+    with pytest.raises(UserError, match="neither VGG-16 nor ResNet-50"):
+        load_perceptual_loss(str(tmp_path / "other.safetensors"))
     (tmp_path / "broken.pth").write_bytes(b"no weights")
     with pytest.raises(UserError, match="cannot be read as weights"):
-        load_perception(str(tmp_path / "broken.pth"))
+        load_perceptual_loss(str(tmp_path / "broken.pth"))
     with pytest.raises(UserError, match="or a folder that holds one"):
-        load_perception(str(tmp_path))
+        load_perceptual_loss(str(tmp_path))

@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from adni_ldm.errors import UserError
-from adni_ldm.training.metrics import RunLog
-from adni_ldm.training.update_guard import UpdateCheck, describe_values, exit_code, stop_nonfinite
+from adni_ldm.training.metrics import MetricsLogger
+from adni_ldm.training.update_guard import UpdateGuard, describe_values, exit_code, stop_nonfinite
 
 GOOD, NAN, INFINITE = torch.tensor(1.0), torch.tensor(float("nan")), torch.tensor(float("inf"))
 
@@ -25,16 +25,18 @@ def accelerator():
 
 @pytest.mark.parametrize(("loss", "norm"), [(NAN, GOOD), (INFINITE, GOOD), (GOOD, NAN), (GOOD, INFINITE)])
 def test_what_is_not_finite_does_not_pass(loss, norm, accelerator):
-    check = UpdateCheck(accelerator, max_nonfinite=2)
-    check.add(GOOD)  # of two accumulated batches one is enough
-    check.add(loss)
-    assert not check.passes(norm) and not check.taken and not check.exhausted
-    check.add(GOOD)
-    assert check.passes(GOOD) and check.taken, "the count in a row starts again"
+    guard = UpdateGuard(accelerator, max_nonfinite=2)
+    guard.add(GOOD)  # of two accumulated batches one is enough
+    guard.add(loss)
+    assert guard.check(norm) == 1 and guard.settle() is False and not guard.exhausted
+    guard.add(GOOD)
+    assert guard.check(GOOD) == 0 and guard.settle() is True, "the count in a row starts again"
+    assert guard.settle() is None, "read once"
     for _ in range(2):
-        check.add(loss)
-        check.passes(norm)
-    assert check.exhausted and check.counts == {"skipped": 3, "in_a_row": 2}
+        guard.add(loss)
+        guard.check(norm)
+        guard.settle()
+    assert guard.exhausted and guard.counts == {"skipped": 3, "in_a_row": 2}
 
 
 def test_an_update_without_gradients_changes_nothing(accelerator):
@@ -48,27 +50,29 @@ def test_an_update_without_gradients_changes_nothing(accelerator):
 
 
 def test_signals_are_answered_at_the_next_update(accelerator):
-    check = UpdateCheck(accelerator, max_nonfinite=2)
+    guard = UpdateGuard(accelerator, max_nonfinite=2)
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
     try:
-        check.listen()
+        guard.listen()
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert check.stop is None
-        check.add(GOOD)
-        assert check.passes(None) and check.stop == signal.SIGUSR1
-        assert exit_code(check.stop) == 138 and exit_code(signal.SIGTERM) == 143
+        assert guard.stop is None
+        guard.add(GOOD)
+        guard.check(None)
+        assert guard.settle() and guard.stop == signal.SIGUSR1
+        assert exit_code(guard.stop) == 138 and exit_code(signal.SIGTERM) == 143
     finally:
         for number, handler in zip((signal.SIGTERM, signal.SIGUSR1), before):
             signal.signal(number, handler)
 
 
 def test_the_diagnostic_describes_the_batch(accelerator, tmp_path):
-    check = UpdateCheck(accelerator, max_nonfinite=1)
-    check.add(NAN, images=torch.tensor([0.0, 2.0, float("inf")]))
-    check.passes(GOOD)
+    guard = UpdateGuard(accelerator, max_nonfinite=1)
+    guard.add(NAN, images=torch.tensor([0.0, 2.0, float("inf")]))
+    guard.check(GOOD)
+    guard.settle()
     weights = [torch.nn.Parameter(torch.tensor([1.0, float("nan")]))]
     with pytest.raises(UserError, match="not finite in 1 updates in a row, up to step 7"):
-        stop_nonfinite(accelerator, tmp_path, 7, check, weights, learning_rate=0.1)
+        stop_nonfinite(accelerator, tmp_path, 7, guard, weights, learning_rate=0.1)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["weights_not_finite"] == 1 and report["learning_rate"] == 0.1
     images = report["batches"][0][0]["images"]
@@ -77,7 +81,7 @@ def test_the_diagnostic_describes_the_batch(accelerator, tmp_path):
 
 
 def test_the_log_leaves_out_what_is_not_finite_and_a_line_cut_off(accelerator, tmp_path):
-    log = RunLog(accelerator, tmp_path, ("loss", "skipped"), resumed_at=0)
+    log = MetricsLogger(accelerator, tmp_path, ("loss", "skipped"), resumed_at=0)
     for loss in (GOOD, NAN, GOOD * 3):
         log.add(loss=loss)
     assert log.write_means(3, skipped=1)["loss"] == 2
@@ -85,5 +89,5 @@ def test_the_log_leaves_out_what_is_not_finite_and_a_line_cut_off(accelerator, t
     assert log.write_means(4, skipped=2)["loss"] != 2
     with log.path.open("a") as file:
         file.write("5")  # the start of a line 50, as a full disk leaves it
-    RunLog(accelerator, tmp_path, ("loss", "skipped"), resumed_at=9)
+    MetricsLogger(accelerator, tmp_path, ("loss", "skipped"), resumed_at=9)
     assert [line.split(",")[0] for line in log.path.read_text().splitlines()] == ["step", "3", "4"]
