@@ -1,6 +1,6 @@
-"""The page, in a real browser where there is one: Debian's chromium, driven by Playwright.
+"""The web page in a real browser: Debian's chromium, if installed, driven by Playwright.
 
-ADNI_LDM_SCREENSHOTS=folder keeps the screenshots; otherwise they go with the test's temporary folder.
+ADNI_LDM_SCREENSHOTS=folder keeps the screenshots, which are otherwise deleted with the temporary folder.
 """
 
 import base64
@@ -26,8 +26,10 @@ from stand_ins import blob_image, make_pipeline
 
 from adni_ldm.errors import UserError
 from adni_ldm.generation import generate_images, generate_progressively, hash_pipeline, image_seed
+from adni_ldm.hub.report import Report, find_report
 from adni_ldm.hub.space import push_space, write_space
-from adni_ldm.web import page as web
+from adni_ldm.web.components import verdict_list
+from adni_ldm.web.uploads import read_upload
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium")
@@ -39,7 +41,7 @@ VERDICTS = {
 }
 
 
-# ---- The server, and browsers that look at it ----------------------------------------------------------
+# ---- The server and its visitors ----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(model, tmp_path_factory):
-    """Address of the page, and the folder that the server's temporary files lie in."""
+    """URL of the page, and the folder of the server's temporary files."""
     folder = tmp_path_factory.mktemp("server")
     options = ("--model", model, "--port", "0", "--queue_size", "2", "--max_steps", "400")
     with (folder / "log").open("w") as log:
@@ -91,7 +93,7 @@ def browser():
 
 @pytest.fixture
 def visit(browser, server):
-    """Opens the page as a new visitor; at the end, nothing may have been asked of another machine."""
+    """Opens the page as a new visitor. Fails if the page requests anything from another machine."""
     visitors, elsewhere = [], []
 
     def open_page(width=1200, height=900):
@@ -100,9 +102,9 @@ def visit(browser, server):
         page = context.new_page()
         page.set_default_timeout(60_000)
         own = (server[0], "data:", "blob:")
-        page.on("request", lambda asked: asked.url.startswith(own) or elsewhere.append(asked.url))
+        page.on("request", lambda request: request.url.startswith(own) or elsewhere.append(request.url))
         page.goto(server[0])
-        page.get_by_role("button", name="Draw").wait_for()
+        page.get_by_role("button", name="Sample").wait_for()
         return page
 
     yield open_page
@@ -112,7 +114,7 @@ def visit(browser, server):
 
 
 @pytest.fixture
-def keep(tmp_path, request):
+def screenshot(tmp_path, request):
     folder = Path(os.environ.get("ADNI_LDM_SCREENSHOTS", tmp_path))
     folder.mkdir(parents=True, exist_ok=True)
     name = request.node.name.removeprefix("test_")
@@ -125,7 +127,7 @@ def open_tab(page, name):
 
 
 def fill(page, label, value):
-    """Type into the visible field of that label."""
+    """Type a value into the visible field with that label."""
     field = page.get_by_role("spinbutton", name=label).filter(visible=True)
     field.fill(str(value))
     field.press("Tab")
@@ -136,18 +138,18 @@ def choose(page, group, name):
 
 
 def shown(page):
-    """The pictures on the visible tab: arrays by their captions."""
-    pictures = page.locator(".slices img").filter(visible=True)
+    """The images on the visible tab, {caption: array}."""
+    images = page.locator(".slices img").filter(visible=True)
     read = {}
-    for picture in pictures.all():
-        kind, content = picture.get_attribute("src").split(",")
+    for image in images.all():
+        kind, content = image.get_attribute("src").split(",")
         assert kind == "data:image/png;base64"
-        read[picture.get_attribute("alt")] = np.asarray(Image.open(io.BytesIO(base64.b64decode(content))))
+        read[image.get_attribute("alt")] = np.asarray(Image.open(io.BytesIO(base64.b64decode(content))))
     return read
 
 
 def saved(page):
-    """What the download link saves: {name: bytes}, and the lines of metadata.csv."""
+    """What the download link saves: {name: bytes}, and the rows of metadata.csv."""
     with page.expect_download() as download:
         page.get_by_role("link", name="Download").filter(visible=True).click()
     with zipfile.ZipFile(download.value.path()) as archive:
@@ -155,8 +157,8 @@ def saved(page):
     return files, pd.read_csv(io.BytesIO(files.pop("metadata.csv")))
 
 
-def drawn(label, seed, number, steps, guidance_scale=1.5):
-    """What sample.py draws, (number, H, W) in 8 bits."""
+def expected_samples(label, seed, number, steps, guidance_scale=1.5):
+    """What sample.py generates, (number, H, W) in 8 bits."""
     seeds = [image_seed(seed, index) for index in range(number)]
     options = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
     images = next(generate_images(make_pipeline(), [label] * number, seeds, number, **options))
@@ -166,7 +168,7 @@ def drawn(label, seed, number, steps, guidance_scale=1.5):
 # ---- In the browser ------------------------------------------------------------------------------------
 
 
-def test_draw(visit, keep, model):
+def test_sample(visit, screenshot, model):
     page = visit()
     fill(page, "Number of slices", 3)
     fill(page, "Denoising steps", 200)
@@ -176,37 +178,37 @@ def test_draw(visit, keep, model):
         """() => { window.seen = new Set(); window.bars = new Set();
         new MutationObserver(() => {
             document.querySelectorAll('.slices img').forEach(i => window.seen.add(i.src));
-            document.querySelectorAll('progress').forEach(p => window.bars.add(p.value));
+            document.querySelectorAll('[role=progressbar]').forEach(p => window.bars.add(p.ariaLabel));
         }).observe(document.body, {childList: true, subtree: true}) }"""
     )
-    page.get_by_role("button", name="Draw").click()
-    page.get_by_text("3 drawn, seed 5.").wait_for()
-    keep(page)
-    pictures = shown(page)
-    assert list(pictures) == ["NC 0", "NC 1", "NC 2"]
-    assert page.evaluate("window.seen.size") > 3, "they were seen on their way"
-    assert page.evaluate("window.bars.size") >= 1, "and a bar was there"
+    page.get_by_role("button", name="Sample").click()
+    page.get_by_text("3 slices of class NC, seed 5.").wait_for()
+    screenshot(page)
+    images = shown(page)
+    assert list(images) == ["NC 0", "NC 1", "NC 2"]
+    assert page.evaluate("window.seen.size") > 3, "intermediate images were shown"
+    assert page.evaluate("window.bars.size") >= 1, "with a progress bar"
 
     files, rows = saved(page)
     assert list(rows.file_name) == list(files) == [f"NC/{index:06d}.png" for index in range(3)]
     assert list(rows.seed) == [image_seed(5, index) for index in range(3)]
     assert set(rows.num_inference_steps) == {200} and set(rows.label) == {"NC"}
     assert set(rows.model_hash) == {hash_pipeline(make_pipeline())}
-    for picture, content in zip(pictures.values(), files.values()):
-        assert np.array_equal(picture, np.asarray(Image.open(io.BytesIO(content))))
+    for image, content in zip(images.values(), files.values()):
+        assert np.array_equal(image, np.asarray(Image.open(io.BytesIO(content))))
     if set(rows.precision) == {"no"}:  # else bf16 here, and float32 in this process
-        expected = drawn(1, seed=5, number=3, steps=200)
-        assert np.abs(np.stack(list(pictures.values())) - expected).max() <= 1, "as sample.py draws them"
+        expected = expected_samples(1, seed=5, number=3, steps=200)
+        assert np.abs(np.stack(list(images.values())) - expected).max() <= 1, "equal to those of sample.py"
 
 
-def test_compare(visit, keep):
+def test_compare(visit, screenshot):
     page = visit()
-    open_tab(page, "Compare")
-    for label in ("Denoising steps", "Guidance"):
+    open_tab(page, "Compare classes")
+    for label in ("Denoising steps", "Guidance scale"):
         fill(page, label, 5)
     page.get_by_role("button", name="Compare").click()
-    page.get_by_text("Both drawn from seed 0.").wait_for()
-    keep(page)
+    page.get_by_text("Both slices were sampled with seed 0.").wait_for()
+    screenshot(page)
     nc, ad, difference = shown(page).values()
     assert list(shown(page))[:2] == ["NC", "AD"] and difference.shape == (16, 16, 3)
     change = ad.astype(int) - nc
@@ -221,117 +223,115 @@ def test_compare(visit, keep):
     page.get_by_text("Choose two different classes.").wait_for()
 
 
-def test_your_slice(visit, keep, server, tmp_path):
+def test_counterfactual(visit, screenshot, server, tmp_path):
     page = visit()
-    open_tab(page, "Your slice")
-    page.get_by_role("button", name="Redraw").click()
+    open_tab(page, "Counterfactual")
+    page.get_by_role("button", name="Compute counterfactual").click()
     page.get_by_text("Upload a slice first.").wait_for()
     blob_image([3], 64, 60).save(tmp_path / "mine.png")
     page.locator("input[type=file]").set_input_files(tmp_path / "mine.png")
-    page.get_by_alt_text("Your slice").first.wait_for()
-    page.get_by_role("button", name="Redraw").click()
-    page.get_by_text("Choose the class that the slice has.").wait_for()
-    choose(page, "Class that the slice has", "NC")
+    page.get_by_alt_text("Uploaded slice").first.wait_for()
+    page.get_by_role("button", name="Compute counterfactual").click()
+    page.get_by_text("Choose the class of the slice.").wait_for()
+    choose(page, "Class of the slice", "NC")
     fill(page, "Denoising steps", 4)
-    page.get_by_role("button", name="Redraw").click()
-    page.get_by_text("Mean error of the way there and back").wait_for()
-    keep(page)
-    pictures = shown(page)
-    assert {"Your slice", "Your slice, NC", "As AD"} < set(pictures) and len(pictures) == 5
+    page.get_by_role("button", name="Compute counterfactual").click()
+    page.get_by_text("Mean reconstruction error").wait_for()
+    screenshot(page)
+    images = shown(page)
+    assert {"Uploaded slice", "Uploaded slice, NC", "Counterfactual, AD"} < set(images) and len(images) == 5
     files, rows = saved(page)
-    assert set(files) == {"counterfactual.png", "difference.png"}, "the upload itself is not handed on"
+    assert set(files) == {"counterfactual.png", "difference.png"}, "without the uploaded slice"
     assert set(rows["from"]) == {"NC"} and set(rows.label) == {"AD"} and (rows.round_trip_error > 0).all()
     left = [path for path in server[1].rglob("*") if path.is_file() and path.name != "log"]
-    assert not [path for path in left if path.stat().st_size], "nothing that was uploaded is kept"
+    assert not [path for path in left if path.stat().st_size], "nothing is stored"
 
 
-def test_bad_upload(visit, keep, tmp_path):
+def test_bad_upload(visit, screenshot, tmp_path):
     page = visit()
-    open_tab(page, "Your slice")
+    open_tab(page, "Counterfactual")
     (tmp_path / "scan.png").write_text("not a scan")
     page.locator("input[type=file]").set_input_files(tmp_path / "scan.png")
-    page.get_by_role("alert").filter(has_text="no picture").wait_for()
-    keep(page)
+    page.get_by_role("alert").filter(has_text="not an image").wait_for()
+    screenshot(page)
     (tmp_path / "huge.png").write_bytes(os.urandom(11_000_000))
     page.locator("input[type=file]").set_input_files(tmp_path / "huge.png")
     page.get_by_text(re.compile("exceed|too large", re.I)).first.wait_for()
     blob_image([3], 64, 64).save(tmp_path / "mine.png")
     page.reload()
-    open_tab(page, "Your slice")
+    open_tab(page, "Counterfactual")
     page.locator("input[type=file]").set_input_files(tmp_path / "mine.png")
-    page.get_by_alt_text("Your slice").wait_for()
+    page.get_by_alt_text("Uploaded slice").wait_for()
 
 
-def test_two_visitors_at_once_get_each_their_own(visit, keep):
+def test_two_visitors_at_once(visit, screenshot):
     pages = {label: visit() for label in ("AD", "NC")}
     for seed, (label, page) in enumerate(pages.items()):
         fill(page, "Denoising steps", 30)
         fill(page, "Seed", seed)
         choose(page, "Class", label)
     for page in pages.values():
-        page.get_by_role("button", name="Draw").click()
+        page.get_by_role("button", name="Sample").click()
     for seed, (label, page) in enumerate(pages.items()):
-        page.get_by_text(f"4 drawn, seed {seed}.").wait_for()
+        page.get_by_text(f"4 slices of class {label}, seed {seed}.").wait_for()
         assert list(shown(page)) == [f"{label} {index}" for index in range(4)]
         assert set(saved(page)[1].seed) == {image_seed(seed, index) for index in range(4)}
-    keep(page)
+    screenshot(page)
 
 
-def test_a_full_queue_is_said(visit, keep):
-    """One draws and two wait; the one after is told so, and those before get their slices."""
+def test_a_full_queue(visit, screenshot):
+    """With one request running and two waiting, a fourth is refused; the others get their slices."""
     pages = [visit() for _ in range(4)]
     fill(pages[0], "Number of slices", 16)
     fill(pages[0], "Denoising steps", 400)
-    pages[0].get_by_role("button", name="Draw").click()
-    pages[0].locator("progress").wait_for()
+    pages[0].get_by_role("button", name="Sample").click()
+    pages[0].get_by_role("progressbar").first.wait_for()
     for page in pages[1:]:
-        page.get_by_role("button", name="Draw").click()
+        page.get_by_role("button", name="Sample").click()
         page.wait_for_timeout(300)
     pages[3].get_by_text("currently busy").first.wait_for()
-    keep(pages[3])
+    screenshot(pages[3])
     for page in pages[1:3]:
-        page.get_by_text("4 drawn").wait_for()
+        page.get_by_text("4 slices of class").wait_for()
 
 
-def test_by_keyboard_on_a_telephone(visit, keep):
+def test_keyboard_on_a_narrow_screen(visit, screenshot):
     page = visit(width=360, height=740)
-    for name in ("Compare", "Your slice", "Draw"):
+    for name in ("Compare classes", "Counterfactual", "Sample"):
         tab = page.get_by_role("tab", name=name)
         if not tab.filter(visible=True).count():
             page.get_by_role("button", name="More tabs").or_(
                 page.locator(".overflow-menu button")
             ).first.click()
         tab.or_(page.get_by_role("button", name=name, exact=True)).filter(visible=True).first.click()
-        assert page.evaluate("document.documentElement.scrollWidth") <= 360, (
-            "nothing is wider than the window"
-        )
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360, "no horizontal scrolling"
         nameless = page.evaluate(
             """() => [...document.querySelectorAll('input, button, a')].filter(e => e.offsetParent)
             .filter(e => ![e.ariaLabel, e.title, e.innerText, ...[...(e.labels || [])].map(l => l.innerText)]
                 .some(name => name?.trim())).map(e => e.outerHTML.slice(0, 200))"""
         )
-        assert not nameless, "every control says what it is"
+        assert not nameless, "every control has a name"
     fill(page, "Denoising steps", 3)
     for _ in range(60):
         page.keyboard.press("Tab")
-        if page.evaluate("document.activeElement.innerText") == "Draw":
+        if page.evaluate("document.activeElement.innerText") == "Sample":
             break
     page.keyboard.press("Enter")
-    page.get_by_text("4 drawn").wait_for()
+    page.get_by_text("4 slices of class").wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
-    keep(page)
+    screenshot(page)
 
 
-def test_the_verdicts_of_the_report(visit, keep):
+def test_evaluation(visit, screenshot):
     page = visit()
-    open_tab(page, "What it is worth")
-    page.get_by_text("Are they nobody's scan? No. Three samples are copies.").wait_for()
+    open_tab(page, "Evaluation")
+    page.get_by_text("are training images memorized? Yes. Three samples are copies.").wait_for()
     page.get_by_text("They pass <b>for</b> real ones.").wait_for()
-    page.get_by_text("Cannot be told. Too few subjects.").wait_for()
-    keep(page)
+    page.get_by_text("Inconclusive. Too few subjects.").wait_for()
+    screenshot(page)
 
 
-def test_only_this_machine_sees_it(server):
+def test_only_this_machine_can_connect(server):
     port = int(server[0].rpartition(":")[2])
     socket.create_connection(("127.0.0.1", port), timeout=5).close()
     with pytest.raises(OSError):  # another address of the same machine
@@ -341,55 +341,57 @@ def test_only_this_machine_sees_it(server):
 # ---- Without a browser ---------------------------------------------------------------------------------
 
 
-def test_uploads_that_are_no_slice_are_refused_in_words(tmp_path):
+def test_uploads_that_are_not_a_slice_are_refused(tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     grey = blob_image([1], 64, 64)
     cases = {
         "in colour": lambda path: Image.fromarray(noise).save(path, "PNG"),
         "at most 4096": lambda path: Image.new("L", (5000, 5000)).save(path, "PNG"),
         "too large": lambda path: Image.new("1", (20000, 20000)).save(path, "PNG"),
-        "32 a side": lambda path: grey.resize((20, 20)).save(path, "PNG"),
-        "long and narrow": lambda path: grey.resize((300, 64)).save(path, "PNG"),
-        "all of one grey": lambda path: Image.new("L", (64, 64), 7).save(path, "PNG"),
-        "3 pictures": lambda path: grey.save(path, "TIFF", save_all=True, append_images=[grey, grey]),
-        "no picture": lambda path: grey.save(path, "PDF"),
+        "at least 32": lambda path: grey.resize((20, 20)).save(path, "PNG"),
+        "factor of two": lambda path: grey.resize((300, 64)).save(path, "PNG"),
+        "uniform": lambda path: Image.new("L", (64, 64), 7).save(path, "PNG"),
+        "3 images": lambda path: grey.save(path, "TIFF", save_all=True, append_images=[grey, grey]),
+        "not an image": lambda path: grey.save(path, "PDF"),
         "damaged": lambda path: path.write_bytes(png(grey)[:600]),
     }
-    for words, write in cases.items():
+    for message, write in cases.items():
         write(tmp_path / "upload")
-        with pytest.raises(UserError, match=words):
-            web.read_upload(tmp_path / "upload", 16)
-        assert not (tmp_path / "upload").exists(), "and not kept"
+        with pytest.raises(UserError, match=message):
+            read_upload(tmp_path / "upload", 16)
+        assert not (tmp_path / "upload").exists(), "deleted"
 
 
-def png(picture):
+def png(image):
     content = io.BytesIO()
-    picture.save(content, "PNG")
+    image.save(content, "PNG")
     return content.getvalue()
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "I;16", "1", "P"])
-def test_a_slice_in_any_mode_is_taken(tmp_path, mode):
+def test_a_slice_in_any_mode_is_accepted(tmp_path, mode):
     grey = blob_image([1], 64, 48)
-    picture = (
-        Image.fromarray(np.asarray(grey).astype(np.uint16) * 16) if mode == "I;16" else grey.convert(mode)
-    )
-    picture.save(tmp_path / "upload.png")
-    pixels = web.read_upload(tmp_path / "upload.png", 16)
+    image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 16) if mode == "I;16" else grey.convert(mode)
+    image.save(tmp_path / "upload.png")
+    pixels = read_upload(tmp_path / "upload.png", 16)
     assert pixels.shape == (16, 16) and pixels.dtype == np.uint8 and np.ptp(pixels) > 50
     assert not (tmp_path / "upload.png").exists()
 
 
-def test_without_a_report_the_page_says_so(tmp_path, model):
-    assert web.find_report(str(model), None)["verdicts"]["privacy"]["good"] is False
-    assert "No report was made" in web.verdicts(None, "abc")
-    assert "on another model" in web.verdicts({"model_hash": "abc", "verdicts": VERDICTS}, "other")
-    assert web.find_report(str(tmp_path / "ldm"), None) is None
-    with pytest.raises(UserError, match="no metrics.json"):
-        web.find_report(str(model), str(tmp_path))
+def test_which_report_is_shown(tmp_path, model):
+    own = hash_pipeline(make_pipeline())
+    report = find_report(str(model), None, own)
+    assert report == find_report("anywhere", str(model / "report"), own)
+    assert [verdict.good for verdict in report.verdicts] == [True, None, True, False]
+    assert "evaluates another model" in verdict_list(find_report(str(model), None, "other"))
+    assert "there is no report" in verdict_list(find_report(str(tmp_path), None, own))
+    assert "contains no report" in verdict_list(find_report("me/model", None, own))
+    assert "<li>" not in verdict_list(Report(missing="none"))
+    with pytest.raises(UserError, match="contains no metrics.json"):
+        find_report(str(model), str(tmp_path), own)
 
 
-def test_a_drawing_that_nobody_waits_for_ends(pipeline):
+def test_sampling_ends_when_the_visitor_leaves(pipeline):
     calls = []
     pipeline.unet.register_forward_pre_hook(lambda *_: calls.append(1))
     steps = generate_progressively(pipeline, [0], [1], every=2, num_inference_steps=500)
@@ -398,7 +400,7 @@ def test_a_drawing_that_nobody_waits_for_ends(pipeline):
     options = {"every": 1, "num_inference_steps": 3}
     seen = list(
         generate_progressively(pipeline, [0, 1], [1, 2], **options)
-    )  # waits until the other has ended
+    )  # waits until the first has ended
     assert [done for done, _ in seen] == [1, 2, 3] and len(calls) < 300
     expected = next(generate_images(pipeline, [0, 1], [1, 2], 2, num_inference_steps=3))
     assert torch.equal(seen[-1][1], expected)
@@ -406,7 +408,7 @@ def test_a_drawing_that_nobody_waits_for_ends(pipeline):
         list(generate_progressively(pipeline, [7], [1], **options))
 
 
-def test_a_space_holds_the_same_page_with_all_it_needs(tmp_path):
+def test_a_space_contains_the_page_and_its_requirements(tmp_path):
     write_space(tmp_path, ROOT / "app.py", "me/model")
     assert (tmp_path / "app.py").read_bytes() == (ROOT / "app.py").read_bytes()
     card = yaml.safe_load((tmp_path / "README.md").read_text().split("---")[1])
@@ -418,6 +420,6 @@ def test_a_space_holds_the_same_page_with_all_it_needs(tmp_path):
         [sys.executable, "app.py"], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert result.returncode == 1 and "app.py: error: me/model: not a pipeline" in result.stderr
-    assert "Traceback" not in result.stderr, "it asked for the model in app.yaml, and no Hub is here"
+    assert "Traceback" not in result.stderr, "it loads the model named in app.yaml, and there is no Hub"
     with pytest.raises(UserError, match="not on the Hub"):
         push_space("me/space", ROOT / "app.py", str(tmp_path), public=False)
