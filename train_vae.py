@@ -62,7 +62,7 @@ def main() -> None:
 
     # ---- Train ---------------------------------------------------------------------------------------------
     shape = latent_shape(vae, cfg.image_size)  # (C, h, w)
-    epoch = run.updates_per_epoch(train)
+    epoch = max(1, len(train) // run.images_per_update)
     zero = torch.zeros((), device=run.device)
     for batch, rng in run.batches(train):
         images = batch["image"]  # (B, 1, H, W), [-1, 1]

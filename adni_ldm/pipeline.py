@@ -8,6 +8,7 @@ loading a LoRA needs peft as well.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import json
@@ -41,7 +42,12 @@ def _latent_statistics(vae: AutoencoderKL, like: torch.Tensor) -> list[torch.Ten
             "the VAE's config has no latents_mean and latents_std, which train_vae.py measures when it ends: "
             "run train_vae.py on it with --resume_from_checkpoint latest"
         )
-    return [torch.tensor(values, device=like.device).view(1, -1, 1, 1) for values in statistics]
+    return [_as_channels(tuple(values), like.device) for values in statistics]
+
+
+@functools.lru_cache(maxsize=8)  # a training step that built them anew would wait for the GPU
+def _as_channels(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, device=device).view(1, -1, 1, 1)
 
 
 def normalize_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,9 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from adni_ldm.training.update_guard import ignore_stop_signals
 
 
 @lru_cache(maxsize=4)
@@ -58,6 +60,23 @@ class BatchSampler(Sampler[list[int]]):
     def _slice_at(self, position: int) -> int:
         epoch, place = divmod(position, self.num_images)
         return int(_epoch_order(self.num_images, epoch, self.seed)[place])
+
+
+def load_batches(
+    slices: Dataset, sampler: BatchSampler, device: torch.device, num_workers: int, channels_last: bool
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The batches of a sampler on the device: {"image": (B, 1, H, W) in [-1, 1], "label": (B,)}."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    loader = DataLoader(
+        slices,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        worker_init_fn=ignore_stop_signals,
+        pin_memory=device.type == "cuda",  # else a copy to the GPU waits for it
+    )
+    for batch in loader:
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        yield batch | {"image": batch["image"].contiguous(memory_format=layout)}
 
 
 class BatchRandom:

@@ -23,7 +23,7 @@ import torch
 from accelerate.utils import DistributedType
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from adni_ldm.config import TrainingConfig, save_config, settings_to_keep
@@ -31,7 +31,7 @@ from adni_ldm.data.folder import SUBJECTS_UNKNOWN
 from adni_ldm.data.provenance import check_leakage, describe_data, training_records
 from adni_ldm.data.slices import SliceTensors, open_folder, read_slices, to_arrays
 from adni_ldm.generation import hash_weights
-from adni_ldm.training.batch_sampling import BatchRandom, BatchSampler
+from adni_ldm.training.batch_sampling import BatchRandom, BatchSampler, load_batches
 from adni_ldm.training.checkpoints import check_earlier_run, load_checkpoint, save_checkpoint, write_state
 from adni_ldm.training.compute import check_compute_options, set_compute_options
 from adni_ldm.training.ema import build_ema, ema_weights, update_ema
@@ -40,7 +40,7 @@ from adni_ldm.training.launch import describe_compute, start_accelerator
 from adni_ldm.training.metrics import MetricsLogger
 from adni_ldm.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate, trainable
 from adni_ldm.training.run_record import hash_slices, record_start, run_identity
-from adni_ldm.training.update_guard import UpdateGuard, exit_code, ignore_stop_signals, stop_nonfinite
+from adni_ldm.training.update_guard import UpdateGuard, exit_code, stop_nonfinite
 
 
 class TrainingRun:
@@ -59,16 +59,9 @@ class TrainingRun:
         check_earlier_run(cfg.output_dir, cfg.resume_from_checkpoint)
         check_compute_options(cfg.attention, cfg.optimizer)
         self.cfg, self.name, self.output_dir = cfg, name, Path(cfg.output_dir)
-        self.accelerator = start_accelerator(
-            cfg.output_dir,
-            cfg.mixed_precision,
-            cfg.gradient_accumulation_steps,
-            cfg.report_to,
-            cfg.seed,
-            cfg.batch_size,
-            cfg.max_grad_norm,
-            cfg.deterministic,
-        )
+        names = ("output_dir", "mixed_precision", "gradient_accumulation_steps", "report_to", "seed")
+        names += ("batch_size", "max_grad_norm", "deterministic")
+        self.accelerator = start_accelerator(**{name: getattr(cfg, name) for name in names})
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         self.print = self.accelerator.print
         self.on_gpu = self.device.type != "cpu"
@@ -187,9 +180,11 @@ class TrainingRun:
         rows = {"process": accelerator.process_index, "num_processes": accelerator.num_processes}
         first, last = self.updates * accumulation, cfg.max_steps * accumulation
         sampler = BatchSampler(len(source), cfg.batch_size, cfg.seed, first, last, **rows)
-        loaded = (
-            self._images(source, sampler) if isinstance(source, Dataset) else map(source.__getitem__, sampler)
-        )
+        if isinstance(source, Dataset):
+            workers = 2 * self.on_gpu if cfg.num_workers is None else cfg.num_workers
+            loaded = load_batches(source, sampler, self.device, workers, self.channels_last)
+        else:
+            loaded = map(source.__getitem__, sampler)
         self.guard.listen()
         self.progress = tqdm(
             total=cfg.max_steps, initial=self.updates, desc=f"training {self.name}", disable=not self.is_main
@@ -203,30 +198,12 @@ class TrainingRun:
                 self._end_update()
         self.progress.close()
 
-    def updates_per_epoch(self, source: Dataset) -> int:
-        """Updates in which every slice is seen about once."""
-        return max(1, len(source) // self.images_per_update)
-
     def validation_batches(self, source: Dataset, count: int) -> Iterator[tuple[object, BatchRandom]]:
         """About `count` rows of held-out data in batches; the same rows and random numbers each time."""
         size = self.cfg.batch_size
         for number in range(max(1, min(len(source), count) // size)):
             rows = [row % len(source) for row in range(number * size, (number + 1) * size)]
             yield source[rows], BatchRandom(self.cfg.seed, number, size, 0, 1, self.device)
-
-    def _images(self, slices: Dataset, sampler: BatchSampler) -> Iterator[dict[str, torch.Tensor]]:
-        workers = 2 * self.on_gpu if self.cfg.num_workers is None else self.cfg.num_workers
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        loader = DataLoader(
-            slices,
-            batch_sampler=sampler,
-            num_workers=workers,
-            worker_init_fn=ignore_stop_signals,
-            pin_memory=self.on_gpu,
-        )
-        for batch in loader:
-            batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-            yield batch | {"image": batch["image"].contiguous(memory_format=layout)}
 
     @property
     def learning_rate(self) -> float:
@@ -265,16 +242,15 @@ class TrainingRun:
         for network in self.models[1:]:  # the call above has unscaled the gradients of all
             norm = norm + nn.utils.clip_grad_norm_(network.parameters(), cfg.max_grad_norm)
         skip = self.guard.check(norm)
-        applied = None if self.deferred else self.guard.settle()
-        if applied is False:
-            self.optimizer.zero_grad()  # without gradients the step below changes nothing
         if self.deferred and accelerator.scaler is None:
             self.optimizer.optimizer.found_inf = skip  # fused AdamW skips on the device, as for a scaler
+        elif not self.deferred and skip:
+            self.optimizer.zero_grad()  # without gradients the step below changes nothing
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.updates += 1
-        if applied:
-            self._update_ema()
+        if not self.deferred:
+            self._settle()
         self.progress.update()
         if self.every(cfg.log_steps):
             counts = {"learning_rate": self.last_rate, "skipped": self.guard.skipped}
@@ -296,12 +272,8 @@ class TrainingRun:
         return self.updates == self.cfg.max_steps
 
     def _settle(self) -> None:
-        """Read the decision on the last update if it is still on the device, and update the EMA by it."""
-        if self.guard.settle():
-            self._update_ema()
-
-    def _update_ema(self) -> None:
-        if self.ema:
+        """Read whether the last update was applied, unless it was read before, and if so update the EMA."""
+        if self.guard.settle() and self.ema:
             update_ema(self.ema, self.trained)
 
     def _end_update(self) -> None:

@@ -312,3 +312,16 @@ def test_a_lora_resumed_is_the_uninterrupted_one_and_no_other(base, lora_words, 
     ):
         with pytest.raises(UserError, match=named):
             run(train_ldm, *words, *resume, *changed)
+
+
+@pytest.mark.parametrize(
+    "part", [("--freeze", "unet.down_blocks"), ("--lora_rank", 2), ("--lora_rank", 2, "--use_ema", False)]
+)
+def test_online_evaluation_of_a_part_that_is_trained(part, run, base, phantom_dir, tmp_path):
+    """The EMA holds the trained parameters alone; the best pipeline is whole, LoRA merged."""
+    words = ("--init_from", base, "--data_dir", phantom_dir, "--output_dir", tmp_path / "tuned", *LDM, *part)
+    words += ("--evaluation_steps", 2, "--evaluate_images", 20, "--classifier_steps", 2)
+    run(train_ldm, *words, "--num_inference_steps", 2)
+    best, last = load(tmp_path / "tuned/best"), load(tmp_path / "tuned")
+    assert hash_pipeline(best) == hash_pipeline(last), "judged after the last update"
+    assert draw(best, "AD").isfinite().all()

@@ -49,6 +49,16 @@ def test_an_update_without_gradients_changes_nothing(accelerator):
     assert torch.equal(weight, torch.ones(2)) and not optimizer.state_dict()["state"]
 
 
+@pytest.mark.parametrize(("norm", "skipped"), [(0.5, 0), (float("inf"), 1), (None, 0)])
+def test_a_norm_may_be_a_number_or_missing(norm, skipped, accelerator):
+    """DeepSpeed returns a float, and nothing before its first update."""
+    guard = UpdateGuard(accelerator, max_nonfinite=2)
+    guard.add(GOOD)
+    assert guard.check(norm) == skipped
+    guard.settle()
+    assert guard.skipped == skipped
+
+
 def test_signals_are_answered_at_the_next_update(accelerator):
     guard = UpdateGuard(accelerator, max_nonfinite=2)
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
