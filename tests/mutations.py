@@ -180,7 +180,7 @@ def try_all(
 
 def row(result: Result) -> str:
     """The line of a result under HEADER."""
-    noticed_by = result.noticed_by.rpartition("/")[2] or "**NOT NOTICED**"
+    noticed_by = result.noticed_by.partition("::")[2] or "**NOT NOTICED**"
     return f"| {result.mutation.name} | {result.mutation.claim} | {noticed_by} | {result.seconds:.0f} |"
 
 
