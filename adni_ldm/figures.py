@@ -1,24 +1,33 @@
-"""Pictures that recipes leave behind."""
+"""Figures and 8-bit images that several commands save."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image
 
-from adni_ldm.pipeline import Counterfactual
+if TYPE_CHECKING:
+    from adni_ldm.pipeline import Counterfactual
 
 GREY = {"cmap": "gray", "vmin": -1, "vmax": 1}
 
 
+def to_pil(image: torch.Tensor) -> Image.Image:
+    """Convert a slice (1, H, W) in [0, 1] to an 8-bit grey image, rounded as in the pipeline's output."""
+    (converted,) = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(image[None].clamp(0, 1)))
+    return converted
+
+
 def save_rows(path: str | Path, rows: Mapping[str, torch.Tensor], columns: int | None = None) -> None:
-    """One labelled row of slices each, {title: (n, 1, H, W) in [0, 1]}; long rows wrap after `columns`."""
+    """Save rows of slices, {title: (n, 1, H, W) in [0, 1]}; long rows wrap after `columns`."""
     columns = columns or max(len(images) for images in rows.values())
     lines = [
         (title if first == 0 else "", images[first : first + columns])
@@ -39,28 +48,32 @@ def save_rows(path: str | Path, rows: Mapping[str, torch.Tensor], columns: int |
     figure.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.05)
 
 
-def colour_limit(result: Counterfactual) -> float:
-    """The difference that gets the strongest colour; never so small that noise would look like something."""
-    return max(0.05, float(result.difference.abs().max()))
+def colour_limit(difference: torch.Tensor) -> float:
+    """Return the limit of a difference map's colour scale: the largest difference, but at least 0.05.
+
+    The minimum keeps noise from being shown in saturated colours.
+    """
+    return max(0.05, float(difference.abs().max()))
 
 
-def difference_picture(difference: torch.Tensor, limit: float) -> Image.Image:
-    """A difference (1, H, W) in colours: blue is darker by `limit`, white is none, red is brighter by it."""
+def difference_image(difference: torch.Tensor, limit: float) -> Image.Image:
+    """Convert a difference map (1, H, W) to colours: blue at −limit (darker), white at 0, red at limit."""
     colours = colormaps["RdBu_r"]((difference[0].float().cpu().numpy() / limit + 1) / 2, bytes=True)
     return Image.fromarray(colours[..., :3])
 
 
 def save_counterfactual(path: str | Path, given: torch.Tensor, result: Counterfactual, classes: str) -> None:
-    """A slice (1, H, W) in [-1, 1], what it became, and the two maps to read together, in one scale.
+    """Save an input slice, its round trip, its counterfactual and two difference maps on one colour scale.
 
     Args:
-        result: of that slice, a batch of one.
-        classes: what the picture is called, such as "NC to AD".
+        given: the input slice (1, H, W) in [-1, 1].
+        result: its counterfactual, a batch of one.
+        classes: title of the counterfactual, such as "NC to AD".
     """
-    panels = {"given": given, "round trip": result.round_trip[0], classes: result.images[0]}
+    panels = {"input": given, "round trip": result.round_trip[0], classes: result.images[0]}
     error = result.round_trip[0] - given.to(result.round_trip.device)
-    maps = {f"{classes} − given": result.difference[0], "round trip − given": error / 2}
-    limit = colour_limit(result)
+    maps = {f"{classes} − input": result.difference[0], "round trip − input": error / 2}
+    limit = colour_limit(result.difference)
     figure = Figure(figsize=(13, 3), layout="constrained")
     axes = figure.subplots(1, len(panels) + len(maps))
     for axis, (title, image) in zip(axes, (panels | maps).items()):
@@ -68,12 +81,12 @@ def save_counterfactual(path: str | Path, given: torch.Tensor, result: Counterfa
         shown = axis.imshow(image[0].float().cpu(), **options)
         axis.set_title(title, fontsize=10)
         axis.set_axis_off()
-    figure.colorbar(shown, ax=axes[-1], label="share of the grey range", shrink=0.8)
+    figure.colorbar(shown, ax=axes[-1], label="fraction of the intensity range", shrink=0.8)
     figure.savefig(path, dpi=110)
 
 
 def save_curves(csv_path: str | Path, path: str | Path) -> None:
-    """One panel for each column of a metrics.csv, over the step."""
+    """Plot each column of a metrics.csv over the step, one panel each."""
     table = pd.read_csv(csv_path).set_index("step")
     table = table.dropna(axis=1, how="all")
     figure = Figure(figsize=(3.6 * len(table.columns), 3))
@@ -92,13 +105,13 @@ def save_curves(csv_path: str | Path, path: str | Path) -> None:
 def save_histograms(
     path: str | Path, panels: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]]
 ) -> None:
-    """One panel for each title, the histograms of the classes over each other: {class: (edges, shares)}."""
+    """Plot histograms, one panel per title and one line per class: {title: {class: (edges, fractions)}}."""
     figure = Figure(figsize=(5 * len(panels), 3.2))
     axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (title, classes) in zip(axes[0], panels.items()):
-        for name, (edges, shares) in classes.items():
-            axis.stairs(shares, edges, label=name, linewidth=1.4, fill=False)
-        axis.set(xlabel=title, ylabel="share", ylim=(0, None))
+        for name, (edges, fractions) in classes.items():
+            axis.stairs(fractions, edges, label=name, linewidth=1.4, fill=False)
+        axis.set(xlabel=title, ylabel="fraction", ylim=(0, None))
         axis.legend(frameon=False)
         axis.grid(alpha=0.3)
     figure.tight_layout()

@@ -1,4 +1,4 @@
-"""Drawing many images: which sampler, which seed, in batches."""
+"""Sampling of many images: which scheduler, which seeds, in batches; denoising and class interpolation."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from diffusers import EulerDiscreteScheduler
 
-from adni_ldm.pipeline import ClassConditionalLDMPipeline
+from adni_ldm.data.slices import evenly_spaced
+from adni_ldm.pipeline import ClassConditionalLDMPipeline, check_scheduler
 
 # Noise schedule, prediction type and trailing timesteps come from the pipeline's own scheduler. DPM-Solver++
-# ends with a step of first order to the clean image, by default. Its steps are even in time: even in log(SNR)
-# (use_lu_lambdas) they are better on Gaussian latents and worse on brains, where many see only noise.
+# ends with a first-order step to the clean image, by default, and its steps are uniform in time: uniform in
+# log SNR (use_lu_lambdas) they are more accurate on Gaussian latents and less accurate on brains, where many
+# of them are spent at noise levels without anatomy.
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),
@@ -29,7 +31,7 @@ SCHEDULERS = {
     "unipc": ("UniPCMultistepScheduler", {}),
 }
 
-_one_drawing = Lock()  # the pipeline's scheduler counts the steps of one drawing
+_scheduler_lock = Lock()  # a scheduler holds the state of one sampling loop
 
 
 def use_scheduler(pipeline: ClassConditionalLDMPipeline, name: str) -> None:
@@ -44,14 +46,17 @@ def use_scheduler(pipeline: ClassConditionalLDMPipeline, name: str) -> None:
         # A class without the option ignores it, but takes betas: β_t = 1 − ᾱ_t / ᾱ_t−1. Euler's schedule has
         # ᾱ = 2⁻²⁴, not 0, at the last timestep, so that the noise level there is finite.
         alphas = EulerDiscreteScheduler.from_config(config).alphas_cumprod.double()
-        options = options | {
-            "trained_betas": (1 - alphas / torch.cat([alphas.new_ones(1), alphas[:-1]])).tolist()
-        }
+        betas = 1 - alphas / torch.cat([alphas.new_ones(1), alphas[:-1]])
+        options = options | {"trained_betas": betas.tolist()}
     pipeline.scheduler = scheduler_class.from_config(config, **options)
+    if "trained_betas" in options and config.get("trained_betas") is None:
+        # for from_config they count as not given: another scheduler has the original schedule again
+        defaults = [*pipeline.scheduler.config.get("_use_default_values", ()), "trained_betas"]
+        pipeline.scheduler.register_to_config(_use_default_values=defaults)
 
 
 def image_seed(seed: int, index: int) -> int:
-    """Seed of image `index` of a run with `seed`; hashed, so that neighbouring seeds share no image."""
+    """Return the seed of image `index` in a run with `seed`; hashed, so that nearby seeds share no image."""
     return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint32)[0])
 
 
@@ -63,10 +68,10 @@ def generate_images(
     precision: str = "no",
     **options,
 ) -> Iterator[torch.Tensor]:
-    """Draw an image for each label from the seed beside it, in batches (B, 1, H, W) in [0, 1], on the CPU.
+    """Sample one image per label and seed; yields batches (B, 1, H, W) in [0, 1] on the CPU.
 
-    Each image has a generator of its own, so it depends on its seed and not on its batch (up to the
-    rounding of batched arithmetic).
+    Each image has its own generator, so that it depends on its seed and not on its batch (up to the rounding
+    of batched arithmetic).
 
     Args:
         precision: "no", "fp16" or "bf16", of the U-Net alone.
@@ -74,14 +79,11 @@ def generate_images(
     """
     for first in range(0, len(labels), batch_size):
         batch = slice(first, first + batch_size)
-        # seeded on the CPU: a seed means the same noise on every machine
+        # seeded on the CPU: a seed gives the same noise on every machine
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[batch]]
         with _autocast(pipeline.device, precision):
-            yield (
-                pipeline(list(labels[batch]), generator=generators, output_type="pt", **options)
-                .images.float()
-                .cpu()
-            )
+            result = pipeline(list(labels[batch]), generator=generators, output_type="pt", **options)
+        yield result.images.float().cpu()
 
 
 def generate_progressively(
@@ -92,40 +94,44 @@ def generate_progressively(
     precision: str = "no",
     **options,
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """As `generate_images` in one batch, looked at on the way: (steps done, images (B, 1, H, W) in [0, 1]).
+    """Sample one batch as `generate_images` does; yields (steps done, images (B, 1, H, W) in [0, 1]).
 
-    Comes every `every` steps, and last with the images themselves. Draws in a thread of its own, one at a
-    time in the whole process; closing the iterator ends it after the step it is at.
+    Yields the decoded latents every `every` steps, and at the end the images. Sampling runs in a thread, one
+    at a time in the process; closing the iterator stops it after the present step.
+
+    Raises:
+        ValueError: as the pipeline's call.
     """
     updates: Queue[tuple[int, torch.Tensor] | Exception | None] = Queue()
-    left = Event()
+    closed = Event()
 
-    def look(_pipeline, step, _timestep, tensors):
-        if left.is_set():
-            raise InterruptedError("nobody waits for these images")
+    def report_progress(_pipeline, step, _timestep, tensors):
+        if closed.is_set():
+            raise InterruptedError("the iterator was closed")
         if (step + 1) % every == 0 and step + 1 < options["num_inference_steps"]:
             updates.put((step + 1, pipeline.decode_latents(tensors["latents"]).float().cpu()))
         return {}
 
-    def draw():
+    def sample():
         try:
-            with _one_drawing:
+            with _scheduler_lock:
+                callback = {"callback_on_step_end": report_progress}
                 batches = generate_images(
-                    pipeline, labels, seeds, len(labels), precision, callback_on_step_end=look, **options
+                    pipeline, labels, seeds, len(labels), precision, **callback, **options
                 )
                 updates.put((options["num_inference_steps"], next(batches)))
             updates.put(None)
         except Exception as error:
             updates.put(error)
 
-    Thread(target=draw, daemon=True).start()
+    Thread(target=sample, daemon=True).start()
     try:
         while (update := updates.get()) is not None:
             if isinstance(update, Exception):
                 raise update
             yield update
     finally:
-        left.set()
+        closed.set()
 
 
 def denoising_trajectory(
@@ -136,7 +142,7 @@ def denoising_trajectory(
     precision: str = "no",
     **options,
 ) -> torch.Tensor:
-    """One image coming out of the noise: (frames, 1, H, W) in [0, 1], from pure noise to the image.
+    """Sample one image and decode `frames` of its latents, (frames, 1, H, W) in [0, 1], from noise to image.
 
     Args:
         precision: "no", "fp16" or "bf16", of the U-Net alone.
@@ -151,8 +157,8 @@ def denoising_trajectory(
 
     with _autocast(pipeline.device, precision):
         pipeline(label, latents=latents[0], output_type="latent", callback_on_step_end=keep, **options)
-    chosen = torch.linspace(0, len(latents) - 1, min(frames, len(latents))).round().int()
-    return pipeline.decode_latents(torch.cat([latents[index] for index in chosen])).float().cpu()
+    chosen = torch.cat([latents[index] for index in evenly_spaced(len(latents), frames)])
+    return pipeline.decode_latents(chosen).float().cpu()
 
 
 @torch.no_grad()
@@ -165,14 +171,15 @@ def interpolate_classes(
     num_inference_steps: int = 50,
     guidance_scale: float = 1.5,
 ) -> torch.Tensor:
-    """One brain going from a class to another: (frames, 1, H, W) in [0, 1], of one noise.
+    """Interpolate between two classes from one initial noise: (frames, 1, H, W) in [0, 1].
 
-    The class tokens go from the one class's to the other's in a straight line; the first and the last frame
-    are what DDIM draws of the two classes from that seed.
+    The class tokens are interpolated linearly; the first and the last frame are the DDIM samples of the two
+    classes from that seed.
 
     Raises:
-        ValueError: a class that the model does not know.
+        ValueError: an unknown class, or a scheduler that does not follow the training's noise schedule.
     """
+    check_scheduler(pipeline.scheduler)
     embedding, config = pipeline.class_embedding, pipeline.unet.config
     labels = [*embedding.labels_of([source, target]), embedding.null_label]
     first, last, null = embedding(torch.tensor(labels, device=pipeline.device)).tokens.split(1)  # (1, 2, D)

@@ -1,5 +1,6 @@
 """sample.py: shared among processes, stopped and gone on with, refused where the folder is another run's."""
 
+import io
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from PIL import Image
 
 import sample
 from adni_ldm.errors import UserError
+from adni_ldm.generation import image_seed
 from adni_ldm.models import ClassEmbedding, build_autoencoder, build_denoiser
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
 
@@ -71,6 +73,20 @@ def whole(model, tmp_path_factory):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return folder
+
+
+def test_the_files_are_the_pipelines_own_images(model, draw, tmp_path):
+    """Rounded to 8 bits as diffusers does, not truncated."""
+    draw(tmp_path / "samples", "--class", "NC")
+    pipeline = ClassConditionalLDMPipeline.from_pretrained(model)
+    pipeline.set_progress_bar_config(disable=True)
+    for batch in (range(3), range(3, 6)):
+        generators = [torch.Generator().manual_seed(image_seed(0, index)) for index in batch]
+        images = pipeline(["NC"] * 3, num_inference_steps=2, generator=generators).images
+        for index, image in zip(batch, images):
+            encoded = io.BytesIO()
+            image.save(encoded, format="png")
+            assert (tmp_path / f"samples/NC/{index:06d}.png").read_bytes() == encoded.getvalue()
 
 
 def test_two_processes_draw_what_one_draws(model, whole, tmp_path):

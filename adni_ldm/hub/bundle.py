@@ -17,10 +17,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from torchvision.transforms.functional import to_pil_image
-
 from adni_ldm.data.folder import FolderListing
 from adni_ldm.errors import UserError
+from adni_ldm.figures import to_pil
 from adni_ldm.files import read_json, write_json
 from adni_ldm.generation import generate_images, image_seed
 from adni_ldm.hub.card import write_dataset_card, write_model_card
@@ -117,7 +116,7 @@ def _save_previews(pipeline: ClassConditionalLDMPipeline, folder: Path) -> list[
         batches = generate_images(pipeline, [label] * PREVIEWS, seeds, PREVIEWS, num_inference_steps=STEPS)
         for index, image in enumerate(image for batch in batches for image in batch):
             names.append(f"previews/{name}-{index}.png")
-            to_pil_image(image).save(folder / names[-1])
+            to_pil(image).save(folder / names[-1])
     return names
 
 
