@@ -18,7 +18,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import numpy as np
 import torch
-from torchvision.transforms.functional import to_pil_image
+from PIL import Image
 
 try:
     import gradio as gr
@@ -26,9 +26,9 @@ except ImportError:
     sys.exit("app.py: error: gradio is not installed: pip install 'adni-ldm[app]'")
 
 from adni_ldm.config import AppConfig, parse_config
-from adni_ldm.counterfactual import redraw
+from adni_ldm.counterfactual import make_counterfactual
 from adni_ldm.errors import UserError, run_recipe
-from adni_ldm.figures import colour_limit, difference_picture
+from adni_ldm.figures import colour_limit, difference_image, to_pil
 from adni_ldm.generation import generate_progressively, hash_pipeline, image_seed
 from adni_ldm.hub.report import find_report
 from adni_ldm.hub.space import push_space
@@ -164,7 +164,7 @@ class Model:
         """The slices that sample.py generates for this seed."""
         labels, seeds = [label] * number, [image_seed(seed, index) for index in range(number)]
         for images in self._denoise(labels, seeds, steps, guidance, progress):
-            images = [to_pil_image(image) for image in images]
+            images = [to_pil(image) for image in images]
             shown = components.gallery((image, f"{label} {index}") for index, image in enumerate(images))
             yield "", shown
         files = {f"{label}/{index:06d}.png": image for index, image in enumerate(images)}
@@ -188,8 +188,8 @@ class Model:
         seeds = [image_seed(seed, 0)] * 2
         for images in self._denoise([source, target], seeds, steps, guidance, progress):
             difference = images[1] - images[0]  # (1, H, W)
-            limit = max(0.05, float(difference.abs().max()))
-            images = [*map(to_pil_image, images), difference_picture(difference, limit)]
+            limit = colour_limit(difference)
+            images = [*map(to_pil, images), difference_image(difference, limit)]
             captions = (source, target, caption_difference(f"{target} − {source}", limit))
             shown = components.gallery(zip(images, captions))
             yield "", shown
@@ -204,7 +204,7 @@ class Model:
             pixels = read_upload(path, self.side)
         except UserError as error:
             return None, None, components.alert(str(error))
-        return None, pixels, components.gallery([(to_pil_image(pixels), "Uploaded slice")])
+        return None, pixels, components.gallery([(Image.fromarray(pixels), "Uploaded slice")])
 
     def counterfactual(
         self,
@@ -224,15 +224,15 @@ class Model:
             yield components.alert(f"Choose {missing}."), ""
             return
         options = {"strength": strength, "num_inference_steps": steps, "guidance_scale": guidance}
-        result = redraw(self.pipeline, torch.tensor(pixels), source, target, **options)
-        limit = colour_limit(result)
+        result = make_counterfactual(self.pipeline, torch.tensor(pixels), source, target, **options)
+        limit = colour_limit(result.difference)
         given = torch.tensor(pixels)[None] / 255  # (1, H, W), [0, 1]
-        image = to_pil_image((result.images[0] / 2 + 0.5).clamp(0, 1))
-        difference = difference_picture(result.difference[0], limit)
-        error_map = difference_picture(result.round_trip[0] / 2 + 0.5 - given, limit)
+        image = to_pil(result.images[0] / 2 + 0.5)
+        difference = difference_image(result.difference[0], limit)
+        error_map = difference_image(result.round_trip[0] / 2 + 0.5 - given, limit)
         shown = components.gallery(
             [
-                (to_pil_image(pixels), f"Uploaded slice, {source}"),
+                (Image.fromarray(pixels), f"Uploaded slice, {source}"),
                 (image, f"Counterfactual, {target}"),
                 (difference, caption_difference(f"{target} − uploaded slice", limit)),
                 (error_map, f"Reconstruction error as {source}, same colours"),
