@@ -1,21 +1,26 @@
-"""Say what samples are worth: fidelity, usefulness, faithfulness to the class, anatomy, and privacy.
+"""Evaluate samples against real slices: fidelity, TSTR, class conditioning, anatomy and memorization.
 
     python evaluate.py --real data/phantom --samples samples --output_dir report --model runs/ldm
 
-Compares samples with real slices of subjects that nothing was trained on. Writes report.html (one page that
-needs no other file), metrics.json (each figure with its 95 % interval and its floor: what other real people's
-slices reach) and figures/. Works offline; the same seed gives the same figures.
+Compares samples with real slices of subjects that the model was not trained on. Writes report.html (one page
+that needs no other file), metrics.json (every metric with its 95 % confidence interval and its reference: the
+value that real slices of other subjects reach in the samples' place) and figures/. Works offline; the same
+seed gives the same metrics. Needs the extra `eval`: pip install 'adni-ldm[eval]'.
 """
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
 import torch
 from PIL import Image
+
+if missing := [name for name in ("scipy", "umap") if find_spec(name) is None]:
+    sys.exit(f"evaluate.py: error: {missing[0]} is not installed: pip install 'adni-ldm[eval]'")
 
 from adni_ldm.config import EvaluateConfig, class_names, parse_config
 from adni_ldm.data.provenance import DataRecord, check_leakage, describe_data
@@ -25,17 +30,22 @@ from adni_ldm.errors import UserError, run_recipe
 from adni_ldm.evaluation import figures
 from adni_ldm.evaluation.anatomy import measure_anatomy
 from adni_ldm.evaluation.classifier import train_classifier
-from adni_ldm.evaluation.conditioning import agreement, agreement_by_guidance
+from adni_ldm.evaluation.conditioning import (
+    class_conditioning_accuracy,
+    class_conditioning_accuracy_by_guidance,
+)
 from adni_ldm.evaluation.effects import compare_anatomy
 from adni_ldm.evaluation.features import load_extractor
 from adni_ldm.evaluation.fidelity import fidelity
 from adni_ldm.evaluation.image_sets import ImageSet, generate_image_set, join, load_samples, real_set, thin
 from adni_ldm.evaluation.model_outputs import bottleneck_features, reconstruct
-from adni_ldm.evaluation.privacy import examine
-from adni_ldm.evaluation.report import Gallery, write_metrics, write_page
-from adni_ldm.evaluation.tstr import usefulness
+from adni_ldm.evaluation.privacy import measure_memorization
+from adni_ldm.evaluation.questions import list_verdicts
+from adni_ldm.evaluation.report import FigureFolder, write_html, write_metrics
+from adni_ldm.evaluation.tstr import train_on_synthetic_test_on_real
 from adni_ldm.evaluation.verdicts import verdicts
 from adni_ldm.figures import save_rows
+from adni_ldm.files import check_empty_dir, read_json
 from adni_ldm.generation import denoising_trajectory, hash_pipeline, image_seed
 from adni_ldm.loading import load_pipeline
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
@@ -45,104 +55,93 @@ from adni_ldm.precision import choose_precision
 def main() -> None:
     cfg = parse_config(EvaluateConfig, __doc__)
     output_dir = Path(cfg.output_dir)
-    refuse_other_folder(output_dir)
+    if not (output_dir / "metrics.json").is_file():  # an earlier report is overwritten, nothing else
+        check_empty_dir(output_dir)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
-    # ---- What is compared ----------------------------------------------------------------------------------
+    # ---- Samples, real slices and the model ----------------------------------------------------------------
     names = class_names(cfg.classes)
     samples = load_samples(cfg.samples, names, cfg.max_slices)
     size = samples.images.shape[-1]
-    scan = open_folder(cfg.real, names, cfg.table)
-    splits = read_slices(scan, cfg.val_fraction)
-    data, drawn = describe_data(scan, splits), sample_facts(cfg.samples)
-    refuse_leaks(cfg.model, drawn, data)
-    pipeline = open_pipeline(cfg.model, drawn, names, size)
-    real = {split: real_set(slices, size) for split, slices in splits.items()}
-    everyone_trained_on = real["train"]  # privacy looks at all of them; the rest at so many
-    test, unseen = real["val"], real["val"]
-    if "test" in real:
-        test, unseen = real["test"], join(real["val"], real["test"])
-    train, test, unseen = (
-        part.take(thin(part.subjects, cfg.max_slices, cfg.seed))
-        for part in (everyone_trained_on, test, unseen)
-    )
-    print(f"{len(samples)} samples; real slices: {len(train)} for training, {len(unseen)} of unseen people")
-
-    # ---- Judge and features --------------------------------------------------------------------------------
-    options = {"seed": cfg.seed, "device": device, "steps": cfg.classifier_steps}
-    judge = train_classifier(train, **options, description="training a classifier on real slices")
+    listing = open_folder(cfg.real, names, cfg.table)
+    splits = read_slices(listing, cfg.val_fraction)
+    data, metadata = describe_data(listing, splits), read_metadata(cfg.samples)
+    check_held_out(cfg.model, metadata, data)
+    pipeline = open_pipeline(cfg.model, metadata, names, size)
     if pipeline:
         pipeline.to(device)
-    extract = load_extractor(
-        cfg.features, classifier=judge, vae=pipeline.vae if pipeline else None, device=device
+    real = {split: real_set(slices, size) for split, slices in splits.items()}
+    all_train = real["train"]  # memorization is searched for in every training slice
+    test = real.get("test", real["val"])
+    held_out = join(real["val"], test) if "test" in real else test
+    train, test, held_out = (
+        part.take(thin(part.subjects, cfg.max_slices, cfg.seed)) for part in (all_train, test, held_out)
     )
-    compared = (unseen, train, samples)
-    features = [extract(images) for images in compared]
-    pixel_mm = cfg.pixel_mm or find_pixel_mm(scan.root, size)
-    anatomy = [measure_anatomy(images.floats(), pixel_mm, progress=True) for images in (unseen, samples)]
+    print(f"{len(samples)} samples; {len(train)} training and {len(held_out)} held-out real slices")
 
-    # ---- The questions -------------------------------------------------------------------------------------
-    faithfulness = {"agreement": agreement(judge, samples, test)}
+    # ---- Classifier, features and anatomy ------------------------------------------------------------------
+    training = {"seed": cfg.seed, "device": device, "steps": cfg.classifier_steps}
+    classifier = train_classifier(train, **training, description="Training a classifier on real slices")
+    vae = pipeline.vae if pipeline else None
+    extract = load_extractor(cfg.features, classifier=classifier, vae=vae, device=device)
+    features = [extract(images) for images in (held_out, train, samples)]
+    pixel_mm = cfg.pixel_mm or find_pixel_mm(listing.root, size)
+    anatomy = [measure_anatomy(images.floats(), pixel_mm, progress=True) for images in (held_out, samples)]
+
+    # ---- Metrics -------------------------------------------------------------------------------------------
+    sampling = {"num_inference_steps": cfg.curve_steps, "precision": choose_precision(None)}
+    conditioning = {"class_conditioning_accuracy": class_conditioning_accuracy(classifier, samples, test)}
     if pipeline and cfg.curve_images:
 
-        def draw(guidance_scale: float) -> ImageSet:
-            options = {"num_inference_steps": cfg.curve_steps, "precision": choose_precision(None)}
-            options["guidance_scale"] = guidance_scale
+        def generate(guidance_scale: float) -> ImageSet:
+            options = {"guidance_scale": guidance_scale, **sampling}
             return generate_image_set(pipeline, cfg.curve_images, cfg.seed, **options)
 
-        faithfulness["by_guidance"] = agreement_by_guidance(judge, draw, cfg.guidance_scales, test)
-    privacy = examine(samples, everyone_trained_on, unseen, pipeline=pipeline, seed=cfg.seed)
-    questions = {
-        "fidelity": fidelity(*compared, features, seed=cfg.seed),
-        "usefulness": usefulness(judge, train, samples, test, **options),
-        "faithfulness": faithfulness,
-        "anatomy": compare_anatomy(unseen, anatomy[0], samples, anatomy[1], cfg.seed),
-        "privacy": privacy.figures,
+        conditioning["by_guidance"] = class_conditioning_accuracy_by_guidance(
+            classifier, generate, cfg.guidance_scales, test
+        )
+    memorization = measure_memorization(samples, all_train, held_out, pipeline=pipeline, seed=cfg.seed)
+    metrics = {
+        "fidelity": fidelity(held_out, train, samples, features, seed=cfg.seed),
+        "tstr": train_on_synthetic_test_on_real(classifier, train, samples, test, **training),
+        "conditioning": conditioning,
+        "anatomy": compare_anatomy(held_out, anatomy[0], samples, anatomy[1], cfg.seed),
+        "privacy": memorization.metrics,
     }
 
-    # ---- Pictures ------------------------------------------------------------------------------------------
-    gallery = Gallery(output_dir / "figures")
-    draw_comparisons(gallery, unseen, everyone_trained_on, samples, anatomy, questions, privacy)
-    shown = (features[0], unseen), (features[2], samples)
-    path = gallery.add(
-        "fidelity",
-        "features",
-        f"The slices by their features ({extract.name}), near where they are alike (UMAP)",
-    )
-    figures.save_umap(path, f"features of {extract.name}", *shown, seed=cfg.seed)
+    # ---- Figures -------------------------------------------------------------------------------------------
+    folder = FigureFolder(output_dir / "figures")
+    plot_comparisons(folder, held_out, all_train, samples, anatomy, conditioning, memorization)
+    caption = f"UMAP of the features ({extract.name}) of real slices and samples, by class"
+    path = folder.add("fidelity", "features", caption)
+    title = f"UMAP of {extract.name} features"
+    figures.save_umap(path, title, (features[0], held_out), (features[2], samples), seed=cfg.seed)
     if pipeline:
-        draw_insides(gallery, pipeline, unseen, samples, cfg)
+        plot_model(folder, pipeline, held_out, samples, cfg, sampling)
 
-    # ---- The report ----------------------------------------------------------------------------------------
+    # ---- Report --------------------------------------------------------------------------------------------
     facts = {
-        "model_hash": hash_pipeline(pipeline) if pipeline else drawn.get("model_hash"),
+        "model_hash": hash_pipeline(pipeline) if pipeline else metadata.get("model_hash"),
         "data_hash": data.hash,
         "features": {"name": extract.name, "hash": extract.hash},
-        "copy_rule": str(privacy.rule) if privacy.rule else None,
+        "copy_rule": str(memorization.rule) if memorization.rule else None,
         "pixel_mm": pixel_mm,
         "seed": cfg.seed,
-        "sampled_with": drawn,
+        "sampled_with": metadata,
         "slices": {name: len(part) for name, part in (*real.items(), ("samples", samples))},
         "subjects": {name: len(set(part.subjects)) for name, part in real.items()},
         "versions": installed_versions(("adni-ldm", "torch", "diffusers", "torchvision")),
     }
-    metrics = {"verdicts": verdicts(questions), **questions, **facts}
+    metrics = {"verdicts": verdicts(metrics), **metrics, **facts}
     write_metrics(output_dir / "metrics.json", metrics)
-    write_page(output_dir / "report.html", metrics, gallery.pictures, in_words(facts))
-    for verdict in metrics["verdicts"].values():
-        print({True: "yes", False: "no ", None: "?  "}[verdict["good"]], verdict["text"])
+    write_html(output_dir / "report.html", metrics, folder.figures, describe(facts))
+    for verdict in list_verdicts(metrics):
+        print(f"{verdict.question} {verdict.answer}. {verdict.text}")
     print(f"report: {output_dir}/report.html")
 
 
-def refuse_other_folder(output_dir: Path) -> None:
-    """A report is written over an earlier one, and over nothing else."""
-    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
-        if not (output_dir / "metrics.json").is_file():
-            raise UserError(f"--output_dir {output_dir} is not empty and holds no report: choose another")
-
-
-def sample_facts(folder: str) -> dict[str, str]:
-    """Which model, data and settings the samples' metadata.csv names; empty without one."""
+def read_metadata(folder: str) -> dict[str, str]:
+    """Model, data and settings in the samples' metadata.csv, a column's values joined; {} without one."""
     path = Path(folder) / "metadata.csv"
     if not path.is_file():
         return {}
@@ -154,25 +153,25 @@ def sample_facts(folder: str) -> dict[str, str]:
     return {name: ", ".join(sorted(set(table[name]))) for name in columns if name in table}
 
 
-def refuse_leaks(model: str | None, drawn: Mapping[str, str], data: DataRecord) -> None:
-    """Refuse real data of which the model was trained on somebody who is held out here.
+def check_held_out(model: str | None, metadata: Mapping[str, str], data: DataRecord) -> None:
+    """Raise UserError if the model was trained on a subject that is held out in `data`.
 
-    Asks the configs of --model, or of the folder that the samples' metadata.csv names if it is still there.
+    Reads the configs of --model, else of the folder that the samples' metadata.csv names, if it exists.
     """
-    folder = Path(model or drawn.get("model", ""))
+    folder = Path(model or metadata.get("model", ""))
     for part in ("vae", "unet"):
         config = folder / part / "config.json"
         if config.is_file():
-            check_leakage(str(folder), json.loads(config.read_text()).get("_trained_on"), data)
+            check_leakage(str(folder), read_json(config).get("_trained_on"), data)
 
 
 def open_pipeline(
-    name: str | None, drawn: Mapping[str, str], names: tuple[str, ...], size: int
+    name: str | None, metadata: Mapping[str, str], names: tuple[str, ...], size: int
 ) -> ClassConditionalLDMPipeline | None:
-    """The model that drew the samples.
+    """The pipeline that generated the samples; None without --model.
 
     Raises:
-        UserError: it draws other classes or sizes, or did not draw them.
+        UserError: it has other classes or another image size, or did not generate the samples.
     """
     if name is None:
         return None
@@ -180,15 +179,15 @@ def open_pipeline(
     pipeline.set_progress_bar_config(disable=True)
     if pipeline.class_embedding.config.class_names != list(names):
         known = ",".join(pipeline.class_embedding.config.class_names)
-        raise UserError(f"--model {name}: draws {known}; give --classes {known}")
-    drawn_size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    if drawn_size != size:
-        raise UserError(f"--model {name}: draws slices of {drawn_size} pixels, the samples have {size}")
+        raise UserError(f"--model {name}: has the classes {known}; give --classes {known}")
+    model_size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    if model_size != size:
+        raise UserError(f"--model {name}: generates slices of {model_size} pixels, the samples have {size}")
     found = hash_pipeline(pipeline)
-    if drawn.get("model_hash", found) != found:
+    if metadata.get("model_hash", found) != found:
         raise UserError(
             f"--model {name} did not generate these samples: the hash of its weights is {found}, that in "
-            f"metadata.csv {drawn['model_hash']}; sample again with sample.py"
+            f"metadata.csv {metadata['model_hash']}; sample again with sample.py"
         )
     return pipeline
 
@@ -203,89 +202,95 @@ def find_pixel_mm(root: Path, size: int) -> float:
     return 256 / size
 
 
-def draw_comparisons(
-    gallery: Gallery, unseen: ImageSet, train: ImageSet, samples: ImageSet, anatomy, questions, privacy
+def plot_comparisons(
+    folder: FigureFolder,
+    held_out: ImageSet,
+    train: ImageSet,
+    samples: ImageSet,
+    anatomy,
+    conditioning,
+    memorization,
 ) -> None:
-    """Pictures that need no model."""
-    path = gallery.add("pictures", "slices", "Real slices of unseen people, and samples, by class")
-    figures.save_real_beside_samples(path, unseen, samples)
-    path = gallery.add(
-        "anatomy", "class_difference", "What sets the first class apart: mean picture minus mean of the last"
+    """Figures of the slices and the metrics."""
+    path = folder.add("figures", "slices", "Held-out real slices and samples, by class")
+    figures.save_real_beside_samples(path, held_out, samples)
+    caption = (
+        "Difference between the mean slices of the first and the last class, in real slices and in samples"
     )
-    figures.save_class_difference(path, unseen, samples)
-    path = gallery.add("anatomy", "anatomy", "Measures of the anatomy by class, real and synthetic")
-    figures.save_anatomy(path, unseen, anatomy[0], samples, anatomy[1])
-    path = gallery.add(
-        "privacy",
-        "nearest_pairs",
-        "The ten samples that come nearest to a training slice. People are numbered, not named",
+    figures.save_class_difference(folder.add("anatomy", "class_difference", caption), held_out, samples)
+    caption = "Distribution of the anatomical measures by class, in held-out real slices and in samples"
+    path = folder.add("anatomy", "anatomy", caption)
+    figures.save_anatomy(path, held_out, anatomy[0], samples, anatomy[1])
+    caption = (
+        "The ten samples nearest to a training slice, that slice, and the difference after alignment. "
+        "Subjects are numbered within this figure"
     )
-    figures.save_pairs(path, privacy.pairs, samples, train)
-    path = gallery.add("privacy", "distances", "How near samples and other people's slices come to training")
-    figures.save_nearest_histogram(path, privacy.samples.ratios, privacy.held_out.ratios, privacy.rule)
-    if curve := questions["faithfulness"].get("by_guidance"):
-        path = gallery.add(
-            "faithfulness", "guidance", "Share of samples taken for the class asked for, by guidance scale"
-        )
+    path = folder.add("privacy", "nearest_pairs", caption)
+    figures.save_pairs(path, memorization.pairs, samples, train)
+    caption = "Distance ratio to the nearest training slice, for samples and for held-out real slices"
+    path = folder.add("privacy", "distances", caption)
+    neighbors = memorization.samples, memorization.held_out
+    figures.save_nearest_histogram(path, *(one.ratios for one in neighbors), memorization.rule)
+    if curve := conditioning.get("by_guidance"):
+        path = folder.add("conditioning", "guidance", "Class-conditioning accuracy by guidance scale")
         figures.save_guidance_curve(path, curve)
 
 
-def draw_insides(
-    gallery: Gallery,
+def plot_model(
+    folder: FigureFolder,
     pipeline: ClassConditionalLDMPipeline,
-    unseen: ImageSet,
+    held_out: ImageSet,
     samples: ImageSet,
     cfg: EvaluateConfig,
+    sampling: Mapping,
 ) -> None:
-    """Pictures of the model itself."""
-    path = gallery.add("pictures", "denoising", "One brain of each class coming out of the same noise")
-    options = {"num_inference_steps": cfg.curve_steps, "precision": choose_precision(None)}
-    labels = range(len(unseen.class_names))
-    rows = [
-        denoising_trajectory(pipeline, label, image_seed(cfg.seed, 0), frames=9, **options)
-        for label in labels
-    ]
-    save_rows(path, dict(zip(unseen.class_names, rows)))
+    """Figures of the model: denoising, reconstructions, the U-Net's bottleneck and loss curves."""
+    path = folder.add("figures", "denoising", "Denoising from the same noise, for each class")
+    seed = image_seed(cfg.seed, 0)
+    rows = {
+        name: denoising_trajectory(pipeline, label, seed, frames=9, **sampling)
+        for label, name in enumerate(held_out.class_names)
+    }
+    save_rows(path, rows)
 
-    path = gallery.add("pictures", "reconstructions", "What the autoencoder keeps of unseen people's slices")
-    some = unseen.take(evenly_spaced(len(unseen), 8))
+    path = folder.add("figures", "reconstructions", "Reconstructions of held-out slices by the autoencoder")
+    some = held_out.take(evenly_spaced(len(held_out), 8))
     figures.save_reconstructions(path, some, reconstruct(pipeline.vae, some))
 
-    path = gallery.add("pictures", "bottleneck", "The slices as the U-Net's middle sees them (UMAP)")
-    chosen = [part.take(thin(part.subjects, 300, cfg.seed)) for part in (unseen, samples)]
-    shown = [(bottleneck_features(pipeline, part, seed=cfg.seed), part) for part in chosen]
-    figures.save_umap(path, "the U-Net's bottleneck", *shown, seed=cfg.seed)
+    path = folder.add("figures", "bottleneck", "UMAP of the U-Net's bottleneck features, by class")
+    chosen = [part.take(thin(part.subjects, 300, cfg.seed)) for part in (held_out, samples)]
+    features = [(bottleneck_features(pipeline, part, seed=cfg.seed), part) for part in chosen]
+    figures.save_umap(path, "UMAP of U-Net bottleneck features", *features, seed=cfg.seed)
 
-    for title, folder in run_folders(Path(cfg.model)).items():
-        path = gallery.add("pictures", f"loss_{title}", f"Loss curves of the {title}")
-        path.write_bytes((folder / "loss.png").read_bytes())
+    for title, run in run_folders(Path(cfg.model)).items():
+        path = folder.add("figures", f"loss_{title}", f"Training curves of the {title}")
+        path.write_bytes((run / "loss.png").read_bytes())
 
 
 def run_folders(model: Path) -> dict[str, Path]:
-    """Runs that left loss curves: the diffusion model, and its autoencoder if that is still there."""
+    """Run folders with loss curves: of the diffusion model, and of its autoencoder if it still exists."""
     found = {"diffusion model": model}
     if (model / "training_config.json").is_file():
-        vae = json.loads((model / "training_config.json").read_text()).get("vae")
-        found["autoencoder"] = Path(vae or "")
+        found["autoencoder"] = Path(read_json(model / "training_config.json").get("vae") or "")
     return {title: folder for title, folder in found.items() if (folder / "loss.png").is_file()}
 
 
-def in_words(facts: Mapping) -> dict[str, str]:
-    """The facts as the page shows them."""
+def describe(facts: Mapping) -> dict[str, str]:
+    """What was compared, as the page shows it."""
     counts = ", ".join(
         f"{facts['subjects'][name]} subjects in {name} ({facts['slices'][name]} slices)"
         for name in facts["subjects"]
     )
+    settings = [f"{name.replace('_', ' ')} {value}" for name, value in facts["sampled_with"].items()]
+    versions = [f"{name} {version}" for name, version in facts["versions"].items()]
+    features = facts["features"]
     return {
-        "Real": f"{counts}; data {facts['data_hash'][:16]}",
-        "Samples": f"{facts['slices']['samples']}, "
-        + (", ".join(f"{name} {text}" for name, text in facts["sampled_with"].items()) or "without metadata"),
-        "Features": "{name}, weights {hash}; figures of other features must not be compared".format(
-            **facts["features"]
-        ),
-        "Rule for copies": facts["copy_rule"] or "none could be set",
-        "Made with": f"seed {facts['seed']}, "
-        + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
+        "Real slices": f"{counts}; data hash {facts['data_hash'][:16]}",
+        "Samples": ", ".join([str(facts["slices"]["samples"]), *(settings or ["no metadata.csv"])]),
+        "Features": f"{features['name']}, hash of the weights {features['hash']}; metrics of different "
+        "features are not comparable",
+        "Definition of a copy": facts["copy_rule"] or "no threshold could be set",
+        "Computed with": ", ".join([f"seed {facts['seed']}", *versions]),
     }
 
 

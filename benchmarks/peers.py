@@ -159,7 +159,7 @@ def main() -> None:
         truth = pd.read_csv(data / "test/metadata.csv")
         yardstick = Yardstick(data, preset.image_size, count)
         train, held_out = yardstick.train, yardstick.held_out
-        rows = [("other real slices", "–", "–", *yardstick.floor(), "–")]
+        rows = [("other real slices", "–", "–", *yardstick.reference(), "–")]
         pictures = {f"real, {name}": some(held_out.of_class(name).floats()) for name in CLASSES}
         for name in options.methods:
             print(f"{name}: training for {seconds:.0f} s", flush=True)

@@ -49,7 +49,7 @@ def main() -> None:
     pipeline.set_progress_bar_config(disable=True)
     size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     yardstick = Yardstick(options.run / "data", size, options.samples)
-    rows = [("other real slices", *yardstick.floor(), "–")]
+    rows = [("other real slices", *yardstick.reference(), "–")]
     rows.append(("the same through the autoencoder", *reconstructed(pipeline, yardstick), "–"))
     for name, way in WAYS.items():
         rows.append((name, *row(pipeline, yardstick, way, options)))

@@ -66,7 +66,7 @@ class Yardstick:
         manifold = (f"{found[name].value:.2f}" for name in ("precision", "recall"))
         return told(found["kid"]), *manifold, f"{self.ventricle_difference(images, labels):.0f}"
 
-    def floor(self) -> tuple[str, ...]:
+    def reference(self) -> tuple[str, ...]:
         """The same cells, of the training slices in the samples' place."""
         return self.cells(self.others.floats(), self.others.subjects, self.others.labels)
 

@@ -89,7 +89,7 @@ def test_the_best_pipeline_is_kept_while_training(presets, vae_dir, tmp_path):
     run(*words, *judged, "--output_dir", tmp_path / "judged", launcher=TWO_PROCESSES)
     run(*words, "--output_dir", tmp_path / "not", launcher=TWO_PROCESSES)
     table = pd.read_csv(tmp_path / "judged/metrics.csv")
-    assert table.kid.dropna().size == table.agreement.dropna().size == 2
+    assert table.kid.dropna().size == table.class_accuracy.dropna().size == 2
     best = json.loads((tmp_path / "judged/best/best.json").read_text())
     assert best["kid"] == pytest.approx(table.kid.min())
     assert best["step"] == table.step[table.kid.idxmin()]

@@ -1,1 +1,1 @@
-"""What the samples are worth."""
+"""Evaluation of generated slices against real slices of held-out subjects."""

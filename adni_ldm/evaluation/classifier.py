@@ -1,4 +1,4 @@
-"""A classifier of slices by diagnosis: judge of samples, giver of features, and measure of their use."""
+"""A slice classifier by diagnosis, for class-conditioning accuracy, features and TSTR."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from adni_ldm.errors import UserError
 from adni_ldm.evaluation.image_sets import ImageSet
 from adni_ldm.precision import has_bf16
 
-STEPS = 200  # of 64 slices: as accurate on the phantom's test subjects at 64 px as 300
+STEPS = 200  # batches of 64 slices; 300 are no more accurate on the phantom's test subjects at 64 px
 
 
 def build_classifier(num_classes: int, image_size: int) -> nn.Module:
-    """ResNet-18 (He et al. 2016) of one-channel slices (B, 1, H, W) in [-1, 1] to logits (B, num_classes).
+    """ResNet-18 (He et al. 2016) from slices (B, 1, H, W) in [-1, 1] to logits (B, num_classes).
 
-    Below 128 pixels the first kernel is 3 wide and not 7, and the last stage is left out: at 64 pixels it
-    would see 2 x 2 places, hold three quarters of the weights and take three fifths of the time.
+    Below 128 pixels the first kernel is 3 x 3 instead of 7 x 7 and the last stage is omitted: at 64 pixels
+    its feature map would be 2 x 2, with three quarters of the weights and three fifths of the time.
     """
     model = resnet18(num_classes=num_classes)
     small = image_size < 128
@@ -42,18 +42,18 @@ def train_classifier(
     learning_rate: float = 1e-3,
     description: str = "Training a classifier",
 ) -> nn.Module:
-    """`build_classifier` trained on a set, in eval mode on `device`; on the CPU the seed says all of it.
+    """Train `build_classifier` on a set; returned in eval mode on `device`, deterministic on the CPU.
 
-    Every class is drawn equally often, whatever its share of the set. A fixed number of steps, so that the
-    time does not grow with the set. One-cycle AdamW (Smith & Topin 2018).
+    Batches are class-balanced. The number of steps is fixed, so the time does not grow with the set. AdamW
+    with a one-cycle learning rate (Smith & Topin 2018).
 
     Raises:
-        UserError: the set shows fewer than two classes.
+        UserError: the set has fewer than two classes.
     """
     counts = np.bincount(train.labels, minlength=len(train.class_names))
     if (counts > 0).sum() < 2:
-        shown = [name for name, count in zip(train.class_names, counts) if count]
-        raise UserError(f"classes shown: {', '.join(shown) or 'none'}; a classifier needs two at least")
+        present = [name for name, count in zip(train.class_names, counts) if count]
+        raise UserError(f"classes present: {', '.join(present) or 'none'}; a classifier needs at least two")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = build_classifier(len(train.class_names), train.images.shape[-1])
@@ -61,11 +61,11 @@ def train_classifier(
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=learning_rate, total_steps=steps)
     generator = torch.Generator().manual_seed(seed)
-    chances = torch.from_numpy(1 / counts[train.labels])  # equal for every class together
+    weights = torch.from_numpy(1 / counts[train.labels])  # (N,), of equal sum in every class
 
     model.train()
     for _ in tqdm(range(steps), desc=description, leave=False):
-        rows = torch.multinomial(chances, batch_size, replacement=True, generator=generator)
+        rows = torch.multinomial(weights, batch_size, replacement=True, generator=generator)
         images = augment(train.floats(rows), generator).to(device)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=has_bf16()):
             logits = model(images.contiguous(memory_format=torch.channels_last))  # (B, K)
@@ -78,8 +78,8 @@ def train_classifier(
 
 
 def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Slices (B, 1, H, W) in [-1, 1], each moved by whole pixels up to 1/16 of its side and up to a tenth
-    brighter or darker. Never mirrored: left and right, front and back are anatomy."""
+    """Slices (B, 1, H, W) in [-1, 1], each shifted by up to 1/16 of its side in whole pixels and scaled in
+    brightness by 0.9 to 1.1. No flips: left-right and front-back are anatomy."""
     count, _, height, width = images.shape
     reach = height // 16
     down, right = torch.randint(-reach, reach + 1, (2, count, 1), generator=generator)
@@ -92,10 +92,14 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 @torch.no_grad()
 def probabilities(model: nn.Module, images: ImageSet, batch_size: int = 256) -> np.ndarray:
-    """Probability of each class for each slice, (N, K) float32, in the order of `class_names`."""
+    """Probability of each class for each slice, (N, K) float32, in the order of `class_names`.
+
+    Computed in float32, whatever autocast the caller is in.
+    """
     device = next(model.parameters()).device
-    logits = [
-        model(images.floats(slice(first, first + batch_size)).to(device)).float().cpu()
-        for first in range(0, len(images), batch_size)
-    ]
+    with torch.autocast(device.type, enabled=False):
+        logits = [
+            model(images.floats(slice(first, first + batch_size)).to(device)).cpu()
+            for first in range(0, len(images), batch_size)
+        ]
     return torch.cat(logits).softmax(dim=1).numpy()

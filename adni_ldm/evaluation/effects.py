@@ -1,4 +1,4 @@
-"""What the disease does to the anatomy, in real slices and in samples."""
+"""Effect of the disease on anatomy, in real slices and in samples."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def compare_anatomy(
     sample_values: Mapping[str, np.ndarray],
     seed: int = 0,
 ) -> dict[str, dict]:
-    """Means by class and the effect of the first class against the last, for each of MEASURES.
+    """Class means and the effect of the first class against the last, for each of MEASURES.
 
     Args:
-        real, samples: whose slices were measured.
-        real_values, sample_values: what `measure_anatomy` says of them, {measure: (N,)}.
+        real, samples: the slices that were measured.
+        real_values, sample_values: results of `measure_anatomy` on them, {measure: (N,)}.
 
     Returns:
         {measure: {"real": {class: Estimate}, "synthetic": {class: Estimate}, "effect_real": Estimate,
-        "effect_synthetic": Estimate, "effect_ratio": Estimate}}. Effects are Cohen's d, of slices; intervals
-        are over subjects. The ratio is synthetic ÷ real, unknown where the real effect may be none.
+        "effect_synthetic": Estimate, "effect_ratio": Estimate}}. Effects are Cohen's d over slices; intervals
+        are over subjects. The ratio is synthetic ÷ real; it has no value if the real effect may be zero.
     """
     return {
         measure: _compare(real, real_values[measure], samples, sample_values[measure], seed)
@@ -63,37 +63,37 @@ def _compare(
     real_interval = bootstrap(lambda *rows: effect(0, 1, *rows), *subjects[:2], seed=seed)
     interval = bootstrap(lambda *rows: effect(2, 3, *rows), *subjects[2:], seed=seed)
     result["effect_real"] = _effect(d_real, real_interval)
-    result["effect_synthetic"] = _effect(d_synthetic, interval).with_floor(d_real)
+    result["effect_synthetic"] = _effect(d_synthetic, interval).with_reference(d_real)
     if result["effect_synthetic"].value is None:
-        result["effect_ratio"] = unknown("samples of a class are all alike")
+        result["effect_ratio"] = unknown("all samples of a class have the same value")
     elif not (real_interval[0] > 0 or real_interval[1] < 0):  # NaN as well
-        result["effect_ratio"] = unknown("real slices show no effect that differs from none")
+        result["effect_ratio"] = unknown("the effect in real slices is not distinguishable from zero")
     else:
         result["effect_ratio"] = Estimate(d_synthetic / d_real, *bootstrap(ratio, *subjects, seed=seed))
     return result
 
 
 def _effect(d: float, interval: tuple[float, float]) -> Estimate:
-    return Estimate(d, *interval) if np.isfinite(d) else unknown("all of a class measure alike")
+    return Estimate(d, *interval) if np.isfinite(d) else unknown("all slices of a class have the same value")
 
 
 def _of(images: ImageSet, values: np.ndarray, label: int) -> tuple[np.ndarray, np.ndarray]:
-    """Values and subjects of one class, without the pictures that could not be measured."""
+    """Values and subjects of one class, without the slices that could not be measured."""
     chosen = (images.labels == label) & np.isfinite(values)
     return values[chosen], images.subjects[chosen]
 
 
 def _mean(values: np.ndarray, subjects: np.ndarray, seed: int) -> Estimate:
     if len(np.unique(subjects)) < 2:
-        return unknown("fewer than two to measure")
+        return unknown("fewer than two subjects could be measured")
     return Estimate(values.mean(), *bootstrap(lambda rows: values[rows].mean(), subjects, seed=seed))
 
 
 def _gap(subjects: tuple[np.ndarray, ...]) -> str:
-    """Why no effect can be told, or nothing."""
+    """Why the effect cannot be estimated; empty where it can."""
     counts = [len(np.unique(group)) for group in subjects]
     if min(counts[:2]) < FEWEST_SUBJECTS:
-        return f"too few real subjects of a class: {min(counts[:2])}, where {FEWEST_SUBJECTS} are needed"
+        return f"{min(counts[:2])} real subjects of a class: at least {FEWEST_SUBJECTS} are needed"
     if min(counts[2:]) < FEWEST_SLICES:
-        return f"too few samples of a class: {min(counts[2:])}, where {FEWEST_SLICES} are needed"
+        return f"{min(counts[2:])} samples of a class: at least {FEWEST_SLICES} are needed"
     return ""

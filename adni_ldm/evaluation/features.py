@@ -1,6 +1,6 @@
-"""Slices to feature vectors, in which distributions are compared.
+"""Feature vectors of slices, in which distributions are compared.
 
-Figures of different features must never be compared: every extractor carries the hash of its weights.
+Metrics of different features are not comparable, so every extractor carries the hash of its weights.
 """
 
 from __future__ import annotations
@@ -26,18 +26,20 @@ from adni_ldm.pipeline import normalize_latents
 
 @dataclass(frozen=True)
 class Extractor:
-    """`network` makes features (B, D) of 8-bit slices (B, 1, H, W); `hash` tells which weights do it."""
+    """A network from 8-bit slices (B, 1, H, W) to features (B, D), with the hash of its weights."""
 
     name: str
     hash: str
     network: Callable[[torch.Tensor], torch.Tensor]
+    device: torch.device
 
     @torch.no_grad()
     def __call__(self, images: ImageSet, batch_size: int = 64) -> np.ndarray:
-        """Features (N, D), float32, of each slice by itself."""
+        """Features (N, D), float32; computed in float32, whatever autocast the caller is in."""
         starts = tqdm(range(0, len(images), batch_size), desc=f"Features ({self.name})", leave=False)
-        features = [self.network(images.images[first : first + batch_size]).float().cpu() for first in starts]
-        return torch.cat(features).numpy()
+        with torch.autocast(self.device.type, enabled=False):
+            features = [self.network(images.images[first : first + batch_size]).cpu() for first in starts]
+        return torch.cat(features).float().numpy()
 
 
 def load_extractor(
@@ -50,44 +52,41 @@ def load_extractor(
     """The extractor that `--features` names.
 
     Args:
-        name: "classifier" (what `classifier` passes to its last layer), "vae" (the mean latents of `vae`,
-            normalized and pooled to 8 x 8 at most), "inception" (the 2048 features of the usual FID, Heusel
-            et al. 2017) or a vision model for transformers: a folder, or a Hub name such as
-            facebook/dinov2-small.
+        name: "classifier" (the penultimate layer of `classifier`), "vae" (the normalized mean latents of
+            `vae`, pooled to 8 x 8 at most), "inception" (the 2048 features of the usual FID, Heusel et al.
+            2017) or a vision model of transformers: a folder, or a Hub name such as facebook/dinov2-small.
         classifier: as `train_classifier` returns it, on `device`.
-        vae: the autoencoder of the model that drew the samples.
+        vae: the autoencoder of the model that generated the samples.
 
     Raises:
-        UserError: the name is none of these, or what it needs is not here.
+        UserError: the name is none of these, or a model that it needs is missing.
     """
+    device = torch.device(device)
     if name == "classifier":
         if classifier is None:
-            raise UserError(
-                "--features classifier: there is no classifier; it needs real slices of two classes"
-            )
+            raise UserError("--features classifier: no classifier; it needs real slices of two classes")
         penultimate = nn.Sequential(*list(classifier.children())[:-1], nn.Flatten())
-        return Extractor(
-            name, hash_weights(classifier), lambda images: penultimate(to_float(images.to(device)))
-        )
+        digest = hash_weights(classifier)
+        return Extractor(name, digest, lambda images: penultimate(to_float(images.to(device))), device)
     if name == "vae":
         if vae is None:
-            raise UserError("--features vae: give --model, the folder of the model whose VAE is to be used")
-        return Extractor(
-            name, hash_weights(vae), lambda images: _latents(vae, to_float(images.to(vae.device)))
-        )
+            raise UserError("--features vae: give --model, the pipeline whose VAE is to be used")
+        return Extractor(name, hash_weights(vae), lambda images: _latents(vae, images), vae.device)
     if name == "inception":
         network = _load_inception().to(device)
-        return Extractor(name, hash_weights(network), lambda images: network(_colours(images).to(device))[0])
+        digest = hash_weights(network)
+        return Extractor(name, digest, lambda images: network(_rgb(images).to(device))[0], device)
     return _load_vision_model(name, device)
 
 
-def _colours(images: torch.Tensor) -> torch.Tensor:
+def _rgb(images: torch.Tensor) -> torch.Tensor:
     """(B, 3, H, W), of (B, 1, H, W): networks for photographs read three channels."""
     return images.expand(-1, 3, -1, -1)
 
 
 def _latents(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    latents = normalize_latents(vae, vae.encode(images).latent_dist.mean)  # (B, C, h, w)
+    mean = vae.encode(to_float(images.to(vae.device))).latent_dist.mean
+    latents = normalize_latents(vae, mean)  # (B, C, h, w)
     return F.adaptive_avg_pool2d(latents, min(8, latents.shape[-1])).flatten(1)
 
 
@@ -100,14 +99,14 @@ def _load_inception() -> nn.Module:
         reason, remedy = "torch-fidelity is not installed", "pip install torch-fidelity"
         cause = error
     except OSError as error:
-        reason, remedy = "its weights could not be fetched", "run it once where there is a network"
+        reason, remedy = "its weights could not be downloaded", "run it once with a network connection"
         cause = error
     raise UserError(
         f"--features inception: {reason}; {remedy}, or choose classifier, which works offline"
     ) from cause
 
 
-def _load_vision_model(name: str, device: str | torch.device) -> Extractor:
+def _load_vision_model(name: str, device: torch.device) -> Extractor:
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -124,19 +123,19 @@ def _load_vision_model(name: str, device: str | torch.device) -> Extractor:
         logging.enable_progress_bar()
     model = model.to(device).eval()
     if model.main_input_name != "pixel_values":
-        raise UserError(f"--features {name}: this model reads {model.main_input_name}, not pictures alone")
+        raise UserError(f"--features {name}: this model reads {model.main_input_name}, not images alone")
     random = [key for key in report["missing_keys"] if "pooler" not in key]
     if random:
         raise UserError(f"--features {name}: no weights for {random[0]}, so its features would be random")
     if report["missing_keys"]:
-        model.pooler = None  # or it would be random, and so would the hash
+        model.pooler = None  # its weights would be random, and so would the hash
 
     def network(images: torch.Tensor) -> torch.Tensor:
-        pixels = processor(list(_colours(images)), return_tensors="pt")["pixel_values"]
+        pixels = processor(list(_rgb(images)), return_tensors="pt")["pixel_values"]
         output = model(pixels.to(device))
         pooled = getattr(output, "pooler_output", None)
-        return (output.last_hidden_state[:, 0] if pooled is None else pooled).flatten(
-            1
-        )  # else the class token
+        if pooled is None:
+            pooled = output.last_hidden_state[:, 0]  # the [CLS] token
+        return pooled.flatten(1)
 
-    return Extractor(name, hash_weights(model), network)
+    return Extractor(name, hash_weights(model), network, device)

@@ -1,18 +1,17 @@
-"""How near samples come to the real distribution, and how varied they are: FID, KID, precision, recall,
-density, coverage and MS-SSIM.
+"""Fidelity and diversity of samples: FID, KID, precision, recall, density, coverage and MS-SSIM.
 
-Samples are compared with real slices of subjects that the model never saw. The floor is what the same number
-of slices of other real subjects, those of the training set, reach in the samples' place: a model that did no
-more than copy its training set would reach just that, and fall through on privacy.
+Samples are compared with real slices of held-out subjects. The reference is the value of equally many real
+slices of the training subjects in the samples' place. A model that only copied its training set would reach
+the reference; the section on memorization detects this.
 
-Real slices come in subjects, and slices of one subject resemble each other. So pairs of slices of one
-subject are left out of KID's sums and of the neighbours that span a manifold, and intervals draw subjects,
-not slices. Where every slice is a subject of its own, as among samples, all is as in the papers.
+Slices of one subject resemble each other. Pairs of slices of one subject are therefore excluded from KID and
+from the neighbors that define a manifold, and intervals resample subjects instead of slices. Where every
+slice has a subject of its own, as among samples, the metrics equal those of the papers.
 
-KID is the figure to read first: it is unbiased, so the number of slices changes its interval alone. FID is
-biased upwards, the more so the fewer the slices and the subjects; with fewer slices than features the
-covariances are singular, and FID can be computed but means little. Its floor has the same number of slices,
-of fewer subjects, so samples can come out below it.
+KID should be read first: it is unbiased, so the number of slices changes only its interval. FID is biased
+upwards, the more the fewer slices and subjects there are; with fewer slices than features the covariances
+are singular and FID means little. Its reference uses as many slices of fewer subjects, so samples can be
+below it.
 
 Memory grows with the square of the number of slices: 10,000 against 10,000 take about 3 GB.
 """
@@ -31,7 +30,7 @@ from adni_ldm.evaluation.estimates import FEWEST_SLICES, FEWEST_SUBJECTS, LEVEL,
 from adni_ldm.evaluation.image_sets import ImageSet
 
 METRICS = ("kid", "fid", "precision", "recall", "density", "coverage", "ms_ssim")
-FID_DRAWS = 100  # for FID's interval; a draw costs a singular value decomposition
+FID_DRAWS = 100  # bootstrap samples of FID, each of which costs a singular value decomposition
 
 _BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # weights of the five scales (Wang et al. 2003)
 
@@ -45,16 +44,16 @@ def fidelity(
     draws: int = 1000,
     seed: int = 0,
 ) -> dict[str, dict[str, Estimate]]:
-    """Every one of METRICS for "all" and for each class, beside its floor.
+    """Each of METRICS with its reference, for "all" and for each class.
 
-    In "all" every class has the same share on either side, so that it is not the mix of classes that differs.
+    In "all", class frequencies are the same in both sets, so that a difference is not due to the class mix.
 
     Args:
-        held_out: slices of subjects that the model was not trained on: what samples are compared with.
-        train: slices of other real subjects, which give the floor. Where they are fewer than the samples, as
-            many samples are left out.
+        held_out: real slices of subjects that the model was not trained on.
+        train: real slices of the training subjects, which give the reference. Samples and training slices are
+            reduced to the same number.
         features: (N, D) of `held_out`, `train` and `samples`, from one extractor.
-        draws: of the bootstrap.
+        draws: number of bootstrap samples.
     """
     rng = np.random.default_rng(seed)
     sets = (held_out, train, samples)
@@ -68,13 +67,15 @@ def fidelity(
         counts = [min(len(by_class[k]) for k in labels) for by_class in rows]  # slices of each class
         counts[1:] = [min(counts[1:])] * 2
         chosen = [np.concatenate([by_class[k][:n] for k in labels]) for by_class, n in zip(rows, counts)]
-        real, others, drawn = (one.take(row) for one, row in zip(sets, chosen))
+        real, others, synthetic = (one.take(row) for one, row in zip(sets, chosen))
         x, z, y = (feature[row].astype(np.float64) for feature, row in zip(features, chosen))
-        floors = compare(x, z, real.subjects, others.subjects, draws=0)
-        floors["ms_ssim"] = structural_similarity(others, draws=0)
-        figures = compare(x, y, real.subjects, drawn.subjects, draws=draws)
-        figures["ms_ssim"] = structural_similarity(drawn, draws=draws)
-        results[name] = {metric: figures[metric].with_floor(floors[metric].value) for metric in METRICS}
+        references = compare(x, z, real.subjects, others.subjects, draws=0)
+        references["ms_ssim"] = structural_similarity(others, draws=0)
+        estimates = compare(x, y, real.subjects, synthetic.subjects, draws=draws)
+        estimates["ms_ssim"] = structural_similarity(synthetic, draws=draws)
+        results[name] = {
+            metric: estimates[metric].with_reference(references[metric].value) for metric in METRICS
+        }
     return results
 
 
@@ -86,7 +87,7 @@ def _too_few(held_out: ImageSet, train: ImageSet, samples: ImageSet, labels: Seq
             if len(subjects) < FEWEST_SLICES or len(np.unique(subjects)) < FEWEST_SUBJECTS:
                 return (
                     f"{len(subjects)} {what} of {one.class_names[label]}, of {len(np.unique(subjects))} "
-                    f"subjects: {FEWEST_SLICES} of {FEWEST_SUBJECTS} are needed"
+                    f"subjects: at least {FEWEST_SLICES} of {FEWEST_SUBJECTS} subjects are needed"
                 )
     return ""
 
@@ -99,19 +100,19 @@ def compare(
     *,
     draws: int = 1000,
 ) -> dict[str, Estimate]:
-    """All but MS-SSIM, of features (N, D) and (M, D) and their rows' subjects; no intervals for draws=0."""
+    """All metrics but MS-SSIM, of features (N, D) and (M, D) and their subjects; no intervals for draws=0."""
     return {
         "kid": kernel_distance(real, other, real_subjects, other_subjects, draws=draws),
         "fid": _frechet_estimate(real, other, real_subjects, other_subjects, min(draws, FID_DRAWS)),
-        **manifold_figures(real, other, real_subjects, other_subjects, draws=draws),
+        **manifold_metrics(real, other, real_subjects, other_subjects, draws=draws),
     }
 
 
 def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
     """FID of features (N, D) and (M, D): ‖μx − μy‖² + tr(Σx + Σy − 2 (Σx Σy)^½) (Heusel et al. 2017, eq. 6).
 
-    With Σ = AᵀA the trace of the root is the sum of the singular values of Ax Ayᵀ, which needs no root of a
-    matrix and holds for singular Σ.
+    With Σ = AᵀA the trace of the root is the sum of the singular values of Ax Ayᵀ. This needs no matrix root
+    and holds for singular Σ.
     """
     roots = [_root(features) for features in (x, y)]
     overlap = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
@@ -128,11 +129,10 @@ def _root(features: np.ndarray) -> np.ndarray:
 def _frechet_estimate(x, y, x_subjects, y_subjects, draws: int) -> Estimate:
     value = frechet_distance(x, y)
     low, high = bootstrap(lambda i, j: frechet_distance(x[i], y[j]), x_subjects, y_subjects, count=draws)
-    half = (high - low) / 2  # laid about the value: rows drawn twice push the FID of every draw up
+    half = (high - low) / 2  # centered at the value: repeated rows bias the FID of every bootstrap sample
     few, width = min(len(x), len(y)), x.shape[1]
-    note = (
-        f"{few} slices for {width} features: the covariances are singular, read KID" if few <= width else ""
-    )
+    singular = f"{few} slices for {width} features: the covariances are singular; read KID instead"
+    note = singular if few <= width else ""
     return Estimate(value, np.maximum(0, value - half), value + half, note=note)
 
 
@@ -146,10 +146,10 @@ def kernel_distance(
     seed: int = 0,
 ) -> Estimate:
     """KID: the unbiased estimate of MMD² with the kernel (x·y / D + 1)³ (Binkowski et al. 2018, section 4),
-    of features (N, D) and (M, D). Below zero by chance where the two are alike.
+    of features (N, D) and (M, D). It can be negative if the two distributions are equal.
 
-    Pairs of rows of one subject are left out, as the usual estimate leaves out a row with itself; a draw of
-    the bootstrap leaves out the same pairs, so it has no bias either.
+    Pairs of rows of one subject are excluded, as the usual estimate excludes a row with itself. Bootstrap
+    samples exclude the same pairs, so they are unbiased as well.
     """
     x_sums, y_sums = _subject_sums(x_subjects), _subject_sums(y_subjects)
     x_size, y_size = x_sums.sum(1), y_sums.sum(1)  # slices of each subject
@@ -159,7 +159,7 @@ def kernel_distance(
     np.fill_diagonal(within_y, 0)
 
     def squared_mmd(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-        """(B,), where subjects are taken u (B, subjects of x) and v (B, subjects of y) times."""
+        """(B,), of subjects with multiplicities u (B, subjects of x) and v (B, subjects of y)."""
         pairs_x = (u @ x_size) ** 2 - (u**2) @ (x_size**2)
         pairs_y = (v @ y_size) ** 2 - (v**2) @ (y_size**2)
         return (
@@ -173,7 +173,7 @@ def kernel_distance(
         return Estimate(value)
     rng = np.random.default_rng(seed)
     u, v = (rng.multinomial(n, np.full(n, 1 / n), draws).astype(float) for n in (len(x_size), len(y_size)))
-    with np.errstate(invalid="ignore"):  # a draw of one subject over and over has no pairs
+    with np.errstate(invalid="ignore"):  # a bootstrap sample of a single subject has no pairs
         values = squared_mmd(u, v)
     low, high = np.nanquantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(value, low, high)
@@ -184,13 +184,13 @@ def _cubic(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _subject_sums(subjects: np.ndarray) -> sparse.csr_array:
-    """(subjects, rows) of ones and zeros, which sums rows by subject."""
+    """Indicator matrix (subjects, rows), which sums rows by subject."""
     names, inverse = np.unique(subjects, return_inverse=True)
     ones = np.ones(len(inverse))
     return sparse.csr_array((ones, (inverse, np.arange(len(inverse)))), shape=(len(names), len(inverse)))
 
 
-def manifold_figures(
+def manifold_metrics(
     real: np.ndarray,
     other: np.ndarray,
     real_subjects: np.ndarray,
@@ -201,8 +201,8 @@ def manifold_figures(
     """Precision and recall (Kynkäänniemi et al. 2019, eq. 1 and 2, k = 3), density and coverage (Naeem et al.
     2020, eq. 3 and 4, k = 5), of features (N, D) and (M, D).
 
-    A slice spans a ball that reaches to its k-th nearest slice of another subject. The intervals draw the
-    slices that are counted, by subject, and leave the balls as they are.
+    The ball of a slice reaches to its k-th nearest slice of another subject. The intervals resample, by
+    subject, the slices that are counted; the balls are kept.
     """
     distances = cdist(real, other)  # (N, M)
     real_3, real_5 = (radii(real, real_subjects, k)[:, None] for k in (3, 5))
@@ -223,10 +223,10 @@ def radii(features: np.ndarray, subjects: np.ndarray, k: int) -> np.ndarray:
 
 
 def structural_similarity(images: ImageSet, *, draws: int = 1000, seed: int = 0) -> Estimate:
-    """Mean MS-SSIM (Wang et al. 2003) of pairs of one class and of two subjects: the less, the more varied.
+    """Mean MS-SSIM (Wang et al. 2003) of pairs of one class and two subjects; lower means more diverse.
 
-    Every slice is in one pair at most. Pictures under 176 pixels are compared at fewer scales, at 64 pixels
-    at three of the five, whose weights are scaled up to a sum of one.
+    Every slice is in one pair at most. Slices below 176 pixels are compared at fewer scales (64 pixels: three
+    of five), whose weights are rescaled to a sum of one.
     """
     rng = np.random.default_rng(seed)
     pairs = []
@@ -237,11 +237,11 @@ def structural_similarity(images: ImageSet, *, draws: int = 1000, seed: int = 0)
     apart = images.subjects[first] != images.subjects[second]
     first, second = first[apart], second[apart]
     if not len(first):
-        return unknown("no two slices of a class are of different subjects")
+        return unknown("all slices of a class are of the same subject")
 
     scales = max(n for n in range(1, 6) if images.images.shape[-1] // max(1, n - 1) ** 2 > 10)
     betas = tuple(beta / sum(_BETAS[:scales]) for beta in _BETAS[:scales])
-    pixels = images.images.float() / 255  # black is 0: dark ground must not count as bright tissue does
+    pixels = images.images.float() / 255  # in [0, 1]: the background must be 0
     values = [
         multiscale_structural_similarity_index_measure(
             pixels[first[batch]], pixels[second[batch]], data_range=1.0, betas=betas, reduction=None

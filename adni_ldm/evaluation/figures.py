@@ -1,6 +1,6 @@
-"""Pictures of the report, each a PNG file: what a reader is to see stands in its titles.
+"""Figures of the report, each a PNG file.
 
-Nobody's name is in them: a training subject is a number that counts within the picture.
+No subject ID is shown: training subjects are numbered within a figure.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from adni_ldm.data.slices import evenly_spaced
 from adni_ldm.evaluation.anatomy import MEASURES
 from adni_ldm.evaluation.estimates import Estimate
 from adni_ldm.evaluation.image_sets import ImageSet
-from adni_ldm.evaluation.nearest_neighbors import SURROUNDINGS
+from adni_ldm.evaluation.nearest_neighbors import NEXT_SUBJECTS
 from adni_ldm.evaluation.privacy import CopyRule, Pair
 from adni_ldm.figures import save_rows
 
-COLOURS = ("#d1495b", "#30638e", "#edae49", "#5b8e7d", "#7d5ba6")  # a class each, in order
+COLOURS = ("#d1495b", "#30638e", "#edae49", "#5b8e7d", "#7d5ba6")  # of the classes, in order
 DPI = 110
 
 
 def save_real_beside_samples(path: str | Path, real: ImageSet, samples: ImageSet, count: int = 10) -> None:
-    """A row of real slices and one of samples for each class, `count` of each, evenly from all there are."""
+    """A row of real slices and a row of samples for each class, `count` each, evenly spaced."""
     rows = {}
     for name in real.class_names:
         for title, images in (("real", real.of_class(name)), ("synthetic", samples.of_class(name))):
@@ -40,9 +40,9 @@ def save_real_beside_samples(path: str | Path, real: ImageSet, samples: ImageSet
 def save_pairs(
     path: str | Path, pairs: Sequence[Pair], samples: ImageSet, train: ImageSet, columns: int = 5
 ) -> None:
-    """The nearest pairs, one at least: sample, training slice, and their difference after alignment.
+    """The nearest pairs, at least one: sample, training slice, and their difference after alignment.
 
-    Alignment moves the training slice by the pair's shift and fits its gain and offset.
+    Alignment shifts the training slice by the pair's shift and fits gain and offset.
     """
     bands = -(-len(pairs) // columns)
     figure = Figure(figsize=(2.1 * columns + 1.2, 6.9 * bands), facecolor="black", layout="constrained")
@@ -57,13 +57,15 @@ def save_pairs(
         top.imshow(sample, cmap="gray", vmin=0, vmax=255)
         middle.imshow(training, cmap="gray", vmin=0, vmax=255)
         shown = bottom.imshow(difference / 255 * 100, cmap="RdBu_r", vmin=-40, vmax=40)
-        verdict = "called a copy" if pair.is_copy else "no copy"
+        verdict = "copy" if pair.is_copy else "not a copy"
         colour = "#ff6b6b" if pair.is_copy else "white"
         name = samples.class_names[pair.label]
         top.set_title(
             f"{index + 1}. {name} sample\n{verdict}, ratio {pair.ratio:.2f}", color=colour, fontsize=10
         )
-        middle.set_title(f"training subject {pair.person}\nslice {pair.place}", color="white", fontsize=10)
+        middle.set_title(
+            f"training subject {pair.subject_number}\nslice {pair.slice_number}", color="white", fontsize=10
+        )
         bottom.set_title("difference", color="white", fontsize=10)
     _bar(figure, shown, axes, "sample − training slice, aligned (% of full brightness)", colour="white")
     figure.savefig(path, dpi=DPI)
@@ -72,12 +74,12 @@ def save_pairs(
 def save_nearest_histogram(
     path: str | Path, samples: np.ndarray, held_out: np.ndarray, rule: CopyRule | None
 ) -> None:
-    """The ratios of samples (N,) and of held-out real slices (M,), with the limit of the rule."""
+    """Histograms of the ratios of samples (N,) and of held-out real slices (M,), with the threshold."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axis = figure.subplots()
     edges = np.linspace(0, np.concatenate([samples, held_out, [1.0]]).max(), 51)
     for ratios, title, colour in (
-        (held_out, "real slices of other people", "#888888"),
+        (held_out, "held-out real slices", "#888888"),
         (samples, "samples", COLOURS[0]),
     ):
         if len(ratios):
@@ -85,11 +87,11 @@ def save_nearest_histogram(
             axis.stairs(shares, edges, label=f"{title} ({len(ratios)})", color=colour, linewidth=1.8)
     if rule is not None:
         axis.axvline(rule.threshold, color="black", linestyle="--", linewidth=1.2)
-        axis.axvspan(0, rule.threshold, color="#ff6b6b", alpha=0.12, label="called a copy")
+        axis.axvspan(0, rule.threshold, color="#ff6b6b", alpha=0.12, label="classified as a copy")
     axis.set(
-        title="How near does the nearest training slice come?",
-        xlabel="distance to the nearest training slice ÷ mean distance to those of the next "
-        f"{SURROUNDINGS} subjects\n(0: the same picture, 1: no nearer to one person than to others)",
+        title="Distance to the nearest training slice",
+        xlabel="distance to the nearest training slice ÷ mean distance to the nearest slices of the next "
+        f"{NEXT_SUBJECTS} subjects\n(0: identical, 1: no nearer to one subject than to others)",
         ylabel="share of slices (%)",
         xlim=(0, edges[-1]),
     )
@@ -99,7 +101,7 @@ def save_nearest_histogram(
 
 
 def save_class_difference(path: str | Path, real: ImageSet, samples: ImageSet) -> None:
-    """Mean slice of the first class minus that of the last, real and synthetic side by side, on one scale."""
+    """Mean slice of the first class minus that of the last, real and synthetic, on one color scale."""
     first, last = real.class_names[0], real.class_names[-1]
     differences = {"real": _difference(real, first, last), "synthetic": _difference(samples, first, last)}
     known = [np.abs(one).max() for one in differences.values() if one is not None]
@@ -127,7 +129,7 @@ def save_anatomy(
     samples: ImageSet,
     sample_values: Mapping[str, np.ndarray],
 ) -> None:
-    """Distribution of each measure {name: (N,)} by class, real slices left and samples right of each line."""
+    """Distribution of each measure {name: (N,)} by class: real slices on the left, samples on the right."""
     figure = Figure(figsize=(3.1 * len(real_values), 3.9), layout="constrained")
     for axis, measure in zip(figure.subplots(1, len(real_values), squeeze=False)[0], real_values):
         for label in range(len(real.class_names)):
@@ -137,9 +139,9 @@ def save_anatomy(
                 shown = shown[np.isfinite(shown)]
                 if not len(shown):
                     continue
-                if len(np.unique(shown)) > 1:  # of one value there is no density to draw
-                    drawn = axis.violinplot(shown, [label], side=side, showextrema=False, widths=0.9)
-                    drawn["bodies"][0].set(facecolor=colour, edgecolor=colour, alpha=0.6)
+                if len(np.unique(shown)) > 1:  # a density needs two values
+                    violin = axis.violinplot(shown, [label], side=side, showextrema=False, widths=0.9)
+                    violin["bodies"][0].set(facecolor=colour, edgecolor=colour, alpha=0.6)
                 low, middle, high = np.quantile(shown, [0.25, 0.5, 0.75])
                 place = label + (0.04 if side == "high" else -0.04)
                 axis.plot([place, place], [low, high], color=colour, linewidth=3)
@@ -152,7 +154,7 @@ def save_anatomy(
     patches = [Patch(color=colour, alpha=0.6) for colour in ("#888888", COLOURS[0])]
     figure.legend(
         patches,
-        ["real slices of unseen people", "samples"],
+        ["held-out real slices", "samples"],
         loc="outside lower center",
         ncols=2,
         frameon=False,
@@ -161,20 +163,18 @@ def save_anatomy(
 
 
 def save_guidance_curve(path: str | Path, curve: Mapping[float, Estimate]) -> None:
-    """Share of samples taken for the class asked for, by guidance scale, beside the classifier's accuracy."""
+    """Class-conditioning accuracy by guidance scale, with the classifier's accuracy on real slices."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axis = figure.subplots()
-    scales, figures = list(curve), list(curve.values())
-    told = [(scale, one) for scale, one in zip(scales, figures) if one.value is not None]
-    if told:
-        x, y = [scale for scale, _ in told], np.array([one.value for _, one in told]) * 100
-        spread = np.array([[one.value - one.low, one.high - one.value] for _, one in told]).T * 100
-        axis.errorbar(x, y, np.maximum(spread, 0), color=COLOURS[0], marker="o", capsize=4, label="samples")
-        if told[0][1].floor is not None:
-            axis.axhline(
-                100 * told[0][1].floor, color="#888888", linestyle="--", label="real slices of unseen people"
-            )
-    axis.set(xlabel="guidance scale", ylabel="taken for their class (%)", ylim=(0, 103))
+    known = {scale: one for scale, one in curve.items() if one.value is not None}
+    if known:
+        y, low, high = 100 * np.array([(one.value, one.low, one.high) for one in known.values()]).T
+        spread = np.maximum([y - low, high - y], 0)
+        axis.errorbar(list(known), y, spread, color=COLOURS[0], marker="o", capsize=4, label="samples")
+        reference = next(iter(known.values())).reference
+        if reference is not None:
+            axis.axhline(100 * reference, color="#888888", linestyle="--", label="held-out real slices")
+    axis.set(xlabel="guidance scale", ylabel="class-conditioning accuracy (%)", ylim=(0, 103))
     axis.legend(frameon=False, loc="lower right")
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=DPI)
@@ -183,15 +183,15 @@ def save_guidance_curve(path: str | Path, curve: Mapping[float, Estimate]) -> No
 def save_reconstructions(
     path: str | Path, images: ImageSet, reconstructions: torch.Tensor, count: int = 8
 ) -> None:
-    """Slices, what the autoencoder keeps of them (N, 1, H, W) in [-1, 1], and the size of the error."""
+    """Slices, their reconstructions (N, 1, H, W) in [-1, 1], and the absolute error."""
     chosen = evenly_spaced(len(images), count)
-    originals, kept = images.floats(chosen)[:, 0], reconstructions[chosen, 0]
-    errors = (kept - originals).abs() / 2 * 100  # % of the range
+    originals, decoded = images.floats(chosen)[:, 0], reconstructions[chosen, 0]
+    errors = (decoded - originals).abs() / 2 * 100  # % of the range
     figure = Figure(figsize=(1.5 * len(chosen) + 1.6, 5.2), facecolor="black", layout="constrained")
     axes = figure.subplots(3, len(chosen), squeeze=False)
     for column in range(len(chosen)):
         axes[0, column].imshow(originals[column], cmap="gray", vmin=-1, vmax=1)
-        axes[1, column].imshow(kept[column], cmap="gray", vmin=-1, vmax=1)
+        axes[1, column].imshow(decoded[column], cmap="gray", vmin=-1, vmax=1)
         shown = axes[2, column].imshow(errors[column], cmap="inferno", vmin=0, vmax=20)
         axes[2, column].set_xlabel(f"mean {errors[column].mean():.1f} %", color="white", fontsize=9)
     for axis, title in zip(axes[:, 0], ("held-out\nslice", "recon-\nstruction", "error")):
@@ -212,7 +212,7 @@ def save_umap(
 ) -> None:
     """UMAP (McInnes et al. 2018, arXiv:1802.03426) of features (N, D), coloured by class.
 
-    Real slices are rings, samples are dots. At most `most` of either are shown, drawn by `seed`.
+    Real slices are rings, samples are dots. At most `most` of each are shown, chosen by `seed`.
     """
     from umap import UMAP  # seconds to import
 
@@ -225,11 +225,11 @@ def save_umap(
     together = np.concatenate(features)
     neighbours = max(2, min(15, len(together) - 1))
     threads = torch.get_num_threads()
-    # one job: with a seed UMAP takes one anyway, and warns
+    # With a seed UMAP uses one job in any case, and warns unless it is set.
     mapped = UMAP(
         n_neighbors=neighbours, init="random" if len(together) < 10 else "pca", random_state=seed, n_jobs=1
     ).fit_transform(together)
-    torch.set_num_threads(threads)  # which UMAP changes, and with them the rounding of all that follows
+    torch.set_num_threads(threads)  # UMAP changes it, which would change the rounding of later results
     places = np.split(mapped, [len(features[0])])
 
     figure = Figure(figsize=(8, 6), layout="constrained")
@@ -237,21 +237,30 @@ def save_umap(
     for place, of_rows, style in zip(places, labels, ("real", "synthetic")):
         for label, name in enumerate(real[1].class_names):
             colour = COLOURS[label % len(COLOURS)]
-            look = (
+            style_options = (
                 {"facecolors": "none", "edgecolors": colour, "s": 26}
                 if style == "real"
                 else {"color": colour, "s": 9}
             )
             axis.scatter(
-                *place[of_rows == label].T, linewidths=0.9, alpha=0.75, label=f"{name} {style}", **look
+                *place[of_rows == label].T,
+                linewidths=0.9,
+                alpha=0.75,
+                label=f"{name} {style}",
+                **style_options,
             )
-    axis.set(title=title, xticks=[], yticks=[], xlabel="near is alike; the axes have no unit")
+    axis.set(
+        title=title,
+        xticks=[],
+        yticks=[],
+        xlabel="neighboring points have similar features; the axes have no unit",
+    )
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=1.4)
     figure.savefig(path, dpi=DPI)
 
 
 def _difference(images: ImageSet, first: str, last: str) -> np.ndarray | None:
-    """Mean of one class minus that of another, (H, W), % of the range; None where a class is missing."""
+    """Mean of one class minus that of another, (H, W), % of the range; None if a class is missing."""
     means = [images.of_class(name).images.float().mean(dim=(0, 1)) for name in (first, last)]
     difference = ((means[0] - means[1]) / 255 * 100).numpy()
     return difference if np.isfinite(difference).all() else None

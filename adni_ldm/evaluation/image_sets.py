@@ -1,4 +1,4 @@
-"""What is compared: real slices by split, and samples."""
+"""Sets of slices that are compared: real slices by split, and samples."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from adni_ldm.pipeline import ClassConditionalLDMPipeline
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Slices with their classes and subjects, kept in 8 bits.
+    """Slices with their classes and subjects, in 8 bits.
 
-    A sample is nobody's: each is a subject of its own, "sample 0" ….
+    Each sample counts as a subject of its own: "sample 0", "sample 1" ….
     """
 
     images: torch.Tensor  # uint8 (N, 1, H, W), 0 to 255
@@ -43,12 +43,12 @@ class ImageSet:
         return self.take(self.labels == self.class_names.index(name))
 
     def floats(self, indices: Sequence[int] | slice = slice(None)) -> torch.Tensor:
-        """Float32 (n, 1, H, W) in [-1, 1], the range that every network here reads."""
+        """Float32 (n, 1, H, W) in [-1, 1], the range of every network here."""
         return to_float(self.images[indices])
 
 
 def join(first: ImageSet, second: ImageSet) -> ImageSet:
-    """The rows of both."""
+    """The rows of both sets."""
     return ImageSet(
         torch.cat([first.images, second.images]),
         np.concatenate([first.labels, second.labels]),
@@ -63,10 +63,10 @@ def real_set(slices: Dataset, image_size: int, most: int | None = None, seed: in
 
 
 def image_set(slices: SliceTensors, most: int | None = None, seed: int = 0) -> ImageSet:
-    """What a recipe trains on or holds out, in memory.
+    """A recipe's training or held-out slices, in memory.
 
     Args:
-        most: keep about so many slices, the same share of every subject's, and one at least.
+        most: keep about this many slices, the same share of every subject's and at least one.
     """
     chosen = np.arange(len(slices))
     if most is not None and len(chosen) > most:
@@ -76,13 +76,13 @@ def image_set(slices: SliceTensors, most: int | None = None, seed: int = 0) -> I
 
 
 def load_samples(folder: str | Path, class_names: Sequence[str], most: int | None = None) -> ImageSet:
-    """The samples below `folder`, one subfolder a class, as sample.py writes them.
+    """The samples in `folder`, one subfolder per class, as sample.py writes them.
 
     Args:
-        most: keep the first so many of each class.
+        most: read at most this many of each class.
 
     Raises:
-        UserError: no such folder, no sample of any class, or samples of several sizes.
+        UserError: no such folder, no sample of any class, or samples of different sizes.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -91,21 +91,21 @@ def load_samples(folder: str | Path, class_names: Sequence[str], most: int | Non
     image_size = _first_size(folder, class_names)
     for label, name in enumerate(class_names):
         for path in sorted((folder / name).glob("*.png"))[:most]:
-            picture = read_image(path)
-            if picture.size != (image_size, image_size):
+            image = read_image(path)
+            if image.size != (image_size, image_size):
                 raise UserError(
-                    f"{path}: {picture.width} x {picture.height} pixels, not {image_size} x {image_size}; "
-                    "samples must be of one size, which real slices are brought to"
+                    f"{path}: {image.width} x {image.height} pixels, not {image_size} x {image_size}; all "
+                    "samples must have one size, to which real slices are resized"
                 )
-            images.append(torch.from_numpy(prepare_image(picture, image_size).copy()))
+            images.append(torch.from_numpy(prepare_image(image, image_size).copy()))
             labels.append(label)
-    return _of_samples(torch.stack(images)[:, None], np.array(labels), class_names)
+    return _sample_set(torch.stack(images)[:, None], np.array(labels), class_names)
 
 
 def generate_image_set(
     pipeline: ClassConditionalLDMPipeline, count: int, seed: int, batch_size: int = 50, **options
 ) -> ImageSet:
-    """`count` slices of each class drawn anew, image k of each class from the same noise.
+    """Generate `count` slices of each class; image k of each class starts from the same noise.
 
     Args:
         options: further arguments of the pipeline's call.
@@ -114,11 +114,11 @@ def generate_image_set(
     labels = np.repeat(np.arange(len(names)), count)
     seeds = [image_seed(seed, index) for index in range(count)] * len(names)
     images = torch.cat(list(generate_images(pipeline, labels.tolist(), seeds, batch_size, **options)))
-    return _of_samples(images.mul(255).round().to(torch.uint8), labels, names)
+    return _sample_set(images.mul(255).round().to(torch.uint8), labels, names)
 
 
-def _of_samples(images: torch.Tensor, labels: np.ndarray, class_names: Sequence[str]) -> ImageSet:
-    subjects = np.array([f"sample {index}" for index in range(len(labels))])  # each is a person of its own
+def _sample_set(images: torch.Tensor, labels: np.ndarray, class_names: Sequence[str]) -> ImageSet:
+    subjects = np.array([f"sample {index}" for index in range(len(labels))])
     return ImageSet(images, labels, subjects, tuple(class_names))
 
 
@@ -126,12 +126,12 @@ def _first_size(folder: Path, class_names: Sequence[str]) -> int:
     for name in class_names:
         for path in sorted((folder / name).glob("*.png")):
             return read_image(path).height
-    wanted = ", ".join(f"{name}/*.png" for name in class_names)
-    raise UserError(f"--samples {folder}: no samples in it (looked for {wanted})")
+    patterns = ", ".join(f"{name}/*.png" for name in class_names)
+    raise UserError(f"--samples {folder}: no samples found (searched for {patterns})")
 
 
 def thin(subjects: np.ndarray, most: int, seed: int) -> np.ndarray:
-    """About `most` row indices, in order: of each subject the same share, and one at least."""
+    """About `most` row indices, sorted: the same share of each subject's rows, and at least one."""
     share = min(1.0, most / max(1, len(subjects)))
     order = np.random.default_rng(seed).permutation(len(subjects))
     kept = []

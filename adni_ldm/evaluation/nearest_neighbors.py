@@ -1,14 +1,13 @@
-"""The nearest training image of a slice: in pixels after alignment, or in features.
+"""Nearest training image of a slice, in pixels after alignment.
 
-In pixels: pictures are brought to 64 pixels a side and band-passed (a difference of Gaussians), which takes
-out brightness, slow shading and the noise of pixels; the rest is compared by normalized cross-correlation, at
-its highest over small shifts (distance = 1 - correlation, so gain and offset do not matter either).
+Images are resized to 64 x 64 and band-pass filtered (difference of Gaussians), which removes brightness,
+shading and pixel noise. They are compared by normalized cross-correlation, maximized over small shifts
+(distance = 1 - correlation, which is invariant to gain and offset).
 
-How near is near depends on the place: usual brains have many neighbours, unusual ones none. So the distance
-is also given relative to its surroundings, as a ratio: the distance to the nearest image, divided by the mean
-distance to the nearest images of the next five *subjects*. It is about 1 for a new person, whose picture is
-as far from one as from the other, and near 0 for a copy, which one person's image alone explains (the idea of
-Carlini et al. 2023, arXiv:2301.13188, section 5, with subjects for images).
+Typical brains have many near neighbors and unusual ones have none, so the distance is also given as a ratio:
+the distance to the nearest image divided by the mean distance to the nearest images of the next five
+*subjects*. The ratio is about 1 for a new subject and near 0 for a copy, which one training subject alone
+explains (Carlini et al. 2023, arXiv:2301.13188, section 5, with subjects in place of images).
 """
 
 from __future__ import annotations
@@ -20,32 +19,31 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-SIDE = 64  # pixels that pictures are compared at: what a copy shares with its original is not finer
+SIDE = 64  # pixels a side that images are compared at; copies need not share finer detail
 FINE, COARSE = 1 / 48, 1 / 16  # standard deviations of the two Gaussians, as shares of the side
-SURROUNDINGS = 5  # subjects
+NEXT_SUBJECTS = 5  # whose nearest images the distance is compared with
 _CHUNK = 64  # rows that are searched at once
-_NEAREST, _SUBJECTS = 16, 32  # what the quick search leaves: the nearest images, and the nearest subjects'
+_NEAREST, _SUBJECTS = 16, 32  # candidates left by the coarse search: images, and one image per subject
 
 
 @dataclass(frozen=True)
-class Neighbours:
-    """The nearest training image of each of N pictures."""
+class Neighbors:
+    """The nearest training image of each of N images."""
 
     rows: np.ndarray  # int64 (N,), of the training set
-    distances: np.ndarray  # float64 (N,), 0 is the same picture
+    distances: np.ndarray  # float64 (N,), 0 for the same image
     ratios: np.ndarray  # float64 (N,), to the distance of the next subjects; 1 where there is no other
-    shifts: np.ndarray | None = (
-        None  # int64 (N, 2): pixels down and right from the training image to the picture
-    )
+    shifts: np.ndarray  # int64 (N, 2): pixels down and right from the training image to the image
 
     def __len__(self) -> int:
         return len(self.rows)
 
 
-def nearest_in_pixels(images: torch.Tensor, train: torch.Tensor, train_subjects: np.ndarray) -> Neighbours:
-    """Nearest training image in aligned pixels: shifts of up to a sixteenth of the side, at least 3 pixels.
+@torch.autocast("cpu", enabled=False)  # float32, whatever autocast the caller is in
+def nearest_in_pixels(images: torch.Tensor, train: torch.Tensor, train_subjects: np.ndarray) -> Neighbors:
+    """Nearest training image after alignment by shifts of up to 1/16 of the side, at least 3 pixels.
 
-    A quick search over all training images at 16 pixels a side leaves some 48 that are compared finely.
+    A coarse search over all training images at 16 x 16 pixels leaves at most 48 for the fine comparison.
 
     Args:
         images: uint8 (N, 1, H, W).
@@ -58,34 +56,20 @@ def nearest_in_pixels(images: torch.Tensor, train: torch.Tensor, train_subjects:
     train_thumbnails = _thumbnails(train_patterns)
     subjects = np.unique(train_subjects, return_inverse=True)[1]
 
-    nothing = np.zeros(0, np.int64), np.zeros(0), np.zeros(0), np.zeros((0, 2), np.int64)
-    found = [nothing]
+    found = [(np.zeros(0, np.int64), np.zeros(0), np.zeros(0), np.zeros((0, 2), np.int64))]
     for first in tqdm(range(0, len(images), _CHUNK), desc="nearest training images", leave=False):
         some = patterns[first : first + _CHUNK]
-        candidates = _candidates(_quick_similarity(some, train_thumbnails, reach), subjects)  # (B, K)
+        candidates = _candidates(_coarse_similarity(some, train_thumbnails, reach), subjects)  # (B, K)
         distances, shifts = _aligned_distances(some, train_patterns, candidates, reach)
         rows, nearest, ratios, places = _closest(distances, candidates, subjects)
         found.append((rows, nearest, ratios, shifts[np.arange(len(rows)), places]))
     rows, distances, ratios, shifts = (np.concatenate(parts) for parts in zip(*found))
     pixels = np.array(images.shape[-2:]) / SIDE
-    return Neighbours(rows, distances, ratios, np.rint(shifts * pixels).astype(np.int64))
-
-
-def nearest_in_features(features: np.ndarray, train: np.ndarray, train_subjects: np.ndarray) -> Neighbours:
-    """Nearest training image by Euclidean distance of feature vectors (N, D) and (M, D)."""
-    subjects = np.unique(train_subjects, return_inverse=True)[1]
-    every = np.arange(len(train))
-    found = [(np.zeros(0, np.int64), np.zeros(0), np.zeros(0))]
-    for some in torch.as_tensor(features, dtype=torch.float64).split(_CHUNK):
-        distances = torch.cdist(some, torch.as_tensor(train, dtype=torch.float64)).numpy()
-        rows = np.broadcast_to(every, distances.shape)
-        if len(rows):  # split gives one empty part of nothing
-            found.append(_closest(distances, rows, subjects)[:3])
-    return Neighbours(*(np.concatenate(parts) for parts in zip(*found)))
+    return Neighbors(rows, distances, ratios, np.rint(shifts * pixels).astype(np.int64))
 
 
 def band_pass(images: torch.Tensor, side: int = SIDE) -> torch.Tensor:
-    """Patterns float32 (N, S, S), zero mean, unit norm, of uint8 (N, 1, H, W); 0 where nothing is shown."""
+    """Patterns float32 (N, S, S), zero mean, unit norm, of uint8 (N, 1, H, W); 0 for a constant image."""
     frequencies = torch.meshgrid(torch.fft.fftfreq(side), torch.fft.rfftfreq(side), indexing="ij")
     squared = 2 * (torch.pi * side) ** 2 * sum(one**2 for one in frequencies)  # of a Gaussian's transform
     band = torch.exp(-squared * FINE**2) - torch.exp(-squared * COARSE**2)
@@ -100,7 +84,7 @@ def band_pass(images: torch.Tensor, side: int = SIDE) -> torch.Tensor:
 
 
 def _unit(patterns: torch.Tensor) -> torch.Tensor:
-    """Each of (N, h, w) with norm 1. One whose contrast is rounding error becomes 0, and so is like none."""
+    """Each of (N, h, w) scaled to norm 1. Contrast below rounding error becomes 0."""
     norm = patterns.square().sum((1, 2), keepdim=True).sqrt()
     return torch.where(norm > 1e-4 * patterns.shape[-1], patterns / norm.clamp(min=1e-12), 0)
 
@@ -109,8 +93,8 @@ def _thumbnails(patterns: torch.Tensor) -> torch.Tensor:
     return _unit(F.adaptive_avg_pool2d(patterns[:, None], 16)[:, 0]).flatten(1)  # (N, 256)
 
 
-def _quick_similarity(patterns: torch.Tensor, train_thumbnails: torch.Tensor, reach: int) -> torch.Tensor:
-    """(B, M): correlation of thumbnails, the highest over shifts that are made before reducing."""
+def _coarse_similarity(patterns: torch.Tensor, train_thumbnails: torch.Tensor, reach: int) -> torch.Tensor:
+    """(B, M): correlation of thumbnails, maximized over shifts that are applied before downsampling."""
     steps = range(-reach, reach + 1, max(1, patterns.shape[-1] // 32))
     best = torch.full((len(patterns), len(train_thumbnails)), -1.0)
     for down in steps:
@@ -123,7 +107,7 @@ def _quick_similarity(patterns: torch.Tensor, train_thumbnails: torch.Tensor, re
 def _candidates(similarity: torch.Tensor, subjects: np.ndarray) -> np.ndarray:
     """Rows (B, K): the most similar images, then the best image of each of the most similar subjects."""
     order = similarity.argsort(dim=1, descending=True).numpy()
-    # of each subject, where in the order it comes first
+    # position of each subject's first image in the order
     firsts = [np.sort(np.unique(subjects[row], return_index=True)[1])[:_SUBJECTS] for row in order]
     return np.stack([np.concatenate([row[:_NEAREST], row[first]]) for row, first in zip(order, firsts)])
 
@@ -140,18 +124,18 @@ def _aligned_distances(
     best, place = correlation.max(dim=2)
     shifts = torch.stack([place // window - reach, place % window - reach], dim=2)
     distances = (1 - best.double()).numpy()
-    return np.where(distances < 1e-5, 0, distances), shifts.numpy()  # float32 knows no better
+    return np.where(distances < 1e-5, 0, distances), shifts.numpy()  # below float32 precision
 
 
 def _closest(distances: np.ndarray, rows: np.ndarray, subjects: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Row of the nearest training image, distance, ratio, and which candidate it was; each (B,)."""
+    """Row of the nearest training image, its distance and ratio, and its place among the candidates, (B,)."""
     order = np.argsort(distances, axis=1, kind="stable")
     ratios = np.ones(len(order))
     for index, places in enumerate(order):
         first = np.sort(np.unique(subjects[rows[index, places]], return_index=True)[1])
-        of_subjects = distances[index, places[first]]  # ascending, one a subject
-        around = of_subjects[1 : 1 + SURROUNDINGS]
-        if len(around) and around.mean() > 0:  # all alike: nobody's copy
+        of_subjects = distances[index, places[first]]  # ascending, one per subject
+        around = of_subjects[1 : 1 + NEXT_SUBJECTS]
+        if len(around) and around.mean() > 0:  # zero if all are identical: no subject is copied
             ratios[index] = of_subjects[0] / around.mean()
     picked, nearest = np.arange(len(order)), order[:, 0]
     return rows[picked, nearest], distances[picked, nearest], ratios, nearest

@@ -1,41 +1,44 @@
-"""A small part of the report while a model trains: is it still getting better, and is it copying by now?"""
+"""Online evaluation: a small part of the report during training, and the pipeline with the lowest KID."""
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 
 import torch
 
+from adni_ldm.data.slices import SliceTensors
 from adni_ldm.evaluation.classifier import train_classifier
-from adni_ldm.evaluation.conditioning import agreement
+from adni_ldm.evaluation.conditioning import class_conditioning_accuracy
 from adni_ldm.evaluation.features import load_extractor
 from adni_ldm.evaluation.fidelity import kernel_distance
-from adni_ldm.evaluation.image_sets import ImageSet, generate_image_set
-from adni_ldm.evaluation.nearest_neighbors import nearest_in_pixels
-from adni_ldm.evaluation.privacy import copy_figures
+from adni_ldm.evaluation.image_sets import ImageSet, generate_image_set, image_set
+from adni_ldm.evaluation.nearest_neighbors import Neighbors, nearest_in_pixels
+from adni_ldm.evaluation.privacy import copy_metrics
+from adni_ldm.files import read_json, write_json
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
 
 BEST = "best"  # folder of the best pipeline so far, beside the checkpoints
 
 
 class OnlineEvaluation:
-    """KID, agreement with the class, and copies, of `count` samples of each class.
+    """KID, class-conditioning accuracy and share of copies, of `count` samples of each class.
 
-    One process alone needs it. Nothing of the training's random state is touched.
+    Needed in one process only. Leaves the random state of the training as it is. Samples are generated under
+    the caller's autocast; what is compared is computed in float32.
 
     Args:
         train: slices that the model is trained on.
         held_out: slices of other subjects.
-        steps: DDIM steps of the samples.
+        max_slices: use about this many of either, the same share of every subject's.
+        steps: number of DDIM steps.
     """
 
     def __init__(
         self,
-        train: ImageSet,
-        held_out: ImageSet,
+        train: SliceTensors,
+        held_out: SliceTensors,
         *,
+        max_slices: int,
         count: int,
         classifier_steps: int,
         steps: int,
@@ -43,43 +46,46 @@ class OnlineEvaluation:
         seed: int,
         device: torch.device,
     ):
-        self.train, self.held_out, self.count, self.seed = train, held_out, count, seed
+        self.train, self.held_out = (image_set(part, max_slices, seed) for part in (train, held_out))
+        self.count, self.seed = count, seed
         self.options = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
-        self.judge = train_classifier(
-            train, seed=seed, device=device, steps=classifier_steps, description="classifier that judges"
+        title = "training the classifier for evaluation"
+        self.classifier = train_classifier(
+            self.train, seed=seed, device=device, steps=classifier_steps, description=title
         )
-        self.extract = load_extractor("classifier", classifier=self.judge, device=device)
-        self.features = self.extract(held_out)
-        self.distances = nearest_in_pixels(held_out.images, train.images, train.subjects)
+        self.extract = load_extractor("classifier", classifier=self.classifier, device=device)
+        self.features = self.extract(self.held_out)
+        self.held_out_neighbors = self._nearest(self.held_out)
 
     def __call__(self, pipeline: ClassConditionalLDMPipeline) -> dict[str, float]:
-        """{"kid": …, "agreement": …, "copies": …}, without those that cannot be told."""
+        """{"kid": …, "class_accuracy": …, "copies": …}, without those that cannot be estimated."""
         samples = generate_image_set(pipeline, self.count, self.seed, **self.options)
+        neighbors = self._nearest(samples)
+        copies, _ = copy_metrics(neighbors, samples, self.held_out_neighbors, self.held_out, self.train)
         sets = (self.features, self.extract(samples), self.held_out.subjects, samples.subjects)
-        near = nearest_in_pixels(samples.images, self.train.images, self.train.subjects)
-        copies, _ = copy_figures(near, samples, self.distances, self.held_out, self.train)
-        figures = {
+        estimates = {
             "kid": kernel_distance(*sets, draws=0),
-            "agreement": agreement(self.judge, samples, self.held_out)["all"],
+            "class_accuracy": class_conditioning_accuracy(self.classifier, samples, self.held_out)["all"],
             "copies": copies["copies"],
         }
-        return {name: one.value for name, one in figures.items() if one.value is not None}
+        return {name: estimate.value for name, estimate in estimates.items() if estimate.value is not None}
+
+    def _nearest(self, images: ImageSet) -> Neighbors:
+        return nearest_in_pixels(images.images, self.train.images, self.train.subjects)
 
 
 def save_best(
-    pipeline: ClassConditionalLDMPipeline, output_dir: Path, step: int, figures: dict[str, float]
+    pipeline: ClassConditionalLDMPipeline, output_dir: Path, step: int, metrics: dict[str, float]
 ) -> bool:
-    """Save the pipeline as output_dir/best if its KID is the lowest so far; best/best.json says what it has.
+    """Save the pipeline as output_dir/best if its KID is the lowest so far; its metrics go to best/best.json.
 
-    A best of a later step belongs to a run that was gone back on, and counts for nothing.
+    A best of a later step belongs to a run that was resumed from an earlier checkpoint, and is overwritten.
     """
     record = output_dir / BEST / "best.json"
-    earlier = json.loads(record.read_text()) if record.is_file() else None
-    if "kid" not in figures or (earlier and earlier["step"] < step and earlier["kid"] <= figures["kid"]):
+    earlier = read_json(record) if record.is_file() else None
+    if "kid" not in metrics or (earlier and earlier["step"] < step and earlier["kid"] <= metrics["kid"]):
         return False
-    record.unlink(missing_ok=True)  # until all is written there is no best
+    record.unlink(missing_ok=True)  # without the record the folder is not complete
     pipeline.save_pretrained(output_dir / BEST)
-    partial = record.with_suffix(".partial")
-    partial.write_text(json.dumps({"step": step, **figures}, indent=1) + "\n")
-    os.replace(partial, record)
+    write_json(record, {"step": step, **metrics})
     return True

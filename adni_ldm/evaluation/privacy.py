@@ -1,13 +1,13 @@
-"""Whose brain is it: copies of training images among samples, and whether the model's loss tells whose.
+"""Memorization: copies of training images among samples, and membership inference from the model's loss.
 
-A sample is called a copy when it is nearer to one training subject's image than to the next subjects' by a
-ratio (see nearest.py) that real slices of people whom the model never saw reach at a stated rate at most. The
-ratio alone is used, since at the same rate of false alarms it finds more: of 100 copies at 32 pixels with
-noise of a tenth of the range it found all, the plain distance 44 (phantom, 140 training subjects).
+A sample is classified as a copy when it is nearer to one training subject's image than to those of the next
+subjects, by a ratio (see nearest_neighbors.py) whose limit is set by real slices of held-out subjects at a
+stated false-positive rate. The ratio alone is used: at the same rate it detected all of 100 copies at 32
+pixels with noise of a tenth of the range, the plain distance 44 (phantom, 140 training subjects).
 
-What it finds, and what it does not (phantom, 100 planted copies of each kind, 64 pixels, 1 % false alarms):
-all that were exact, moved by up to 3 pixels, brighter, of another gamma, noisy, blurred, turned by 2 degrees,
-or through the autoencoder; 99 scaled by 3 %; and 18 turned by 5 degrees.
+Sensitivity (phantom, 100 planted copies of each kind, 64 pixels, 1 % false positives): all copies that were
+exact, shifted by up to 3 pixels, brighter, of another gamma, noisy, blurred, rotated by 2 degrees or passed
+through the autoencoder; 99 scaled by 3 %; and 18 rotated by 5 degrees.
 """
 
 from __future__ import annotations
@@ -15,42 +15,36 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
-from adni_ldm.evaluation.estimates import FEWEST_SUBJECTS, Estimate, bootstrap, proportion, unknown
+from adni_ldm.evaluation.estimates import FEWEST_SUBJECTS, Estimate, bootstrap, proportion, roc_auc, unknown
 from adni_ldm.evaluation.image_sets import ImageSet, thin
 from adni_ldm.evaluation.model_outputs import denoising_losses
-from adni_ldm.evaluation.nearest_neighbors import (
-    SURROUNDINGS,
-    Neighbours,
-    nearest_in_features,
-    nearest_in_pixels,
-)
+from adni_ldm.evaluation.nearest_neighbors import NEXT_SUBJECTS, Neighbors, nearest_in_pixels
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
 
-FALSE_ALARMS = 0.01  # share of real slices of other people that may be called copies
-MOST_FALSE_ALARMS = 0.1  # where held-out slices are too few for 1 %, up to this
+FALSE_POSITIVES = 0.01  # rate at which real slices of held-out subjects may be classified as copies
+MOST_FALSE_POSITIVES = 0.1  # highest rate that is accepted where held-out slices are too few for 1 %
 
 
 @dataclass(frozen=True)
 class CopyRule:
-    """A picture is a copy where its ratio is below `threshold`."""
+    """A slice is classified as a copy where its ratio is below `threshold`."""
 
     threshold: float
-    false_alarms: float  # share of new people's slices that the limit was set to call copies, at most
-    slices: int  # held-out, that the threshold was set by
-    subjects: int
+    false_positive_rate: float  # of real slices of new subjects, at most
+    slices: int  # held-out slices that the threshold was set by
+    subjects: int  # of those slices
 
-    def calls(self, ratios: np.ndarray) -> np.ndarray:
+    def is_copy(self, ratios: np.ndarray) -> np.ndarray:
         return ratios < self.threshold
 
     def __str__(self) -> str:
         return (
-            "A picture is called a copy when its distance to the nearest training slice is less than "
-            f"{self.threshold:.2f} of the mean distance to the next {SURROUNDINGS} subjects' nearest slices. "
-            f"The limit was set by {self.slices} real slices of {self.subjects} subjects held out of "
-            f"training, so that at most {self.false_alarms:.1%} of such slices are below it. The floor is "
-            "the share of them called copies when each subject is judged by the limit that the others set."
+            "A slice is classified as a copy if its distance to the nearest training slice is less than "
+            f"{self.threshold:.2f} times the mean distance to the nearest slices of the next {NEXT_SUBJECTS} "
+            f"subjects. The threshold was set on {self.slices} real slices of {self.subjects} held-out "
+            f"subjects, for a false-positive rate of at most {self.false_positive_rate:.1%}. The reference "
+            "is their false-positive rate when the threshold for each subject is set on the other subjects."
         )
 
 
@@ -64,98 +58,85 @@ class Pair:
     ratio: float
     shift: tuple[int, int]  # pixels down and right from the training image to the sample
     is_copy: bool
-    subject: str  # whose training image it is: not for a report that is passed on
-    person: int  # that subject's number among the pairs, from 1
-    place: int  # which of the subject's training slices, from 1
-    label: int  # class that the sample was drawn as
+    subject: str  # ID of the training subject; must not appear in a report
+    subject_number: int  # stands for the ID: a number among the pairs, from 1
+    slice_number: int  # of the subject's training slices, from 1
+    label: int  # class that the sample was conditioned on
 
 
 @dataclass(frozen=True)
-class Privacy:
-    """What was found: figures, and what the pictures are made of."""
+class Memorization:
+    """Estimates of memorization, and what the report's figures are made of."""
 
-    figures: dict[str, Estimate]
-    rule: CopyRule | None  # None where copies cannot be told from others
-    samples: Neighbours
-    held_out: Neighbours
+    metrics: dict[str, Estimate]
+    rule: CopyRule | None  # None where copies cannot be identified
+    samples: Neighbors
+    held_out: Neighbors
     pairs: list[Pair]
 
 
-def examine(
+def measure_memorization(
     samples: ImageSet,
     train: ImageSet,
     held_out: ImageSet,
-    features: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
     pipeline: ClassConditionalLDMPipeline | None = None,
     most: int = 300,
     seed: int = 0,
-) -> Privacy:
-    """Copies among the samples, the nearest pairs, and a membership test.
+) -> Memorization:
+    """Share of copies among the samples, the nearest pairs, and membership inference.
 
     Args:
-        train: all that the model was trained on; a slice that is left out cannot be found again.
+        train: every slice that the model was trained on; copies of one that is left out are not found.
         held_out: real slices of subjects that it was not trained on.
-        features: (N, D) of samples, train and held_out: adds `copies_in_features`.
-        pipeline: the model that drew the samples: adds `membership_auc`.
-        most: slices of either side that the model's loss is taken of, the same share of every subject's.
+        pipeline: the model that generated the samples: adds `membership_auc`.
+        most: slices of either set that the model's loss is computed on, the same share of every subject's.
     """
     near = nearest_in_pixels(samples.images, train.images, train.subjects)
     near_held_out = nearest_in_pixels(held_out.images, train.images, train.subjects)
-    figures, rule = copy_figures(near, samples, near_held_out, held_out, train)
-    if features is not None:
-        of_samples, of_train, of_held_out = features
-        found, _ = copy_figures(
-            nearest_in_features(of_samples, of_train, train.subjects),
-            samples,
-            nearest_in_features(of_held_out, of_train, train.subjects),
-            held_out,
-            train,
-        )
-        figures["copies_in_features"] = found["copies"]
+    metrics, rule = copy_metrics(near, samples, near_held_out, held_out, train)
     if pipeline is not None:
         chosen = [one.take(thin(one.subjects, most, seed)) for one in (train, held_out)]
         members, others = (denoising_losses(pipeline, one, seed=seed) for one in chosen)
-        figures["membership_auc"] = membership_auc(members, chosen[0].subjects, others, chosen[1].subjects)
-    return Privacy(figures, rule, near, near_held_out, nearest_pairs(near, samples, train, rule))
+        metrics["membership_auc"] = membership_auc(members, chosen[0].subjects, others, chosen[1].subjects)
+    return Memorization(metrics, rule, near, near_held_out, nearest_pairs(near, samples, train, rule))
 
 
-def calibrate(ratios: np.ndarray, subjects: np.ndarray, false_alarms: float = FALSE_ALARMS) -> CopyRule:
-    """The limit that new people's slices fall below at a rate of `false_alarms` at most.
+def calibrate(ratios: np.ndarray, subjects: np.ndarray, rate: float = FALSE_POSITIVES) -> CopyRule:
+    """The threshold below which the ratios of new subjects' slices fall at a rate of at most `rate`.
 
     The k-th smallest of n held-out ratios, k = ⌊rate · (n + 1)⌋: split conformal prediction (Vovk et al.
-    2005). Fewer slices than 1 / rate - 1 give the smallest ratio as limit, and the rate 1 / (n + 1). It holds
-    on average over cohorts where slices are exchangeable. Those of one subject are more alike than that,
-    which is why the floor is measured by subject: see `falsely_called`.
+    2005). With fewer than 1 / rate - 1 slices it is the smallest ratio, and the rate is 1 / (n + 1). The rate
+    holds on average over cohorts of exchangeable slices. Slices of one subject resemble each other more than
+    that, so the reference is measured by subject: see `cross_validated_false_positives`.
     """
     count = len(ratios)
-    rank = max(1, int(false_alarms * (count + 1)))
-    limit = np.sort(ratios)[rank - 1]
-    rate = max(false_alarms, 1 / (count + 1))
-    return CopyRule(float(limit), rate, count, len(np.unique(subjects)))
+    rank = max(1, int(rate * (count + 1)))
+    threshold = np.sort(ratios)[rank - 1]
+    return CopyRule(float(threshold), max(rate, 1 / (count + 1)), count, len(np.unique(subjects)))
 
 
-def falsely_called(ratios: np.ndarray, subjects: np.ndarray) -> np.ndarray:
-    """Which held-out slices (N,) are called copies, each subject by the limit that the other subjects set."""
-    called = np.zeros(len(ratios), dtype=bool)
+def cross_validated_false_positives(ratios: np.ndarray, subjects: np.ndarray) -> np.ndarray:
+    """Which held-out slices (N,) are classified as copies by the rule of the other subjects."""
+    positive = np.zeros(len(ratios), dtype=bool)
     for subject in np.unique(subjects):
         own = subjects == subject
-        called[own] = calibrate(ratios[~own], subjects[~own]).calls(ratios[own])
-    return called
+        positive[own] = calibrate(ratios[~own], subjects[~own]).is_copy(ratios[own])
+    return positive
 
 
-def copy_figures(
-    samples: Neighbours,
+def copy_metrics(
+    samples: Neighbors,
     sample_set: ImageSet,
-    held_out: Neighbours,
+    held_out: Neighbors,
     held_out_set: ImageSet,
     train_set: ImageSet,
 ) -> tuple[dict[str, Estimate], CopyRule | None]:
-    """Share of copies among the samples, its floor the share among held-out real slices.
+    """Share of copies among the samples; the reference is the share among real held-out slices.
 
     Returns:
         `copies`, `copies_CLASS` for each class (share of samples, Wilson's interval), and `subjects_copied`:
-        the share of training subjects of whom a sample is a copy, beside what false alarms alone would give.
-        And the rule; None where nothing can be said, with the figures' notes saying why.
+        the share of training subjects with at least one copy, and as reference the share that false positives
+        alone would give. And the rule; None where copies cannot be identified, for the reason in the notes.
     """
     names = train_set.class_names
     keys = ["copies", *(f"copies_{name}" for name in names), "subjects_copied"]
@@ -164,53 +145,55 @@ def copy_figures(
         rule = calibrate(held_out.ratios, held_out_set.subjects)
         if rule.threshold == 0:
             same = int((held_out.ratios == 0).sum())
-            gap = f"{same} held-out slices are training slices: nothing tells a copy from them"
+            gap = f"{same} held-out slices are identical to training slices, so no threshold can be set"
     if gap:
         return {key: unknown(gap) for key in keys}, None
 
-    called = rule.calls(samples.ratios)
-    falsely = falsely_called(held_out.ratios, held_out_set.subjects)
-    figures = {"copies": _share(called, falsely, "no samples")}
+    copies = rule.is_copy(samples.ratios)
+    false_positives = cross_validated_false_positives(held_out.ratios, held_out_set.subjects)
+    metrics = {"copies": _share(copies, false_positives, "no samples")}
     for label, name in enumerate(names):
         of_class = sample_set.labels == label
-        of_held_out = held_out_set.labels == label
-        figures[f"copies_{name}"] = _share(called[of_class], falsely[of_held_out], f"no samples of {name}")
+        of_held_out = false_positives[held_out_set.labels == label]
+        metrics[f"copies_{name}"] = _share(copies[of_class], of_held_out, f"no samples of {name}")
 
-    people = len(np.unique(train_set.subjects))
-    copied = len(np.unique(train_set.subjects[samples.rows[called]]))
-    by_chance = 1 - (1 - falsely.mean() / people) ** len(called)  # false alarms fall on anyone alike
-    figures["subjects_copied"] = (
-        proportion(copied, people).with_floor(by_chance) if len(called) else unknown("no samples")
+    subjects = len(np.unique(train_set.subjects))
+    copied = len(np.unique(train_set.subjects[samples.rows[copies]]))
+    # Expected by chance: false positives are spread evenly over the training subjects.
+    by_chance = 1 - (1 - false_positives.mean() / subjects) ** len(copies)
+    metrics["subjects_copied"] = (
+        proportion(copied, subjects).with_reference(by_chance) if len(copies) else unknown("no samples")
     )
-    return figures, rule
+    return metrics, rule
 
 
-def _share(called: np.ndarray, falsely: np.ndarray, if_none: str) -> Estimate:
-    if not len(called):
+def _share(copies: np.ndarray, false_positives: np.ndarray, if_none: str) -> Estimate:
+    if not len(copies):
         return unknown(if_none)
-    return proportion(int(called.sum()), len(called)).with_floor(falsely.mean() if len(falsely) else None)
+    reference = false_positives.mean() if len(false_positives) else None
+    return proportion(int(copies.sum()), len(copies)).with_reference(reference)
 
 
 def _gap(held_out_set: ImageSet, train_set: ImageSet) -> str:
-    """Why copies cannot be told from others; empty where they can."""
+    """Why copies cannot be identified; empty where they can."""
     subjects, trained = (len(np.unique(one.subjects)) for one in (held_out_set, train_set))
     if trained < 2:
-        return "all training slices are one subject's: whom a sample is nearest to says nothing"
+        return "all training slices are of one subject, so distances cannot be compared between subjects"
     if subjects < 2:
-        return f"{subjects} subjects held out of training: 2 at least tell how near new people come"
-    if 1 / (len(held_out_set) + 1) > MOST_FALSE_ALARMS:
+        return f"{subjects} held-out subjects: at least 2 are needed to set the threshold for copies"
+    if 1 / (len(held_out_set) + 1) > MOST_FALSE_POSITIVES:
         return (
-            f"{len(held_out_set)} slices held out of training: too few to keep false alarms "
-            f"below {MOST_FALSE_ALARMS:.0%}"
+            f"{len(held_out_set)} held-out slices: too few for a false-positive rate "
+            f"below {MOST_FALSE_POSITIVES:.0%}"
         )
     return ""
 
 
 def nearest_pairs(
-    samples: Neighbours, sample_set: ImageSet, train_set: ImageSet, rule: CopyRule | None, count: int = 10
+    samples: Neighbors, sample_set: ImageSet, train_set: ImageSet, rule: CopyRule | None, count: int = 10
 ) -> list[Pair]:
-    """The samples that are most like copies, the worst first, by the ratio and then by the distance."""
-    people: dict[str, int] = {}
+    """The samples most like copies, by increasing ratio and then distance, with their training images."""
+    numbers: dict[str, int] = {}
     pairs = []
     for sample in np.lexsort((samples.distances, samples.ratios))[:count]:
         row = samples.rows[sample]
@@ -222,10 +205,10 @@ def nearest_pairs(
                 distance=float(samples.distances[sample]),
                 ratio=float(samples.ratios[sample]),
                 shift=tuple(samples.shifts[sample].tolist()),
-                is_copy=rule is not None and bool(rule.calls(samples.ratios[sample])),
+                is_copy=rule is not None and bool(rule.is_copy(samples.ratios[sample])),
                 subject=subject,
-                person=people.setdefault(subject, len(people) + 1),
-                place=int((train_set.subjects[: row + 1] == subject).sum()),
+                subject_number=numbers.setdefault(subject, len(numbers) + 1),
+                slice_number=int((train_set.subjects[: row + 1] == subject).sum()),
                 label=int(sample_set.labels[sample]),
             )
         )
@@ -238,25 +221,23 @@ def membership_auc(
     other_losses: np.ndarray,
     other_subjects: np.ndarray,
 ) -> Estimate:
-    """How well the model's loss tells subjects it was trained on from others: AUC over subjects.
+    """Membership inference from the model's loss (Yeom et al. 2018, arXiv:1709.01604): AUC over subjects.
 
-    The probability that a training subject's mean loss is below that of a subject never seen (Yeom et al.
-    2018, arXiv:1709.01604): 0.5 tells nothing, 1 tells all; the floor is 0.5. The interval is a bootstrap
-    over the subjects of both sides. Losses (N,), (M,), with the subject of each.
+    The probability that the mean loss of a training subject is below that of a subject that was not trained
+    on; the reference is 0.5, chance. The interval resamples subjects of both sets. Losses (N,) and (M,), with
+    the subject of each.
     """
     members = _mean_by_subject(member_losses, member_subjects)
     others = _mean_by_subject(other_losses, other_subjects)
     if min(len(members), len(others)) < FEWEST_SUBJECTS:
-        return unknown(
-            f"{len(members)} training and {len(others)} held-out subjects: it takes {FEWEST_SUBJECTS} of each"
-        )
+        counts = f"{len(members)} training and {len(others)} held-out subjects"
+        return unknown(f"{counts}: at least {FEWEST_SUBJECTS} of each are needed")
 
     def auc(first: np.ndarray, second: np.ndarray) -> float:
-        wins = stats.mannwhitneyu(others[second], members[first]).statistic
-        return wins / (len(first) * len(second))
+        return roc_auc(others[second], members[first])
 
     rows = np.arange(len(members)), np.arange(len(others))
-    return Estimate(auc(*rows), *bootstrap(auc, *rows), floor=0.5)
+    return Estimate(auc(*rows), *bootstrap(auc, *rows), reference=0.5)
 
 
 def _mean_by_subject(values: np.ndarray, subjects: np.ndarray) -> np.ndarray:

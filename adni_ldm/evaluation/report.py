@@ -1,4 +1,4 @@
-"""The report: metrics.json for programs, report.html for people."""
+"""The report of evaluate.py: metrics.json, and report.html with everything that it shows inside."""
 
 from __future__ import annotations
 
@@ -11,94 +11,107 @@ from pathlib import Path
 import jinja2
 
 from adni_ldm.evaluation.estimates import Estimate
+from adni_ldm.evaluation.questions import QUESTIONS, list_verdicts
+from adni_ldm.files import write_text
 
-# What each figure is, its unit and what is better, as the tables say it.
-WORDS = {
-    "kid": "KID, kernel distance of the features (0 is the same; lower is better)",
-    "fid": "FID, Fréchet distance of the features (lower is better; biased by the number of pictures)",
+# What each metric is, and which direction is better, as the tables show it.
+LABELS = {
+    "kid": "KID: kernel inception distance (0: same distribution; lower is better)",
+    "fid": "FID: Fréchet inception distance (lower is better; biased by the number of slices)",
     "precision": "Precision: share of samples that lie among real slices",
     "recall": "Recall: share of real slices that lie among samples",
-    "density": "Density: how deep among real slices the samples lie (1 is as real ones)",
-    "coverage": "Coverage: share of real slices with a sample near them",
-    "ms_ssim": "MS-SSIM between samples of one class (as low as real ones: as diverse)",
-    "auc": "AUC of telling the classes apart, by subject",
-    "balanced_accuracy": "balanced accuracy, by subject",
-    "auc_ratio": "AUC trained on samples ÷ trained on real",
-    "agreement": "Samples that an independent classifier takes for the class asked for",
-    "by_guidance": "The same, by guidance scale",
-    "effect_real": "Effect of the disease in real slices (Cohen's d)",
-    "effect_synthetic": "Effect of the disease in samples (Cohen's d)",
-    "effect_ratio": "Effect in samples ÷ effect in real slices",
-    "copies": "Samples that are copies of a training slice",
-    "copies_AD": "of AD",
-    "copies_NC": "of NC",
-    "subjects_copied": "Training subjects of whom a sample is a copy",
-    "membership_auc": "AUC of telling training subjects by the model's loss (0.5: it cannot)",
+    "density": "Density: number of real neighborhoods around a sample (about 1 for real slices)",
+    "coverage": "Coverage: share of real slices with a sample in their neighborhood",
+    "ms_ssim": "MS-SSIM between samples of one class (at the reference: as diverse as real slices)",
+    "real": "Real slices",
+    "synthetic": "Samples",
+    "both": "Real slices and samples",
+    "auc": "AUC by subject",
+    "balanced_accuracy": "balanced accuracy by subject",
+    "auc_ratio": "AUC trained on samples ÷ AUC trained on real slices",
+    "class_conditioning_accuracy": "Class-conditioning accuracy",
+    "by_guidance": "Class-conditioning accuracy at guidance scale",
+    "ventricle_ratio": "Lateral ventricle ÷ brain",
+    "ventricle_mm2": "Lateral ventricle, mm²",
+    "brain_mm2": "Brain, mm²",
+    "border_mm": "Cortical border, mm",
+    "blobs_mm2": "Bright areas outside the brain, mm²",
+    "effect_real": "disease effect in real slices (Cohen's d)",
+    "effect_synthetic": "disease effect in samples (Cohen's d)",
+    "effect_ratio": "effect in samples ÷ effect in real slices",
+    "copies": "Samples classified as copies of a training slice",
+    "subjects_copied": "Training subjects with at least one copy",
+    "membership_auc": "AUC of membership inference from the model's loss (0.5: chance)",
 }
-QUESTIONS = {  # section: (heading, what it asks and how to read it)
+SECTIONS = {  # section of metrics.json: (heading, what is measured)
     "fidelity": (
-        "Do the samples match real slices?",
-        "Both are turned into features, and the two clouds of features are compared. The floor is what other "
-        "real people's slices, as many, reach in their place: no samples can be expected to do better.",
+        QUESTIONS["fidelity"],
+        "Samples and held-out real slices are compared in the feature space of a network. The reference is "
+        "the value of equally many real slices of the training subjects in the samples' place.",
     ),
-    "usefulness": (
-        "Can a classifier be trained on them?",
-        "One network is trained three times, on real slices, on samples, and on both, and tested on people "
-        "that neither it nor the generator has seen.",
+    "tstr": (
+        QUESTIONS["usefulness"],
+        "One classifier is trained on real slices, on samples, and on both, and tested on held-out subjects "
+        "that neither the classifier nor the generator was trained on. The reference is training on real "
+        "slices.",
     ),
-    "faithfulness": (
-        "Does AD look like AD?",
-        "A classifier trained on real slices alone says what it takes each sample for. The floor is how "
-        "often it is right about real slices of people it has not seen.",
+    "conditioning": (
+        QUESTIONS["faithfulness"],
+        "Class-conditioning accuracy is the share of samples that a classifier trained on real slices "
+        "assigns to the class they were conditioned on. The reference is its accuracy on held-out slices.",
     ),
     "anatomy": (
-        "Does the disease change the same anatomy by as much?",
-        "Areas measured in the pictures by one plain segmentation, real and synthetic alike. The effect is "
-        "the difference of the first class and the last in units of their spread.",
+        "Anatomy: is the effect of the disease preserved?",
+        "Areas are measured in real slices and samples by the same segmentation. The disease effect is the "
+        "difference between the first and the last class in pooled standard deviations (Cohen's d).",
     ),
     "privacy": (
-        "Are patients' brains kept out of them?",
-        "For each sample the nearest training slice is looked up. It counts as a copy when it lies nearer "
-        "than slices of people who were not trained on ever lie, but for the share that the floor states.",
+        QUESTIONS["privacy"],
+        "A sample is classified as a copy if it is nearer to a training slice than real slices of held-out "
+        "subjects are, except for a stated share of false positives. The reference is the share of held-out "
+        "slices classified as copies.",
     ),
+    "figures": ("Figures", ""),
 }
 
 
 @dataclass(frozen=True)
-class Picture:
+class ReportFigure:
     """A PNG of the report."""
 
-    section: str  # of QUESTIONS, or "pictures"
+    section: str  # of SECTIONS
     path: Path
-    caption: str  # what is seen, in words: it is the text for those who do not see it as well
+    caption: str  # also the alternative text for screen readers
 
 
-class Gallery:
-    """The folder that the report's pictures are written to, in the order in which they are shown."""
+class FigureFolder:
+    """The folder of the report's figures, in the order in which they are shown."""
 
     def __init__(self, folder: str | Path):
-        self.folder, self.pictures = Path(folder), []
+        self.folder, self.figures = Path(folder), []
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, section: str, name: str, caption: str) -> Path:
-        """Where the picture `name` is to be written."""
+        """Register a figure; returns the path to write it to."""
         path = self.folder / f"{name.replace(' ', '_')}.png"
-        self.pictures.append(Picture(section, path, caption))
+        self.figures.append(ReportFigure(section, path, caption))
         return path
 
 
 def write_metrics(path: str | Path, metrics: Mapping) -> None:
-    """metrics.json: nested dicts whose leaves are Estimates or plain values. Never a NaN in it."""
+    """metrics.json, of which every Estimate becomes {"value": …, "low": …, "high": …, "reference": …}."""
     text = json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False, default=Estimate.to_json)
-    Path(path).write_text(text + "\n", encoding="utf-8")
+    write_text(path, text + "\n")
 
 
-def write_page(path: str | Path, metrics: Mapping, pictures: Sequence[Picture], facts: Mapping) -> None:
+def write_html(
+    path: str | Path, metrics: Mapping, figures: Sequence[ReportFigure], facts: Mapping[str, str]
+) -> None:
     """report.html: one page that needs no other file.
 
     Args:
-        metrics: what `write_metrics` takes; under "verdicts" {question: {"good": …, "text": …}}.
-        facts: what was compared with what, {name: text}, shown beneath the verdicts.
+        metrics: as in `write_metrics`; "verdicts" holds {question: {"good": …, "text": …}}.
+        facts: what was compared, {name: text}, shown beneath the verdicts.
     """
     sections = [
         {
@@ -106,53 +119,46 @@ def write_page(path: str | Path, metrics: Mapping, pictures: Sequence[Picture], 
             "heading": heading,
             "text": text,
             "rows": list(_rows(metrics.get(name, {}))),
-            "pictures": [_shown(picture) for picture in pictures if picture.section == name],
+            "figures": [
+                {"data": base64.b64encode(figure.path.read_bytes()).decode(), "caption": figure.caption}
+                for figure in figures
+                if figure.section == name
+            ],
         }
-        for name, (heading, text) in QUESTIONS.items()
-    ]
-    verdicts = [
-        {"name": name, "heading": QUESTIONS[name][0], **verdict}
-        for name, verdict in metrics["verdicts"].items()
+        for name, (heading, text) in SECTIONS.items()
     ]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
     )
     page = environment.get_template("report.html.jinja").render(
-        verdicts=verdicts,
-        sections=sections,
-        facts=facts,
-        pictures=[_shown(picture) for picture in pictures if picture.section == "pictures"],
+        verdicts=list(list_verdicts(metrics)), sections=sections, facts=facts
     )
-    Path(path).write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
-def _rows(results: Mapping, place: tuple[str, ...] = ()) -> Iterator[dict[str, str]]:
-    """A line of a table for each Estimate, however deep it lies."""
+def _rows(results: Mapping, keys: tuple[str, ...] = ()) -> Iterator[dict[str, str]]:
+    """A row of a table for each Estimate of a nested mapping."""
     for name, result in results.items():
         if isinstance(result, Mapping):
-            yield from _rows(result, (*place, name))
+            yield from _rows(result, (*keys, name))
         elif isinstance(result, Estimate):
-            words = [WORDS.get(part, str(part)) for part in (*place, name) if part != "all"]
+            interval = [] if result.low is None else [_number(result.low), _number(result.high)]
             yield {
-                "what": " · ".join(words),
-                "value": show(result),
-                "interval": "" if result.low is None else f"{_number(result.low)} to {_number(result.high)}",
-                "floor": "" if result.floor is None else _number(result.floor),
+                "metric": _label((*keys, name)),
+                "value": "–" if result.value is None else _number(result.value),
+                "interval": " to ".join(interval),
+                "reference": "" if result.reference is None else _number(result.reference),
                 "note": result.note,
             }
 
 
-def show(estimate: Estimate) -> str:
-    """The figure in three digits, or a dash where there is none."""
-    return "–" if estimate.value is None else _number(estimate.value)
+def _label(keys: tuple[str, ...]) -> str:
+    words = [LABELS.get(key) or str(key).removeprefix("copies_") for key in keys if key != "all"]
+    if keys[0].startswith("copies_"):
+        words.insert(0, LABELS["copies"])
+    return " · ".join(words)
 
 
 def _number(value: float) -> str:
+    """Three significant digits."""
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def _shown(picture: Picture) -> dict[str, str]:
-    return {
-        "data": base64.b64encode(picture.path.read_bytes()).decode(),
-        "caption": picture.caption,
-    }

@@ -1,6 +1,7 @@
-"""Whether samples are of use: a classifier trained on them, tested on real subjects that no model saw.
+"""Train on synthetic, test on real (TSTR): can samples replace real slices in training a classifier?
 
-The unit of testing is the subject: the mean of the probabilities of a subject's slices.
+Esteban et al. 2017 (arXiv:1706.02633). The unit of testing is the subject: class probabilities are averaged
+over the subject's slices.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import torch
 from torch import nn
 
 from adni_ldm.evaluation.classifier import STEPS, probabilities, train_classifier
-from adni_ldm.evaluation.estimates import FEWEST_SUBJECTS, Estimate, bootstrap, unknown
+from adni_ldm.evaluation.estimates import FEWEST_SUBJECTS, Estimate, bootstrap, roc_auc, unknown
 from adni_ldm.evaluation.image_sets import ImageSet, join
 
 
-def usefulness(
-    judge: nn.Module,
+def train_on_synthetic_test_on_real(
+    classifier: nn.Module,
     train: ImageSet,
     samples: ImageSet,
     held_out: ImageSet,
@@ -30,61 +31,63 @@ def usefulness(
 ) -> dict[str, Estimate | dict[str, Estimate]]:
     """AUC and balanced accuracy by subject, of classifiers trained on real slices, on samples and on both.
 
-    All three have the same network, seed and number of steps. Intervals draw the held-out subjects anew.
+    All three have the same architecture, seed and number of steps. Intervals resample held-out subjects.
 
     Args:
-        judge: what `train_classifier` returned for `train`, with `seed` and `steps`.
+        classifier: what `train_classifier` returned for `train`, with `seed` and `steps`.
         train: real slices of the subjects that the model was trained on.
         held_out: real slices of other subjects, of every class.
 
     Returns:
-        {"real": {"auc": …, "balanced_accuracy": …}, "synthetic": …, "both": …, "auc_ratio": …}, where the
-        floor of what samples reach is what real slices reach, and the ratio is AUC synthetic / AUC real.
-        Unknown where a class lacks samples or has fewer than FEWEST_SUBJECTS held-out subjects.
+        {"real": {"auc": …, "balanced_accuracy": …}, "synthetic": …, "both": …, "auc_ratio": …}. The reference
+        of synthetic and both is the value of real; the ratio is AUC synthetic / AUC real. No values if a
+        class has no samples or fewer than FEWEST_SUBJECTS held-out subjects.
     """
-    problem = _too_few(samples, held_out)
+    problem = _insufficient(samples, held_out)
     if problem:
-        gap = {"auc": unknown(problem), "balanced_accuracy": unknown(problem)}
-        return {"real": gap, "synthetic": gap, "both": gap, "auc_ratio": unknown(problem)}
+        missing = {"auc": unknown(problem), "balanced_accuracy": unknown(problem)}
+        return {"real": missing, "synthetic": missing, "both": missing, "auc_ratio": unknown(problem)}
 
     def fit(images: ImageSet, what: str) -> nn.Module:
         description = f"Training a classifier on {what}"
         return train_classifier(images, seed=seed, device=device, steps=steps, description=description)
 
     classifiers = {
-        "real": judge,
+        "real": classifier,
         "synthetic": fit(samples, "samples"),
         "both": fit(join(train, samples), "both"),
     }
     by_subject = {name: subject_probabilities(model, held_out) for name, model in classifiers.items()}
     _, labels, subjects = by_subject["real"]
-    scores = {name: scored[0] for name, scored in by_subject.items()}  # (subjects, K)
+    scores = {name: result[0] for name, result in by_subject.items()}  # (S, K)
 
     def estimate(statistic: Callable[[np.ndarray], float]) -> Estimate:
-        everyone = np.arange(len(labels))
         low, high = bootstrap(statistic, subjects, count=draws, seed=seed)
-        certain = f"alike in every draw: {len(labels)} subjects are too few to show the doubt that is left"
-        return Estimate(statistic(everyone), low, high, note=certain if low == high else "")
+        constant = f"the same in every bootstrap sample: {len(labels)} subjects are too few for an interval"
+        return Estimate(statistic(np.arange(len(labels))), low, high, note=constant if low == high else "")
 
-    def figures(name: str) -> dict[str, Estimate]:
-        return {
-            "auc": estimate(lambda rows: auc(labels[rows], scores[name][rows])),
-            "balanced_accuracy": estimate(lambda rows: balanced_accuracy(labels[rows], scores[name][rows])),
+    results = {
+        name: {
+            "auc": estimate(lambda rows, s=s: auc(labels[rows], s[rows])),
+            "balanced_accuracy": estimate(lambda rows, s=s: balanced_accuracy(labels[rows], s[rows])),
+        }
+        for name, s in scores.items()
+    }
+    for name in ("synthetic", "both"):
+        results[name] = {
+            metric: value.with_reference(results["real"][metric].value)
+            for metric, value in results[name].items()
         }
 
-    results = {name: figures(name) for name in classifiers}
-    for name in ("synthetic", "both"):
-        results[name] = {key: e.with_floor(results["real"][key].value) for key, e in results[name].items()}
-    results["auc_ratio"] = estimate(
-        lambda rows: ratio(
-            auc(labels[rows], scores["synthetic"][rows]), auc(labels[rows], scores["real"][rows])
-        )
-    )
-    return results
+    def auc_ratio(rows: np.ndarray) -> float:
+        synthetic, real = (auc(labels[rows], scores[name][rows]) for name in ("synthetic", "real"))
+        return synthetic / real if real else np.nan
+
+    return results | {"auc_ratio": estimate(auc_ratio)}
 
 
 def subject_probabilities(model: nn.Module, images: ImageSet) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean probabilities (S, K), label (S,) and subject (S,) of each subject; one row for each diagnosis."""
+    """Mean probabilities (S, K), label (S,) and subject (S,); one row per subject and diagnosis."""
     means = pd.DataFrame(probabilities(model, images)).groupby([images.subjects, images.labels]).mean()
     return (
         means.to_numpy(),
@@ -94,45 +97,36 @@ def subject_probabilities(model: nn.Module, images: ImageSet) -> tuple[np.ndarra
 
 
 def auc(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Area under the ROC curve, the chance that a case of a class scores higher than another; of more than
-    two classes the mean of each against the rest.
+    """Area under the ROC curve; of more than two classes the mean of each against the rest (macro).
 
     Args:
-        labels: (N,), each one of 0 … K - 1.
+        labels: (N,), in 0 … K - 1.
         scores: (N, K), the probability of each class.
 
     Returns:
-        NaN where a class is not shown.
+        NaN where a class is missing.
     """
-    areas = []
     classes = scores.shape[1]
-    for label in range(classes) if classes > 2 else [1]:
-        cases, others = scores[labels == label, label], scores[labels != label, label]
-        if not len(cases) or not len(others):
-            return np.nan
-        difference = cases[:, None] - others
-        areas.append((difference > 0).mean() + (difference == 0).mean() / 2)
-    return float(np.mean(areas))
-
-
-def ratio(one: float, other: float) -> float:
-    """NaN where there is nothing to divide by."""
-    return one / other if other else np.nan
+    one_vs_rest = [
+        roc_auc(scores[labels == label, label], scores[labels != label, label])
+        for label in (range(classes) if classes > 2 else [1])
+    ]
+    return float(np.mean(one_vs_rest))
 
 
 def balanced_accuracy(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Mean over the classes of the share that is told rightly; NaN where a class is not shown."""
-    right = scores.argmax(axis=1) == labels
-    shown = [right[labels == label] for label in range(scores.shape[1])]
-    return float(np.mean([one.mean() for one in shown])) if all(map(len, shown)) else np.nan
+    """Mean over the classes of the share classified correctly; NaN where a class is missing."""
+    correct = scores.argmax(axis=1) == labels
+    counts, hits = (np.bincount(labels, one, scores.shape[1]) for one in (None, correct))
+    return float(np.mean(hits / counts)) if counts.all() else np.nan
 
 
-def _too_few(samples: ImageSet, held_out: ImageSet) -> str:
+def _insufficient(samples: ImageSet, held_out: ImageSet) -> str:
     """What there is too little of; "" where there is enough."""
     for name in held_out.class_names:
         if not len(samples.of_class(name)):
             return f"no samples of {name}"
         subjects = len(np.unique(held_out.of_class(name).subjects))
         if subjects < FEWEST_SUBJECTS:
-            return f"{subjects} held-out subjects of {name}, where {FEWEST_SUBJECTS} are needed"
+            return f"{subjects} held-out subjects of {name}; at least {FEWEST_SUBJECTS} are needed"
     return ""

@@ -1,4 +1,4 @@
-"""The head of the report: a line for each question, in plain words."""
+"""Verdicts: the answer to each question of the report, from its estimates and their intervals."""
 
 from __future__ import annotations
 
@@ -6,134 +6,144 @@ from collections.abc import Mapping
 
 from adni_ldm.evaluation.estimates import Estimate
 
-NEAR_FLOOR = 0.8  # of the floor: precision and recall from which samples match real slices
-FAITHFUL = 0.03  # below the classifier's own accuracy
-WIDEST = 0.3  # interval of a share, above which it says nothing
-USEFUL = 0.95  # of the AUC reached by training on real slices
-MEMBERSHIP = 0.6  # AUC that the membership test must surely exceed before the model is said to remember
-EFFECT = (0.8, 1.25)  # of the disease's effect in real slices
+NEAR_REFERENCE = 0.8  # share of the reference that precision and recall must reach
+ACCURACY_MARGIN = 0.03  # by which class-conditioning accuracy may be below the reference
+WIDEST = 0.3  # interval of a proportion, above which it is not informative
+AUC_RATIO = 0.95  # AUC trained on samples ÷ AUC trained on real slices
+MEMBERSHIP = 0.6  # AUC that the interval of the membership test must lie above to count as memorization
+EFFECT = (0.8, 1.25)  # disease effect in samples ÷ in real slices
 
 
 def verdicts(metrics: Mapping[str, Mapping]) -> dict[str, dict]:
-    """{question: {"good": True, False or None where it cannot be told, "text": …}} of the report's figures.
+    """{question: {"good": True, False or None if inconclusive, "text": …}} for each of QUESTIONS.
 
     Args:
-        metrics: the sections fidelity, usefulness, faithfulness, anatomy and privacy, of Estimates.
+        metrics: the sections fidelity, tstr, conditioning, anatomy and privacy, of Estimates.
     """
+    accuracy = metrics["conditioning"]["class_conditioning_accuracy"]["all"]
     return {
         "fidelity": _fidelity(metrics["fidelity"]["all"]),
-        "usefulness": _usefulness(metrics["usefulness"]),
-        "faithfulness": _faithfulness(
-            metrics["faithfulness"]["agreement"]["all"], metrics["anatomy"]["ventricle_ratio"]
-        ),
+        "usefulness": _tstr(metrics["tstr"]),
+        "faithfulness": _conditioning(accuracy, metrics["anatomy"]["ventricle_ratio"]),
         "privacy": _privacy(metrics["privacy"]),
     }
 
 
-def _fidelity(figures: Mapping[str, Estimate]) -> dict:
-    kid, precision, recall = (figures[name] for name in ("kid", "precision", "recall"))
-    if gap := _gap(kid, precision, recall):
-        return gap
-    near = [figure.value >= NEAR_FLOOR * figure.floor for figure in (precision, recall)]
-    said = (
-        f"KID {_with_interval(kid, '.3f')} where other real people reach {kid.floor:.3f}. "
-        f"{precision.value:.0%} of the samples lie among real slices (real ones: {precision.floor:.0%}), and "
-        f"{recall.value:.0%} of the real slices lie among samples (real ones: {recall.floor:.0%}). "
+def _fidelity(estimates: Mapping[str, Estimate]) -> dict:
+    kid, precision, recall = (estimates[name] for name in ("kid", "precision", "recall"))
+    if missing := _missing(kid, precision, recall):
+        return missing
+    near = [one.value >= NEAR_REFERENCE * one.reference for one in (precision, recall)]
+    text = (
+        f"KID is {_with_interval(kid, '.3f')}, its reference {kid.reference:.3f}. Precision, the share of "
+        f"samples among real slices, is {precision.value:.0%} (reference {precision.reference:.0%}). Recall, "
+        f"the share of real slices among samples, is {recall.value:.0%} (reference {recall.reference:.0%}). "
     )
     if all(near):
-        said += "In these features a sample passes for a slice of another person."
+        text += "In these features samples are as close to the real slices as slices of other subjects are."
     elif near[0]:
-        said += "The samples look real, and leave out part of what real slices show."
+        text += "The samples are realistic, but cover only part of the real distribution."
     else:
-        said += "Part of the samples look like no real slice: do not take them for real ones."
-    return {
-        "good": all(near),
-        "text": said + " Features of a network see what it was trained to see, no more.",
-    }
+        text += "Some samples resemble no real slice: do not use them as real ones."
+    return {"good": all(near), "text": text + " Differences outside these features are not measured."}
 
 
-def _usefulness(figures: Mapping) -> dict:
-    real, synthetic, ratio = figures["real"]["auc"], figures["synthetic"]["auc"], figures["auc_ratio"]
-    if gap := _gap(real, synthetic, ratio, floors=False):
-        return gap
-    good = ratio.value >= USEFUL
-    said = (
-        f"Trained on samples alone, a classifier tells people it has not seen apart with AUC "
-        f"{_with_interval(synthetic, '.2f')}; trained on real slices with {_with_interval(real, '.2f')}. "
+def _tstr(estimates: Mapping) -> dict:
+    real, synthetic, ratio = estimates["real"]["auc"], estimates["synthetic"]["auc"], estimates["auc_ratio"]
+    if missing := _missing(real, synthetic, ratio, references=False):
+        return missing
+    text = (
+        f"On held-out subjects, a classifier trained on samples alone reaches an AUC of "
+        f"{_with_interval(synthetic, '.2f')}; trained on real slices, {_with_interval(real, '.2f')}. "
     )
     if real.low is not None and real.low <= 0.5:
-        return {"good": None, "text": said + "Real slices teach it nothing for certain, so nothing follows."}
-    said += (
-        "For training a classifier they stand in for the real slices."
+        text += "Trained on real slices it is not reliably above chance, so no conclusion can be drawn."
+        return {"good": None, "text": text}
+    good = ratio.value >= AUC_RATIO
+    text += (
+        "The samples can replace the real slices in training this classifier."
         if good
-        else "They lose part of what sets the classes apart."
+        else "The samples lose part of the difference between the classes."
     )
-    return {"good": good, "text": said + " It does not follow that they add to real slices."}
+    return {"good": good, "text": text + " Whether they improve training beside real slices is not tested."}
 
 
-def _faithfulness(agreement: Estimate, anatomy: Mapping[str, Estimate]) -> dict:
-    if gap := _gap(agreement):
-        return gap
-    if agreement.high - agreement.low > WIDEST:
-        return {"good": None, "text": "Cannot be told: too few samples to say how many show their class."}
-    shown = agreement.value >= agreement.floor - FAITHFUL
-    said = (
-        f"An independent classifier takes {_with_interval(agreement, '.0%')} of the samples for the class "
-        f"asked for, and is right about {agreement.floor:.0%} of real slices it has not seen. "
+def _conditioning(accuracy: Estimate, anatomy: Mapping[str, Estimate]) -> dict:
+    if missing := _missing(accuracy):
+        return missing
+    if accuracy.high - accuracy.low > WIDEST:
+        return {"good": None, "text": "Too few samples to estimate the class-conditioning accuracy."}
+    accurate = accuracy.value >= accuracy.reference - ACCURACY_MARGIN
+    text = (
+        f"Class-conditioning accuracy, the share of samples that an independent classifier assigns to their "
+        f"class, is {_with_interval(accuracy, '.0%')}; on held-out real slices the classifier is correct in "
+        f"{accuracy.reference:.0%}. "
     )
     ratio = anatomy["effect_ratio"]
     if ratio.value is None:
-        said += f"Whether the anatomy changes by as much cannot be told: {ratio.note}."
-        told = anatomy["effect_synthetic"].value is not None  # else it is the samples that say nothing
-        return {"good": (shown if told or not shown else None), "text": said}
-    as_strong = EFFECT[0] <= ratio.value <= EFFECT[1]
-    said += f"The effect on the ventricles is {_with_interval(ratio, '.2f')} times that in real slices: "
-    said += "as strong. " if as_strong else ("weaker. " if ratio.value < EFFECT[0] else "exaggerated. ")
-    said += (
-        "The classes mean in the samples what they mean in the scans."
-        if shown and as_strong
-        else "Do not read the disease's effect off these samples."
+        text += (
+            f"Whether the disease effect on the ventricles is preserved cannot be determined: {ratio.note}."
+        )
+        by_real = (
+            anatomy["effect_synthetic"].value is not None
+        )  # the real slices are inconclusive, not samples
+        return {"good": (accurate if by_real or not accurate else None), "text": text}
+    preserved = EFFECT[0] <= ratio.value <= EFFECT[1]
+    strength = "preserved" if preserved else ("too weak" if ratio.value < EFFECT[0] else "exaggerated")
+    text += (
+        f"The disease effect on the ventricles is {strength}: {_with_interval(ratio, '.2f')} times that in "
+        "real slices. "
     )
-    return {"good": shown and as_strong, "text": said}
+    text += (
+        "The samples reproduce the difference between the classes."
+        if accurate and preserved
+        else "Do not estimate effects of the disease from these samples."
+    )
+    return {"good": accurate and preserved, "text": text}
 
 
-def _privacy(figures: Mapping[str, Estimate]) -> dict:
-    copies, membership = figures["copies"], figures.get("membership_auc")
-    if gap := _gap(copies):
-        return gap
-    good = copies.low <= copies.floor
-    said = (
-        f"{_with_interval(copies, '.1%')} of the samples lie nearer to a training slice than the rule "
-        f"allows; of slices of people who were not trained on, {copies.floor:.1%} do. "
+def _privacy(estimates: Mapping[str, Estimate]) -> dict:
+    copies, membership = estimates["copies"], estimates.get("membership_auc")
+    if missing := _missing(copies):
+        return missing
+    good = copies.low <= copies.reference
+    text = (
+        f"{_with_interval(copies, '.1%')} of the samples are classified as copies of a training slice; so "
+        f"are {copies.reference:.1%} of the real slices of held-out subjects. "
     )
     if membership is not None and membership.value is not None:
         hidden = membership.low <= MEMBERSHIP
-        auc = _with_interval(membership, ".2f")
-        said += f"The model's loss tells training subjects from others with AUC {auc}"
+        text += (
+            "Membership inference from the model's loss reaches an AUC of "
+            f"{_with_interval(membership, '.2f')}"
+        )
         if membership.low <= 0.5:
-            said += ", no better than chance. "
+            text += ", not distinguishable from chance. "
         else:
-            said += ": weakly, yet not by chance. " if hidden else ": it remembers them. "
+            text += ": weak, but above chance. " if hidden else ": training subjects can be identified. "
         good = good and hidden
     else:
-        said += "Whether the model's loss gives its training subjects away was not tested (--model). "
-    said += (
-        "No more copies than other people's slices would be taken for: no proof that none can be drawn."
+        text += "Membership inference from the model's loss was not tested (give --model). "
+    text += (
+        "There are no more copies than false positives explain. This does not prove that the model cannot "
+        "reproduce a training image."
         if good
-        else "Look at the nearest pairs, and do not publish these samples or this model."
+        else "Inspect the nearest pairs, and do not publish these samples or this model."
     )
-    return {"good": good, "text": said}
+    return {"good": good, "text": text}
 
 
-def _gap(*figures: Estimate, floors: bool = True) -> dict | None:
-    """The verdict where a figure, or its floor where one is asked for, is missing."""
-    for figure in figures:
-        if figure.value is None or (floors and figure.floor is None):
-            reason = figure.note or "there are no real slices to compare with"
-            return {"good": None, "text": f"Cannot be told: {reason}."}
+def _missing(*estimates: Estimate, references: bool = True) -> dict | None:
+    """The verdict where an estimate, or its reference where one is required, is missing; else None."""
+    for one in estimates:
+        if one.value is None or (references and one.reference is None):
+            reason = one.note or "there are no real slices to compare with"
+            return {"good": None, "text": f"Cannot be determined: {reason}."}
     return None
 
 
-def _with_interval(figure: Estimate, form: str) -> str:
-    said = format(figure.value, form)
-    return said if figure.low is None else f"{said} ({figure.low:{form}} to {figure.high:{form}})"
+def _with_interval(estimate: Estimate, form: str) -> str:
+    text = format(estimate.value, form)
+    if estimate.low is None:
+        return text
+    return f"{text} (95 % CI {estimate.low:{form}} to {estimate.high:{form}})"

@@ -1,4 +1,4 @@
-"""Small pictures whose class shows: a bright disc with a dark hole, wide in AD and narrow in NC."""
+"""Small slices of visible class: a bright disc with a dark hole, wide in AD and narrow in NC."""
 
 import numpy as np
 import torch

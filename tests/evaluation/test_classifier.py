@@ -1,4 +1,4 @@
-"""The classifier learns what shows, the same for the same seed, and no class by its number."""
+"""The classifier separates the classes, is determined by its seed, and is trained on balanced batches."""
 
 from dataclasses import replace
 
@@ -11,14 +11,14 @@ from adni_ldm.errors import UserError
 from adni_ldm.evaluation.classifier import augment, build_classifier, probabilities, train_classifier
 
 
-def test_it_tells_the_classes_of_subjects_it_never_saw():
+def test_it_separates_the_classes_of_unseen_subjects():
     unseen = discs(30, seed=1)
     chances = probabilities(train_classifier(discs(40, seed=0), steps=30, batch_size=32), unseen)
     assert chances.shape == (60, 2) and np.allclose(chances.sum(1), 1, atol=1e-5)
     assert (chances.argmax(1) == unseen.labels).mean() > 0.9
 
 
-def test_a_seed_means_one_classifier_and_leaves_other_randomness_alone():
+def test_the_seed_determines_the_weights_and_leaves_the_global_random_state():
     train = discs(8)
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -32,8 +32,8 @@ def test_a_seed_means_one_classifier_and_leaves_other_randomness_alone():
     assert not first.training
 
 
-def test_the_rarer_class_is_not_given_up():
-    """Labels that show nothing, nine to one: the probability of the rare class is a half, not a tenth."""
+def test_batches_are_class_balanced():
+    """Uninformative labels, nine to one: the probability of the rare class is a half, not a tenth."""
     train = discs(50, holes=(0.15, 0.15))
     train = replace(train, labels=(np.arange(100) % 10 > 0).astype(int))
     chances = probabilities(
@@ -42,7 +42,7 @@ def test_the_rarer_class_is_not_given_up():
     assert 0.3 < chances[:, 0].mean() < 0.7
 
 
-def test_augmentation_moves_a_little_and_never_mirrors():
+def test_augmentation_shifts_and_scales_within_its_limits():
     images = torch.full((200, 1, 32, 32), -1.0)
     images[:, 0, 4:8, 4:8] = 0.8
     moved = augment(images, torch.Generator().manual_seed(0))
@@ -61,6 +61,6 @@ def test_every_size_of_slice_gives_one_logit_a_class(size, width):
     assert model(torch.zeros(1, 1, size, size)).shape == (1, 3)
 
 
-def test_one_class_alone_is_refused():
-    with pytest.raises(UserError, match="classes shown: NC; a classifier needs two"):
+def test_a_single_class_is_rejected():
+    with pytest.raises(UserError, match="classes present: NC; a classifier needs at least two"):
         train_classifier(discs(4).of_class("NC"))

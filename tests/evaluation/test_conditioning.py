@@ -1,4 +1,4 @@
-"""Faithfulness is the share that the judge recognizes, beside its share of real slices."""
+"""Class-conditioning accuracy is the share of samples that the classifier recognizes."""
 
 from dataclasses import replace
 
@@ -8,11 +8,14 @@ import torch
 from discs import discs
 from torch import nn
 
-from adni_ldm.evaluation.conditioning import agreement, agreement_by_guidance
+from adni_ldm.evaluation.conditioning import (
+    class_conditioning_accuracy,
+    class_conditioning_accuracy_by_guidance,
+)
 
 
 class ByBrightness(nn.Module):
-    """Calls a bright slice NC: a judge whose verdicts are plain."""
+    """Classifies a bright slice as NC."""
 
     def __init__(self):
         super().__init__()
@@ -30,32 +33,34 @@ def plain(bright, labels):
     return replace(made, images=images, labels=np.array(labels), class_names=("AD", "NC"))
 
 
-HELD_OUT = plain([0, 0, 0, 1, 1], [0, 0, 0, 0, 1])  # three of four AD are told, the one NC is
+HELD_OUT = plain([0, 0, 0, 1, 1], [0, 0, 0, 0, 1])  # three of four AD and the one NC are recognized
 
 
-def test_agreement_is_the_share_by_class_beside_that_of_real_slices():
-    told = agreement(ByBrightness(), plain([0] * 9 + [1] + [0] * 2 + [1] * 3, [0] * 10 + [1] * 5), HELD_OUT)
-    assert (told["AD"].value, told["AD"].floor) == (0.9, 0.75)
-    assert (told["NC"].value, told["NC"].floor) == (0.6, 1.0)
-    assert told["all"].value == pytest.approx(12 / 15)
-    assert told["all"].floor == pytest.approx((10 * 0.75 + 5 * 1) / 15), (
-        "classes as many as among the samples"
+def test_accuracy_by_class_with_that_of_real_slices():
+    result = class_conditioning_accuracy(
+        ByBrightness(), plain([0] * 9 + [1] + [0] * 2 + [1] * 3, [0] * 10 + [1] * 5), HELD_OUT
     )
-    assert told["AD"].low < 0.9 < told["AD"].high < 1
+    assert (result["AD"].value, result["AD"].reference) == (0.9, 0.75)
+    assert (result["NC"].value, result["NC"].reference) == (0.6, 1.0)
+    assert result["all"].value == pytest.approx(12 / 15)
+    assert result["all"].reference == pytest.approx((10 * 0.75 + 5 * 1) / 15), (
+        "with the class frequencies of the samples"
+    )
+    assert result["AD"].low < 0.9 < result["AD"].high < 1
 
 
-def test_a_class_without_samples_or_real_slices_is_a_gap():
-    told = agreement(ByBrightness(), plain([0, 0], [0, 0]), HELD_OUT)
-    assert told["NC"].value is None and told["NC"].note == "no samples of NC"
-    assert told["all"].value == 1 and told["all"].floor == 0.75
-    told = agreement(ByBrightness(), plain([0, 1], [0, 1]), HELD_OUT.of_class("AD"))
-    assert told["NC"].value == 1 and told["NC"].floor is None and told["all"].floor is None
+def test_a_class_without_samples_or_real_slices_has_no_value():
+    result = class_conditioning_accuracy(ByBrightness(), plain([0, 0], [0, 0]), HELD_OUT)
+    assert result["NC"].value is None and result["NC"].note == "no samples of NC"
+    assert result["all"].value == 1 and result["all"].reference == 0.75
+    result = class_conditioning_accuracy(ByBrightness(), plain([0, 1], [0, 1]), HELD_OUT.of_class("AD"))
+    assert result["NC"].value == 1 and result["NC"].reference is None and result["all"].reference is None
 
 
-def test_the_curve_asks_for_samples_at_each_scale():
-    def draw(scale):  # the more guidance, the more are what they should be
+def test_the_curve_generates_samples_at_each_guidance_scale():
+    def generate(scale):  # accuracy grows with the guidance scale
         return plain([0] * int(scale) + [1] * (4 - int(scale)), [0] * 4)
 
-    curve = agreement_by_guidance(ByBrightness(), draw, [1.0, 2.0, 4.0], HELD_OUT)
+    curve = class_conditioning_accuracy_by_guidance(ByBrightness(), generate, [1.0, 2.0, 4.0], HELD_OUT)
     assert {scale: estimate.value for scale, estimate in curve.items()} == {1.0: 0.25, 2.0: 0.5, 4.0: 1.0}
-    assert curve[1.0].floor == 0.75
+    assert curve[1.0].reference == 0.75

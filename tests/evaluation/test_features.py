@@ -1,4 +1,4 @@
-"""Features are those of the network named, of each slice by itself, with the hash of its weights."""
+"""Features are those of the named network, independent of the batch, with the hash of its weights."""
 
 import sys
 
@@ -26,14 +26,14 @@ from adni_ldm.models import build_autoencoder
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 
 
-def test_the_classifiers_features_are_what_its_last_layer_reads():
+def test_the_classifiers_features_are_the_input_of_its_last_layer():
     model, images = build_classifier(2, 32).eval(), discs(5)
     extract = load_extractor("classifier", classifier=model)
     features = extract(images, batch_size=4)
     assert features.shape == (10, 256) and features.dtype == np.float32
     logits = model.fc(torch.from_numpy(features))
     assert np.allclose(logits.softmax(1).detach(), probabilities(model, images), atol=1e-5)
-    assert np.allclose(features, extract(images), atol=1e-5), "whatever the batch"
+    assert np.allclose(features, extract(images), atol=1e-5), "independent of the batch"
 
     with torch.no_grad():
         model.conv1.weight[0, 0, 0, 0] += 1e-3
@@ -71,15 +71,15 @@ def test_a_vision_models_folder_gives_features(kind, tmp_path):
     extract = load_extractor(str(tmp_path))
     features = extract(images, batch_size=4)
     assert features.shape == (6, 16) and np.isfinite(features).all()
-    assert len(np.unique(features.round(4), axis=0)) == 6, "the picture counts"
+    assert len(np.unique(features.round(4), axis=0)) == 6, "they depend on the slice"
 
-    torch.manual_seed(1)  # nothing of it is drawn anew at every loading
+    torch.manual_seed(1)  # no weight is initialized at random when loading
     again = load_extractor(str(tmp_path))
     assert again.hash == extract.hash
     assert np.allclose(again(images), features, atol=1e-5)
 
 
-def test_what_gives_no_features_is_refused_in_one_line(tmp_path, monkeypatch):
+def test_unusable_feature_networks_are_rejected_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)  # as where it is not installed
     BertModel(BertConfig(**TINY, vocab_size=8)).save_pretrained(tmp_path / "bert")
     ViTImageProcessor().save_pretrained(tmp_path / "bert")
@@ -94,7 +94,7 @@ def test_what_gives_no_features_is_refused_in_one_line(tmp_path, monkeypatch):
         "vae": "give --model",
         "classifier": "two classes",
         "no-such-model": "not classifier, vae, inception or a vision model",
-        str(tmp_path / "bert"): "reads input_ids, not pictures",
+        str(tmp_path / "bert"): "reads input_ids, not images",
         str(tmp_path / "broken"): "would be random",
     }
     for name, message in refusals.items():

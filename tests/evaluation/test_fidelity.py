@@ -1,4 +1,4 @@
-"""Fidelity's figures: equal to those by hand and of other implementations, and worse where samples are."""
+"""Fidelity metrics equal those of other implementations, and are worse for worse samples."""
 
 import math
 
@@ -17,7 +17,7 @@ from adni_ldm.evaluation.fidelity import (
     fidelity,
     frechet_distance,
     kernel_distance,
-    manifold_figures,
+    manifold_metrics,
     radii,
     structural_similarity,
 )
@@ -29,7 +29,7 @@ def gaussian(count, width, seed, mean=0.0):
 
 
 def exactly(features, mean, deviations):
-    """Features moved and stretched to have just this mean and these uncorrelated deviations."""
+    """Features transformed to have exactly this mean and these uncorrelated standard deviations."""
     centred = features - features.mean(0)
     white = centred @ np.linalg.inv(np.linalg.cholesky(np.cov(centred.T))).T
     return white * deviations + mean
@@ -98,10 +98,10 @@ def test_kid_has_no_bias_and_its_interval_holds_the_truth():
     held = np.mean([estimate.low < 0 < estimate.high for estimate in estimates])
     assert held >= 0.9
     middles = np.array([(estimate.low + estimate.high) / 2 - estimate.value for estimate in estimates])
-    assert abs(middles.mean()) < 0.5 * values.std(), "rows drawn twice do not push it up"
+    assert abs(middles.mean()) < 0.5 * values.std(), "repeated rows do not bias it"
 
 
-def test_manifold_figures_are_those_of_a_second_implementation():
+def test_manifold_metrics_are_those_of_a_second_implementation():
     real, other = gaussian(60, 5, 0), 0.7 * gaussian(90, 5, 1, mean=0.4)
 
     def balls(points, k):
@@ -116,14 +116,14 @@ def test_manifold_figures_are_those_of_a_second_implementation():
         "density": inside(other, real, balls(real, 5)).sum() / (5 * 90),
         "coverage": inside(other, real, balls(real, 5)).any(0).mean(),
     }
-    figures = manifold_figures(real, other, np.arange(60), np.arange(90), draws=50)
+    figures = manifold_metrics(real, other, np.arange(60), np.arange(90), draws=50)
     for name, value in expected.items():
         assert math.isclose(figures[name].value, value, rel_tol=1e-9), name
         assert figures[name].low <= value <= figures[name].high
-        assert 0 < value and (name == "density" or value < 1), "and the case can tell"
+        assert 0 < value and (name == "density" or value < 1), "and the case is informative"
 
 
-def test_a_slice_is_no_neighbour_of_its_own_subject():
+def test_slices_of_one_subject_are_not_neighbors():
     features = np.array([[0.0], [0.1], [0.2], [5.0], [7.0]])
     assert np.allclose(radii(features, np.array(list("aaabc")), 1), [5, 4.9, 4.8, 2, 2])
 
@@ -135,9 +135,7 @@ def test_ms_ssim_is_that_of_monai_and_of_other_subjects():
     weights = np.array([0.0448, 0.2856, 0.3001]) / 0.6305
     first, second = (images[[i]].float() / 255 for i in (0, 1))
     expected = compute_ms_ssim(first, second, 2, weights=weights.tolist()).item()
-    assert abs(structural_similarity(two).value - expected) < 0.02, (
-        "the two differ in how they treat the edge"
-    )
+    assert abs(structural_similarity(two).value - expected) < 0.02, "the two treat the border differently"
     assert 0.2 < expected < 0.8
 
     one = ImageSet(images, np.array([0, 0]), np.array(["a", "a"]), ("NC",))
@@ -147,7 +145,7 @@ def test_ms_ssim_is_that_of_monai_and_of_other_subjects():
 
 
 def flat(images):
-    """Features that stand for a network's: means of 4 x 4 pixels."""
+    """Means of 4 x 4 pixels, in place of a network's features."""
     return torch.nn.functional.avg_pool2d(images.floats(), 4).flatten(1).numpy()
 
 
@@ -156,7 +154,7 @@ def report(samples, train=None, held_out=None):
     return fidelity(*sets, [flat(one) for one in sets], draws=100)
 
 
-def test_good_samples_are_at_the_floor_and_bad_ones_beyond():
+def test_good_samples_reach_the_reference_and_bad_ones_do_not():
     good = report(discs(60, seed=2))
     poor = discs(60, seed=2, holes=(0.16, 0.16))
     poor = ImageSet((poor.images * 0.8).byte(), poor.labels, poor.subjects, poor.class_names)
@@ -164,34 +162,32 @@ def test_good_samples_are_at_the_floor_and_bad_ones_beyond():
     same = report(ImageSet(same.images, same.labels, np.arange(120).astype(str), same.class_names))
     for name in ("all", "AD", "NC"):
         assert set(good[name]) == set(METRICS)
-        assert good[name]["kid"].low < good[name]["kid"].floor < good[name]["kid"].high
+        assert good[name]["kid"].low < good[name]["kid"].reference < good[name]["kid"].high
         assert (
             good[name]["recall"].value > 0.5
-            and abs(good[name]["precision"].value - good[name]["precision"].floor) < 0.25
+            and abs(good[name]["precision"].value - good[name]["precision"].reference) < 0.25
         )
-        assert abs(good[name]["ms_ssim"].value - good[name]["ms_ssim"].floor) < 0.05
+        assert abs(good[name]["ms_ssim"].value - good[name]["ms_ssim"].reference) < 0.05
         for metric in ("kid", "fid"):
-            assert poor[name][metric].low > poor[name][metric].floor, (name, metric)
+            assert poor[name][metric].low > poor[name][metric].reference, (name, metric)
         for metric in ("precision", "density", "coverage"):
-            assert poor[name][metric].high < poor[name][metric].floor, (name, metric)
+            assert poor[name][metric].high < poor[name][metric].reference, (name, metric)
         for metric in ("recall", "coverage"):
-            assert same[name][metric].high < same[name][metric].floor, (
-                "one picture of each class, drawn over and over"
-            )
-        assert same[name]["ms_ssim"].low > same[name]["ms_ssim"].floor
+            assert same[name][metric].high < same[name][metric].reference, "one slice of each class, repeated"
+        assert same[name]["ms_ssim"].low > same[name]["ms_ssim"].reference
     assert good == report(discs(60, seed=2)), "the same numbers for the same seed"
 
 
-def test_copies_of_the_training_set_are_at_the_floor():
+def test_copies_of_the_training_set_reach_the_reference():
     train = discs(30, 4, seed=0)
     figures = report(train, train)["all"]
     for metric in METRICS:
-        tolerance = 0.03 if metric == "ms_ssim" else 1e-9  # of other pairs
-        assert abs(figures[metric].value - figures[metric].floor) < tolerance, metric
+        tolerance = 0.03 if metric == "ms_ssim" else 1e-9  # other pairs
+        assert abs(figures[metric].value - figures[metric].reference) < tolerance, metric
 
 
 def test_all_gives_every_class_the_same_share():
-    """A held-out set of three AD to one NC is no fault of samples drawn evenly."""
+    """Three AD to one NC in the held-out set must not count against balanced samples."""
     held_out = discs(60, seed=1)
     held_out = held_out.take((held_out.labels == 0) | (np.arange(120) < 42))
     assert (held_out.labels == 1).sum() == 21
@@ -202,7 +198,7 @@ def test_all_gives_every_class_the_same_share():
 
 
 @pytest.mark.parametrize("make", [np.zeros_like, np.full_like], ids=["black", "grey"])
-def test_constant_pictures_give_numbers(make):
+def test_constant_slices_give_finite_values(make):
     samples = discs(30, seed=2)
     pixels = make(samples.images.numpy(), *((128,) if make is np.full_like else ()))
     constant = ImageSet(torch.from_numpy(pixels), samples.labels, samples.subjects, samples.class_names)
@@ -211,13 +207,14 @@ def test_constant_pictures_give_numbers(make):
     assert figures["all"]["ms_ssim"].value == 1
     figures = figures["all"] | report(constant, constant, constant)["all"]
     for estimate in figures.values():
-        assert estimate.value is not None and estimate.low is not None and estimate.floor is not None
+        assert estimate.value is not None and estimate.low is not None and estimate.reference is not None
 
 
-def test_too_little_is_said_and_not_measured():
+def test_too_few_slices_give_no_value_but_the_reason():
     few = report(discs(60, seed=2).take(np.r_[0:39, 40:120:2]))
     assert few["NC"]["kid"].value is None and few["NC"]["fid"].note.startswith("19 samples of NC, of 19 sub")
     assert few["all"]["kid"].note == few["NC"]["kid"].note
     assert few["AD"]["kid"].value is not None
-    one_person = report(discs(60, seed=2), held_out=discs(1, 40, seed=1))
-    assert one_person["AD"]["ms_ssim"].note == ("40 held-out slices of AD, of 1 subjects: 20 of 5 are needed")
+    one_subject = report(discs(60, seed=2), held_out=discs(1, 40, seed=1))
+    note = "40 held-out slices of AD, of 1 subjects: at least 20 of 5 subjects are needed"
+    assert one_subject["AD"]["ms_ssim"].note == note

@@ -1,4 +1,4 @@
-"""Privacy: planted copies are found, new people are left alone, a model that remembers gives itself away."""
+"""Memorization: planted copies are found, new subjects are not; membership inference."""
 
 import dataclasses
 import json
@@ -13,12 +13,12 @@ from adni_ldm.data.slices import load_slices
 from adni_ldm.errors import UserError
 from adni_ldm.evaluation.image_sets import ImageSet, real_set
 from adni_ldm.evaluation.model_outputs import bottleneck_features, denoising_losses, reconstruct
-from adni_ldm.evaluation.nearest_neighbors import Neighbours, nearest_in_features, nearest_in_pixels
+from adni_ldm.evaluation.nearest_neighbors import Neighbors, nearest_in_pixels
 from adni_ldm.evaluation.privacy import (
     calibrate,
-    copy_figures,
-    examine,
-    falsely_called,
+    copy_metrics,
+    cross_validated_false_positives,
+    measure_memorization,
     membership_auc,
     nearest_pairs,
 )
@@ -30,8 +30,8 @@ SIZE = 48
 
 
 @pytest.fixture(scope="module")
-def people(tmp_path_factory):
-    """64 phantom subjects of 4 slices: 30 to train on, 20 to set the limit by, 14 that nobody has seen."""
+def cohort(tmp_path_factory):
+    """64 phantom subjects of 4 slices: 30 for training, 20 for calibration, 14 new."""
     folder = tmp_path_factory.mktemp("privacy") / "cohort"
     write_phantom_cohort(folder, subjects=64, slices=4, image_size=SIZE, seed=3, workers=1)
     splits = [real_set(split, SIZE) for split in load_slices(folder).values()]
@@ -61,7 +61,7 @@ def constant(images, value=128):
 
 
 def plant(images, kind):
-    """The slices as a model that remembers them might draw them."""
+    """The slices as a memorizing model might generate them."""
     rng = np.random.default_rng(0)
     pixels = images.images.numpy().astype(float)
 
@@ -103,29 +103,29 @@ KINDS = (
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_planted_copy_is_found(people, kind):
-    """12 copies among 36 slices of new people: each is called a copy, and of the right image."""
-    train, held_out, strangers = people
+def test_every_planted_copy_is_found(cohort, kind):
+    """12 copies among 36 slices of new subjects: each is classified as a copy, of the right training slice."""
+    train, held_out, new = cohort
     originals = np.arange(3, 120, 10)
     copies = plant(train.take(originals), kind)
-    samples = join(strangers.take(np.arange(36)), copies)
-    found = examine(samples, train, held_out)
-    called = found.rule.calls(found.samples.ratios)
+    samples = join(new.take(np.arange(36)), copies)
+    found = measure_memorization(samples, train, held_out)
+    called = found.rule.is_copy(found.samples.ratios)
     assert called[36:].all(), f"missed: {originals[~called[36:]]}, ratios {found.samples.ratios[36:]}"
     assert (found.samples.rows[36:] == originals).all()
-    assert found.figures["copies"].value >= 12 / 48
-    assert found.figures["copies"].low > found.figures["copies"].floor
+    assert found.metrics["copies"].value >= 12 / 48
+    assert found.metrics["copies"].low > found.metrics["copies"].reference
     assert all(pair.is_copy and pair.sample >= 36 for pair in found.pairs)
 
 
-def test_new_people_are_not_called_copies_more_often_than_stated(people):
-    train, held_out, strangers = people
-    found = examine(strangers, train, held_out)
-    assert found.rule.false_alarms == pytest.approx(1 / 81), "80 held-out slices allow no less"
+def test_new_subjects_are_classified_as_copies_no_more_often_than_stated(cohort):
+    train, held_out, new = cohort
+    found = measure_memorization(new, train, held_out)
+    assert found.rule.false_positive_rate == pytest.approx(1 / 81), "80 held-out slices allow no less"
     assert found.rule.subjects == 20
-    assert found.figures["copies"].low <= found.rule.false_alarms
-    assert found.figures["copies"].value <= 2 / 56  # three or more: p = 0.03
-    assert found.figures["copies"].floor <= 2 / 80
+    assert found.metrics["copies"].low <= found.rule.false_positive_rate
+    assert found.metrics["copies"].value <= 2 / 56  # three or more: p = 0.03
+    assert found.metrics["copies"].reference <= 2 / 80
 
 
 def test_the_stated_rate_holds_over_many_cohorts():
@@ -134,41 +134,29 @@ def test_the_stated_rate_holds_over_many_cohorts():
         rates = []
         for _ in range(2000):
             rule = calibrate(rng.normal(size=count), np.arange(count))
-            rates.append(rule.calls(rng.normal(size=500)).mean())
-        assert rule.false_alarms == pytest.approx(rate)
+            rates.append(rule.is_copy(rng.normal(size=500)).mean())
+        assert rule.false_positive_rate == pytest.approx(rate)
         assert np.mean(rates) == pytest.approx(rate, rel=0.1) or np.mean(rates) < rate
 
 
-def test_the_floor_judges_a_subject_by_the_others():
-    """A held-out subject whose slices all come near the training set: alone it would set the limit itself."""
+def test_the_false_positive_rate_of_a_subject_is_calibrated_on_the_others():
+    """A held-out subject whose slices are all near the training set would otherwise set the threshold itself."""
     ratios, subjects = np.linspace(0.6, 0.9, 400), np.repeat(np.arange(40), 10)
     ratios[:10] = 0.3
-    called = falsely_called(ratios, subjects)
+    called = cross_validated_false_positives(ratios, subjects)
     assert called[:10].all() and called[10:].sum() <= 1
-    assert not calibrate(ratios, subjects).calls(ratios).any(), "by its own limit it passes"
+    assert not calibrate(ratios, subjects).is_copy(ratios).any(), "with its own slices in the calibration it is not found"
 
 
-def test_a_copy_in_features_is_found():
-    rng = np.random.default_rng(0)
-    train, others = rng.normal(size=(60, 8)), rng.normal(size=(40, 8))
-    found = nearest_in_features(
-        np.concatenate([train[:5] + 0.01, others]), train, np.repeat(np.arange(20), 3)
-    )
-    assert (found.rows[:5] == np.arange(5)).all()
-    assert (found.ratios[:5] < 0.1).all() and (found.ratios[5:] > 0.1).all()
-    by_hand = np.linalg.norm(others[0] - train, axis=1).reshape(20, 3).min(1)
-    assert found.ratios[5] == pytest.approx(np.sort(by_hand)[0] / np.sort(by_hand)[1:6].mean())
-
-
-def test_the_figures_of_a_class_and_of_people(people):
-    """All AD samples copies, no NC sample one; they are of three people out of 30."""
-    train, held_out, _ = people
-    near = Neighbours(np.array([0, 1, 5, 9, 9, 9]), np.ones(6), np.array([0.1] * 3 + [0.9] * 3))
+def test_the_shares_of_copies_by_class_and_of_copied_subjects(cohort):
+    """All AD samples and no NC sample are copies, of three of 30 subjects."""
+    train, held_out, _ = cohort
+    near = Neighbors(np.array([0, 1, 5, 9, 9, 9]), np.ones(6), np.array([0.1] * 3 + [0.9] * 3))
     samples = ImageSet(train.images[:6], np.array([0, 0, 0, 1, 1, 1]), np.arange(6).astype(str), ("AD", "NC"))
-    others = Neighbours(np.zeros(80, int), np.ones(80), np.where(np.arange(80) == 7, 0.6, 0.9))
-    figures, rule = copy_figures(near, samples, others, held_out, train)
+    others = Neighbors(np.zeros(80, int), np.ones(80), np.where(np.arange(80) == 7, 0.6, 0.9))
+    figures, rule = copy_metrics(near, samples, others, held_out, train)
     assert rule.threshold == 0.6
-    assert figures["copies"].value == 0.5 and figures["copies"].floor == 1 / 80
+    assert figures["copies"].value == 0.5 and figures["copies"].reference == 1 / 80
     assert figures["copies_AD"].value == 1 and figures["copies_NC"].value == 0
     assert figures["copies_AD"].low == pytest.approx(0.4385, abs=1e-3), "Wilson's interval of 3 of 3"
     copied = len(set(train.subjects[[0, 1, 5]]))
@@ -176,60 +164,60 @@ def test_the_figures_of_a_class_and_of_people(people):
 
 
 def gap(samples, train, held_out):
-    figures = examine(samples, train, held_out).figures
+    figures = measure_memorization(samples, train, held_out).metrics
     json.dumps({name: figure.to_json() for name, figure in figures.items()}, allow_nan=False)
     return figures["copies"]
 
 
-def test_what_cannot_be_told_is_said(people):
-    train, held_out, strangers = people
+def test_insufficient_data_give_no_value_but_the_reason(cohort):
+    train, held_out, new = cohort
     one = train.take(train.subjects == train.subjects[0])
-    assert "one subject" in gap(strangers, one, held_out).note
+    assert "of one subject" in gap(new, one, held_out).note
     alone = held_out.take(held_out.subjects == held_out.subjects[0])
-    assert "1 subjects held out" in gap(strangers, train, alone).note
-    assert "0 subjects held out" in gap(strangers, train, held_out.take([])).note
-    assert "8 slices" in gap(strangers, train, held_out.take(slice(8))).note
-    assert "are training slices" in gap(strangers, train, join(held_out, train.take(slice(8)))).note
-    assert gap(strangers.take([]), train, held_out).note == "no samples"
-    figures = examine(strangers.of_class("AD"), train, held_out).figures
+    assert "1 held-out subjects" in gap(new, train, alone).note
+    assert "0 held-out subjects" in gap(new, train, held_out.take([])).note
+    assert "8 held-out slices" in gap(new, train, held_out.take(slice(8))).note
+    assert "identical to training slices" in gap(new, train, join(held_out, train.take(slice(8)))).note
+    assert gap(new.take([]), train, held_out).note == "no samples"
+    figures = measure_memorization(new.of_class("AD"), train, held_out).metrics
     assert figures["copies_NC"].note == "no samples of NC" and figures["copies_AD"].value is not None
-    assert "it takes 5 of each" in membership_auc(np.ones(9), np.arange(9), np.ones(3), np.arange(3)).note
+    assert "at least 5 of each" in membership_auc(np.ones(9), np.arange(9), np.ones(3), np.arange(3)).note
 
 
-def test_constant_and_identical_pictures_are_nobodys_copies(people):
-    train, held_out, strangers = people
-    assert gap(constant(strangers), train, held_out).value == 0
-    assert gap(constant(strangers, 0), train, held_out).value == 0
+def test_constant_and_identical_slices_are_not_copies(cohort):
+    train, held_out, new = cohort
+    assert gap(constant(new), train, held_out).value == 0
+    assert gap(constant(new, 0), train, held_out).value == 0
     for value in (1, 77, 255):
-        assert gap(*(constant(one, value) for one in people)).value == 0
-    same = dataclasses.replace(strangers, images=strangers.images[:1].expand_as(strangers.images))
+        assert gap(*(constant(one, value) for one in cohort)).value == 0
+    same = dataclasses.replace(new, images=new.images[:1].expand_as(new.images))
     assert gap(same, train, held_out).value in (0, 1)
-    alike = [dataclasses.replace(one, images=train.images[:1].expand_as(one.images)) for one in people]
-    assert gap(*alike).value == 0, "what everybody looks like is nobody's"
+    alike = [dataclasses.replace(one, images=train.images[:1].expand_as(one.images)) for one in cohort]
+    assert gap(*alike).value == 0, "a slice that all subjects share is a copy of none"
 
 
-def test_the_pairs_name_the_image_and_number_the_people(people):
-    train, held_out, _ = people
+def test_pairs_have_the_training_slice_and_number_the_subjects(cohort):
+    train, held_out, _ = cohort
     samples = plant(train.take([8, 9, 50]), "exact")
-    found = examine(samples, train, held_out)
+    found = measure_memorization(samples, train, held_out)
     pairs = nearest_pairs(found.samples, samples, train, found.rule, count=3)
     assert [(pair.training, pair.subject) for pair in pairs] == [
         (row, train.subjects[row]) for row in (8, 9, 50)
     ]
     places = [list(np.flatnonzero(train.subjects == pair.subject)).index(pair.training) + 1 for pair in pairs]
-    assert [pair.place for pair in pairs] == places
-    numbers = {pair.subject: pair.person for pair in pairs}
+    assert [pair.slice_number for pair in pairs] == places
+    numbers = {pair.subject: pair.subject_number for pair in pairs}
     assert sorted(numbers.values()) == list(range(1, len(numbers) + 1))
 
 
-def test_the_shift_of_a_pair_lays_the_images_on_each_other(people):
-    train, _, _ = people
+def test_the_shift_of_a_pair_aligns_the_slices(cohort):
+    train, _, _ = cohort
     moved = train.images[:6].roll((2, -3), (2, 3))
     found = nearest_in_pixels(moved, train.images, train.subjects)
     assert (found.shifts == [2, -3]).all() and (found.rows == np.arange(6)).all()
 
 
-# ---- The model's own loss ----------------------------------------------------------------------------------
+# ---- Membership inference ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -242,8 +230,8 @@ def pipeline():
     return ClassConditionalLDMPipeline(vae, unet, ClassEmbedding(token_dim=8), scheduler)
 
 
-class Remembering(torch.nn.Module):
-    """Has learned the training slices by heart: takes every noisy latent for the nearest of them."""
+class Memorizing(torch.nn.Module):
+    """Predicts the nearest training latent for every noisy latent."""
 
     def __init__(self, pipeline, images):
         super().__init__()
@@ -255,45 +243,45 @@ class Remembering(torch.nn.Module):
         self.known = normalize_latents(pipeline.vae, posterior.mode())
 
     def forward(self, noisy, timestep, tokens):
-        alpha = self.alphas[timestep]
+        alpha = self.alphas[timestep[0]]
         nearest = torch.cdist(noisy.flatten(1), alpha.sqrt() * self.known.flatten(1)).argmin(1)
         clean = self.known[nearest]
         noise = (noisy - alpha.sqrt() * clean) / (1 - alpha).sqrt()
-        said = noise if self.epsilon else alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
-        return type("Output", (), {"sample": said})
+        prediction = noise if self.epsilon else alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+        return type("Output", (), {"sample": prediction})
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
-def test_a_model_that_remembers_gives_its_subjects_away(people, pipeline, prediction_type):
-    train, held_out, _ = people
+def test_membership_inference_detects_a_memorizing_model(cohort, pipeline, prediction_type):
+    train, held_out, _ = cohort
     pipeline.scheduler.register_to_config(prediction_type=prediction_type)
-    pipeline.register_modules(unet=Remembering(pipeline, train))
+    pipeline.register_modules(unet=Memorizing(pipeline, train))
     losses = denoising_losses(pipeline, train)
-    assert losses.shape == (120,) and losses.max() < 1e-6, "what it knows it denoises without error"
+    assert losses.shape == (120,) and losses.max() < 1e-6, "it denoises training latents without error"
     found = membership_auc(losses, train.subjects, denoising_losses(pipeline, held_out), held_out.subjects)
-    assert found.value > 0.99 and found.low > 0.95 and found.floor == 0.5
+    assert found.value > 0.99 and found.low > 0.95 and found.reference == 0.5
 
 
-def test_a_model_that_knows_nobody_gives_nobody_away(people, pipeline):
-    train, held_out, _ = people
-    found = examine(held_out.take(slice(4)), train, held_out, pipeline=pipeline, most=60)
-    auc = found.figures["membership_auc"]
+def test_membership_inference_is_at_chance_for_an_untrained_model(cohort, pipeline):
+    train, held_out, _ = cohort
+    found = measure_memorization(held_out.take(slice(4)), train, held_out, pipeline=pipeline, most=60)
+    auc = found.metrics["membership_auc"]
     assert auc.low < 0.5 < auc.high
     assert 0.3 < auc.value < 0.7
 
 
-def test_losses_and_bottleneck_do_not_depend_on_the_batch(people, pipeline):
-    some = people[0].take(slice(7))
-    for probe in (denoising_losses, bottleneck_features):
-        once, again = probe(pipeline, some, batch_size=7), probe(pipeline, some, batch_size=3)
+def test_losses_and_bottleneck_do_not_depend_on_the_batch(cohort, pipeline):
+    some = cohort[0].take(slice(7))
+    for compute in (denoising_losses, bottleneck_features):
+        once, again = compute(pipeline, some, batch_size=7), compute(pipeline, some, batch_size=3)
         assert np.allclose(once, again, atol=1e-4) and np.isfinite(once).all()
         assert len(np.unique(once.round(6), axis=0)) == 7
     assert bottleneck_features(pipeline, some).shape == (7, 64 * 12 * 12)
-    assert not pipeline.unet.mid_block._forward_hooks, "the hook is taken off"
+    assert not pipeline.unet.mid_block._forward_hooks, "the hook is removed"
     assert reconstruct(pipeline.vae, some).shape == some.images.shape
 
 
-def test_a_model_of_another_size_is_refused(people, pipeline):
-    small = dataclasses.replace(people[0], images=people[0].images[..., :32, :32])
-    with pytest.raises(UserError, match="32 pixels for a model that draws 48"):
+def test_a_model_of_another_size_is_rejected(cohort, pipeline):
+    small = dataclasses.replace(cohort[0], images=cohort[0].images[..., :32, :32])
+    with pytest.raises(UserError, match="32 pixels, but the model generates 48"):
         denoising_losses(pipeline, small)

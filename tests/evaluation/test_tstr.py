@@ -1,4 +1,4 @@
-"""Usefulness by subject: as sklearn counts it, and lower where samples teach the wrong thing."""
+"""TSTR by subject: metrics equal those of scikit-learn, and are low for mislabelled samples."""
 
 from dataclasses import replace
 
@@ -9,7 +9,12 @@ from discs import discs
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from adni_ldm.evaluation.classifier import probabilities, train_classifier
-from adni_ldm.evaluation.tstr import auc, balanced_accuracy, subject_probabilities, usefulness
+from adni_ldm.evaluation.tstr import (
+    auc,
+    balanced_accuracy,
+    subject_probabilities,
+    train_on_synthetic_test_on_real,
+)
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -30,7 +35,7 @@ def test_auc_and_balanced_accuracy_are_those_of_sklearn(classes):
     assert np.isclose(balanced_accuracy(labels, scores), balanced_accuracy_score(labels, scores.argmax(1)))
 
 
-def test_a_draw_without_a_class_is_no_number():
+def test_metrics_without_a_class_are_nan():
     assert np.isnan(auc(np.zeros(3, int), np.full((3, 2), 0.5)))
     assert np.isnan(balanced_accuracy(np.zeros(3, int), np.full((3, 2), 0.5)))
 
@@ -47,33 +52,37 @@ def test_a_subjects_probability_is_the_mean_of_its_slices():
         assert (images.labels[rows] == label).all()
 
 
-def test_samples_of_the_right_class_are_of_use_and_of_the_wrong_class_are_not():
+def test_good_samples_reach_the_auc_of_real_slices_and_mislabelled_ones_do_not():
     train, held_out, good = discs(30, 2, size=16), discs(12, 2, seed=1, size=16), discs(60, seed=2, size=16)
     options = {"steps": 25, "draws": 200}
-    judge = train_classifier(train, steps=25)
-    right = usefulness(judge, train, good, held_out, **options)
-    wrong = usefulness(judge, train, replace(good, labels=1 - good.labels), held_out, **options)
+    classifier = train_classifier(train, steps=25)
+    right = train_on_synthetic_test_on_real(classifier, train, good, held_out, **options)
+    wrong = train_on_synthetic_test_on_real(
+        classifier, train, replace(good, labels=1 - good.labels), held_out, **options
+    )
     assert set(right) == {"real", "synthetic", "both", "auc_ratio"}
     assert right["real"]["auc"].value > 0.95 and right["synthetic"]["auc"].value > 0.95
     assert right["both"]["balanced_accuracy"].value > 0.9
     assert right["auc_ratio"].value > 0.95
-    assert right["synthetic"]["auc"].floor == right["real"]["auc"].value
+    assert right["synthetic"]["auc"].reference == right["real"]["auc"].value
     assert wrong["synthetic"]["auc"].value < 0.1 and wrong["auc_ratio"].high < 0.5
     assert wrong["real"] == right["real"]
 
 
-def test_an_interval_that_cannot_doubt_says_so():
+def test_an_interval_of_width_zero_has_a_note():
     held_out = discs(6, seed=1)
-    judge = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(32 * 32, 2))
-    torch.nn.init.zeros_(judge[1].weight), torch.nn.init.zeros_(judge[1].bias)
-    figures = usefulness(judge, discs(8), discs(8, seed=2), held_out, steps=1, draws=50)
+    classifier = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(32 * 32, 2))
+    torch.nn.init.zeros_(classifier[1].weight), torch.nn.init.zeros_(classifier[1].bias)
+    figures = train_on_synthetic_test_on_real(
+        classifier, discs(8), discs(8, seed=2), held_out, steps=1, draws=50
+    )
     assert figures["real"]["auc"].value == figures["real"]["auc"].low == 0.5
     assert "12 subjects are too few" in figures["real"]["auc"].note
 
 
-def test_too_little_is_said_and_not_measured():
-    train, judge = discs(8), None
-    missing = usefulness(judge, train, discs(8).of_class("AD"), discs(8, seed=1))
+def test_too_few_subjects_or_samples_give_no_value_but_the_reason():
+    train, classifier = discs(8), None
+    missing = train_on_synthetic_test_on_real(classifier, train, discs(8).of_class("AD"), discs(8, seed=1))
     assert missing["synthetic"]["auc"].value is None and missing["auc_ratio"].note == "no samples of NC"
-    few = usefulness(judge, train, discs(8), discs(4, 3, seed=1))
-    assert few["real"]["auc"].note == "4 held-out subjects of AD, where 5 are needed"
+    few = train_on_synthetic_test_on_real(classifier, train, discs(8), discs(4, 3, seed=1))
+    assert few["real"]["auc"].note == "4 held-out subjects of AD; at least 5 are needed"
