@@ -1,4 +1,4 @@
-"""evaluate.py by its command line: what a set of samples is worth, and what it says of worthless ones."""
+"""evaluate.py by its command line, on good samples, bad ones, and too few of them."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ import evaluate
 from adni_ldm.errors import UserError
 from adni_ldm.preprocessing.phantom import write_phantom_cohort
 
-QUESTIONS = ("fidelity", "usefulness", "faithfulness", "anatomy", "privacy")
+SECTIONS = ("fidelity", "tstr", "conditioning", "anatomy", "privacy")
 VERDICTS = ("fidelity", "usefulness", "faithfulness", "privacy")
 
 
@@ -25,14 +25,14 @@ def run(monkeypatch, *words) -> dict:
     evaluate.main()
     folder = Path(words[words.index("--output_dir") + 1])
 
-    def refuse(constant):
+    def reject(constant):
         raise AssertionError(f"{constant} in metrics.json")
 
-    return json.loads((folder / "metrics.json").read_text(), parse_constant=refuse)
+    return json.loads((folder / "metrics.json").read_text(), parse_constant=reject)
 
 
 def leaves(tree):
-    """Every figure of metrics.json's questions."""
+    """Every estimate in sections of metrics.json."""
     for node in tree.values():
         if isinstance(node, dict):
             yield from [node] if "value" in node else leaves(node)
@@ -47,7 +47,7 @@ def real(tmp_path_factory):
 
 
 def as_samples(cohort: Path, folder: Path, classes=("AD", "NC"), shown_as=None) -> Path:
-    """The slices of a cohort as a perfect model would draw them."""
+    """The slices of a cohort as samples of a perfect model."""
     shown_as = shown_as or {}
     for name in classes:
         (folder / name).mkdir(parents=True)
@@ -58,7 +58,7 @@ def as_samples(cohort: Path, folder: Path, classes=("AD", "NC"), shown_as=None) 
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
-    """Other people of the same kind: 60 slices of each class."""
+    """Other subjects of the same distribution: 60 slices of each class."""
     folder = tmp_path_factory.mktemp("evaluate") / "others"
     write_phantom_cohort(folder, subjects=40, slices=3, image_size=32, seed=7, workers=1)
     return folder
@@ -79,16 +79,16 @@ def report(real, perfect, tmp_path_factory):
         return run(patch, "--real", real, "--samples", perfect, "--output_dir", folder, *QUICK), folder
 
 
-def test_the_report_answers_every_question(report):
+def test_the_report_has_every_section_and_verdict(report):
     metrics, folder = report
     assert set(metrics["verdicts"]) == set(VERDICTS)
-    figures = list(leaves({name: metrics[name] for name in QUESTIONS}))
+    figures = list(leaves({name: metrics[name] for name in SECTIONS}))
     assert len(figures) > 40
     assert all("value" in figure for figure in figures)
-    told = [figure for figure in figures if figure["value"] is not None]
-    assert all(figure["low"] <= figure["high"] for figure in told if "low" in figure)
+    known = [figure for figure in figures if figure["value"] is not None]
+    assert all(figure["low"] <= figure["high"] for figure in known if "low" in figure)
     assert all(figure.get("note") for figure in figures if figure["value"] is None), (
-        "a gap without its reason"
+        "a missing value without its reason"
     )
     page = (folder / "report.html").read_text()
     assert "http://" not in page and "https://" not in page and 'src="data:image/png' in page
@@ -97,8 +97,8 @@ def test_the_report_answers_every_question(report):
     assert all(Image.open(path).size[0] > 100 for path in (folder / "figures").glob("*.png"))
 
 
-def test_other_people_pass_for_samples(report):
-    """Real slices of others, given as samples: as near as the reference, of their class, and nobody's copy."""
+def test_real_slices_of_other_subjects_reach_the_reference(report):
+    """Real slices of other subjects, given as samples: near the reference, and no copies."""
     metrics, _ = report
     whole = metrics["fidelity"]["all"]
     assert whole["precision"]["value"] > 0.7 * whole["precision"]["reference"]
@@ -109,14 +109,14 @@ def test_other_people_pass_for_samples(report):
     assert metrics["verdicts"]["privacy"]["good"]
 
 
-def test_the_same_seed_gives_the_same_figures(report, real, perfect, tmp_path, monkeypatch):
+def test_the_same_seed_gives_the_same_metrics(report, real, perfect, tmp_path, monkeypatch):
     metrics, _ = report
     again = run(monkeypatch, "--real", real, "--samples", perfect, "--output_dir", tmp_path / "again", *QUICK)
     assert again == metrics
 
 
-def test_copies_and_an_ignored_label_are_found_out(real, others, tmp_path, monkeypatch):
-    """Samples of AD that are NC, as real as can be, and thirty training slices among them."""
+def test_copies_and_an_ignored_label_are_detected(real, others, tmp_path, monkeypatch):
+    """Samples of AD that show real NC slices, and thirty training slices among the samples of NC."""
     folder = as_samples(others, tmp_path / "samples", shown_as={"AD": "NC"})
     for index, path in enumerate(sorted((real / "train/NC").glob("*.png"))[:30]):
         shutil.copy(path, folder / "NC" / f"9{index:05d}.png")
@@ -129,8 +129,8 @@ def test_copies_and_an_ignored_label_are_found_out(real, others, tmp_path, monke
 
 
 @pytest.mark.parametrize("kind", ["one class", "all alike", "few"])
-def test_sets_that_cannot_be_judged_leave_gaps(kind, real, others, tmp_path, monkeypatch):
-    """No traceback and no NaN: a figure is given, or the reason why there is none."""
+def test_insufficient_samples_give_no_value_but_the_reason(kind, real, others, tmp_path, monkeypatch):
+    """No traceback and no NaN: an estimate, or the reason why there is none."""
     folder = tmp_path / "samples"
     if kind == "one class":
         as_samples(others, folder, classes=("AD",))
@@ -144,12 +144,12 @@ def test_sets_that_cannot_be_judged_leave_gaps(kind, real, others, tmp_path, mon
                     folder / name / f"{index:06d}.png"
                 )
     metrics = run(monkeypatch, "--real", real, "--samples", folder, "--output_dir", tmp_path / "out", *QUICK)
-    figures = list(leaves({name: metrics[name] for name in QUESTIONS}))
+    figures = list(leaves({name: metrics[name] for name in SECTIONS}))
     assert all(figure.get("note") for figure in figures if figure["value"] is None)
     assert not metrics["verdicts"]["fidelity"]["good"] and not metrics["verdicts"]["faithfulness"]["good"]
 
 
-def test_a_single_subject_a_class_leaves_gaps(others, perfect, tmp_path, monkeypatch):
+def test_a_single_subject_per_class_gives_no_value(others, perfect, tmp_path, monkeypatch):
     for split in ("train", "val", "test"):
         for name in ("AD", "NC"):
             subject = sorted((others / split / name).glob("*.png"))[0].name.rsplit("_", 1)[0]
@@ -162,33 +162,33 @@ def test_a_single_subject_a_class_leaves_gaps(others, perfect, tmp_path, monkeyp
     assert all(metrics["verdicts"][name]["good"] is None for name in ("fidelity", "usefulness"))
 
 
-def test_what_cannot_be_compared_is_refused(real, perfect, others, tmp_path, monkeypatch):
-    def refused(match, **changed):
+def test_invalid_inputs_are_rejected(real, perfect, others, tmp_path, monkeypatch):
+    def rejected(match, **changed):
         words = {"real": real, "samples": perfect, "output_dir": tmp_path / "out"} | changed
         with pytest.raises(UserError, match=match):
             run(monkeypatch, *[word for key, value in words.items() for word in (f"--{key}", value)])
 
-    refused("no such folder", samples=tmp_path / "nothing")
+    rejected("no such folder", samples=tmp_path / "nothing")
     (tmp_path / "empty/AD").mkdir(parents=True)
-    refused("no samples", samples=tmp_path / "empty")
+    rejected("no samples found", samples=tmp_path / "empty")
     mixed = as_samples(others, tmp_path / "mixed")
     Image.new("L", (48, 48)).save(mixed / "AD/999999.png")
-    refused("48 x 48 pixels", samples=mixed)
+    rejected("48 x 48 pixels", samples=mixed)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/thesis.txt").write_text("mine")
-    refused("not empty", output_dir=tmp_path / "taken")
+    rejected("not empty", output_dir=tmp_path / "taken")
     assert (tmp_path / "taken/thesis.txt").read_text() == "mine"
 
 
-def test_people_the_model_was_trained_on_are_no_test(real, perfect, tmp_path, monkeypatch):
-    """The samples' metadata.csv names the model, whose config says whom it was trained on."""
+def test_training_subjects_among_the_held_out_are_rejected(real, perfect, tmp_path, monkeypatch):
+    """The samples' metadata.csv names the model, whose config lists its training subjects."""
     from adni_ldm.data.provenance import describe_data, training_records
     from adni_ldm.data.slices import open_folder, read_slices
 
-    scan = open_folder(real)
-    splits = read_slices(scan)
+    listing = open_folder(real)
+    splits = read_slices(listing)
     swapped = {"train": splits["test"], "test": splits["train"]}
-    records = training_records(describe_data(scan, swapped))
+    records = training_records(describe_data(listing, swapped))
     (tmp_path / "model/unet").mkdir(parents=True)
     (tmp_path / "model/unet/config.json").write_text(json.dumps({"_trained_on": records}))
     folder = shutil.copytree(perfect, tmp_path / "samples")
