@@ -1,4 +1,4 @@
-"""What can be wrong with the machine before our code is: torch beside torchvision, no GPU to share."""
+"""The machine: whether torch and torchvision match, whether processes share a GPU, installed versions."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ TESTED_PAIR = ("2.15.0", "0.29.2")
 
 
 def check_torch_pair() -> None:
-    """Import torchvision; where it was built for another torch than the one installed, say so in one line.
+    """Import torchvision; if it was built for another torch than the one installed, exit with one line.
 
-    Recipes call this before they import diffusers. Otherwise the mismatch (a CPU-only torch beside the usual
-    torchvision wheel: "operator torchvision::nms does not exist") shows as `Could not import module
-    'BloomPreTrainedModel'` from deep inside transformers.
+    The package calls this before it imports diffusers. Otherwise the mismatch (a CPU-only torch with the
+    usual torchvision wheel: "operator torchvision::nms does not exist") is reported as `Could not import
+    module 'BloomPreTrainedModel'` from deep inside transformers.
 
     Raises:
-        SystemExit: with both versions, the cause, and the command that mends it.
+        SystemExit: with both versions, the cause, and the command that fixes it.
     """
     try:
         import torchvision  # noqa: F401
@@ -35,10 +35,10 @@ def check_torch_pair() -> None:
 
 
 def processes_without_gpu() -> bool:
-    """Whether a launcher started several processes here and no GPU is visible; for `Accelerator(cpu=...)`.
+    """Whether a launcher started several processes and no GPU is visible; for `Accelerator(cpu=...)`.
 
-    accelerate must be told. Left to itself, each process then takes itself for the only one: each trains
-    alone, gradients are not averaged, and all of them write to the same folder.
+    Without that argument each process treats itself as the only one: gradients are not averaged, and all
+    processes write to the same folder.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one line, no traceback."""
+"""Errors that the user can correct: one line, no traceback."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """Something about the data, the flags or the machine, said in one line with what to do about it."""
+    """A problem of the data, the flags or the machine: one line that says what is wrong and what to do."""
 
 
 def run_recipe(main: Callable[[], int | None]) -> None:
     """Run a recipe's `main` and exit with what it returns.
 
-    A `UserError` and a full disk are told in one line, on one process, with status 1.
+    A `UserError` or a full disk is reported in one line, by one process, with exit status 1.
     """
     message = None
     try:
@@ -26,10 +26,12 @@ def run_recipe(main: Callable[[], int | None]) -> None:
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         message = str(error)
-    if message is not None:  # said once the error has let go of main's progress bar, which draws as it ends
+    if message is not None:  # printed after the error has released main's progress bar, which redraws itself
         if os.environ.get("RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         else:
-            time.sleep(2)  # a launcher ends all when the first one fails: let that be the one that speaks
+            time.sleep(
+                2
+            )  # a launcher ends all processes when the first fails: let that be the one that reports
         status = 1
     sys.exit(status)

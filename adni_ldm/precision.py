@@ -1,4 +1,4 @@
-"""Which precision this machine computes in."""
+"""Mixed precision: which precision this machine supports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from adni_ldm.errors import UserError
 def choose_precision(requested: str | None) -> str:
     """Precision of the forward pass: "no" (float32), "fp16" or "bf16".
 
-    What was requested, else what `accelerate launch` says, else bf16 where the hardware computes in it.
+    The requested one, else that of `accelerate launch`, else bf16 if the hardware supports it.
 
     Raises:
         UserError: fp16 without a GPU, where half-precision gradients can be neither computed nor scaled.
@@ -31,12 +31,13 @@ def _has_gpu() -> bool:
 
 
 def has_bf16() -> bool:
+    """Whether the hardware computes in bf16; emulation does not count."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if _has_gpu():
         return False
-    # torch has no public question for this; without the instructions bf16 is slower than float32
-    answers = [
+    # torch has no public function for this; without the instructions bf16 is slower than float32
+    checks = [
         getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     ]
-    return any(answer() for answer in answers if answer)
+    return any(check() for check in checks if check)

@@ -1,7 +1,7 @@
 """Settings of the commands: one frozen dataclass each.
 
-Flags, YAML files and the `training_config.json` that a run leaves behind all come from these classes. A
-command reads `--config FILE.yaml` first and lays its flags over it.
+These classes define the flags, the YAML files and the `training_config.json` that a run writes. A command
+reads `--config FILE.yaml` first; flags override it.
 """
 
 from adni_ldm.config.app import AppConfig

@@ -1,18 +1,20 @@
-"""The classes of a data set, as every command asks for them."""
+"""The classes of a data set, a setting of every command."""
 
 from __future__ import annotations
 
 from adni_ldm.errors import UserError
 
-CLASSES_HELP = "Classes by the names of their folders, in the order of their labels: AD,NC or AD,MCI,NC."
-TABLE_HELP = "The archive's study table (CSV), for files named by image ID: the person in it is the subject."
+CLASSES_HELP = "Classes by folder name, in the order of their labels: AD,NC or AD,MCI,NC."
+TABLE_HELP = (
+    "The archive's study table (CSV), for files named by image ID: it gives the subject of each image."
+)
 
 
 def class_names(classes: str) -> tuple[str, ...]:
-    """("AD", "NC") of "AD,NC", and of "AD,CN", which is the archive's word for the same.
+    """Split "AD,NC" into ("AD", "NC"); CN, the archive's name for NC, is read as NC.
 
     Raises:
-        UserError: fewer than two, or one twice.
+        UserError: fewer than two classes, or duplicates.
     """
     names = tuple({"CN": "NC"}.get(name.strip(), name.strip()) for name in classes.split(","))
     if len(names) < 2 or not all(names) or len(set(names)) < len(names):

@@ -1,4 +1,4 @@
-"""A command's dataclass of settings, read from flags and a YAML file, with help."""
+"""Parsing of settings: a dataclass from flags and a YAML file, with help."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Config = TypeVar("Config")
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Defaults behind each setting, and the recipe's own lines as they are written."""
+    """Shows the default of each setting, and keeps the line breaks of the description."""
 
 
 def parse_config(
@@ -28,15 +28,15 @@ def parse_config(
     prog: str | None = None,
     positional: str | None = None,
 ) -> Config:
-    """Settings from `--config FILE.yaml` and the flags that stand over it.
+    """Settings from `--config FILE.yaml` and from flags, which override it.
+
+    An unknown flag ends the program with argparse's usage message.
 
     Args:
-        positional: the setting that a first argument without a flag is the value of.
-
-    Ends the program with argparse's usage message on a flag it does not know.
+        positional: the setting that a first argument without a flag sets.
 
     Raises:
-        UserError: the file is missing, is no mapping, or names a setting that does not exist.
+        UserError: the file is missing, is not a mapping, or names an unknown setting.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if positional and arguments and not arguments[0].startswith("-"):
@@ -49,9 +49,7 @@ def parse_config(
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--config", metavar="FILE.yaml", help="Settings to start from; flags stand over them."
-    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="File of settings; flags override it.")
     path = parser.parse_known_args(arguments)[0].config
     if path:
         parser.set_defaults(**_read_yaml(Path(path), config_class))

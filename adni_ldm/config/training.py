@@ -1,9 +1,8 @@
-"""Settings of the two training recipes, and which of them a resumed run must share with its first part."""
+"""Settings of the training recipes, and which of them a resumed run must share with its first part."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeVar, get_type_hints
@@ -12,6 +11,7 @@ from transformers.hf_argparser import HfArg
 
 from adni_ldm.config.classes import CLASSES_HELP, TABLE_HELP, class_names
 from adni_ldm.errors import UserError
+from adni_ldm.files import write_json
 
 # A resumed run must repeat every setting of its first part, but for these: where files are and how often to
 # report, or what a hash of data and weights identifies better ...
@@ -20,21 +20,21 @@ MayChange = Annotated[T, "free"]
 # ... and what changes the rounding and not the method: a resume warns that they differ, and continues.
 RoundingOnly = Annotated[T, "should"]
 EMA_HELP = (
-    "Half-life of that average, images: what was learned so long ago has half the weight of what is learned "
-    "now. At first it is 8 %% of the images seen."
+    "Half-life of the EMA, images: an update so long ago has half the weight of the present one. At first it "
+    "is 8 %% of the images seen."
 )
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """What both training recipes ask."""
+    """Settings that both training recipes share."""
 
     data_dir: MayChange[str] = HfArg(
         default="data/phantom",
         help="Folder of slices, {train,val,test}/{AD,NC}/SUBJECT_SLICE.png, or an AD_NC folder or its zip.",
     )
     output_dir: MayChange[str] = HfArg(
-        default="runs/model", help="Folder that the model, its log and its pictures are written to."
+        default="runs/model", help="Folder for the model, its metrics and figures."
     )
     classes: str = HfArg(default="AD,NC", help=CLASSES_HELP)
     table: MayChange[str | None] = HfArg(default=None, help=TABLE_HELP)
@@ -43,11 +43,11 @@ class TrainingConfig:
     )
     val_fraction: MayChange[float] = HfArg(
         default=0.1,
-        help="Share of the training subjects held out for validation where the data has no val folder, 0 "
-        "to 1.",
+        help="Fraction of the training subjects held out for validation if the data has no val folder, "
+        "between 0 and 1.",
     )
-    max_steps: int = HfArg(default=10_000, help="Optimizer updates to train for.")
-    batch_size: int = HfArg(default=16, help="Slices a process takes at once.")
+    max_steps: int = HfArg(default=10_000, help="Number of optimizer updates.")
+    batch_size: int = HfArg(default=16, help="Slices per process and batch.")
     gradient_accumulation_steps: int = HfArg(
         default=1, help="Batches whose gradients are averaged into one update."
     )
@@ -60,24 +60,22 @@ class TrainingConfig:
     )
     mixed_precision: MayChange[str | None] = HfArg(
         default=None,
-        help="Precision of the forward pass; weights stay float32. Default: what accelerate launch says, "
-        "else "
-        "bf16 where the hardware has it, else no.",
+        help="Mixed precision: precision of the forward pass; weights stay float32. Default: that of "
+        "accelerate launch, else bf16 if the hardware supports it, else no.",
         metadata={"choices": ["no", "fp16", "bf16"]},
     )
     channels_last: RoundingOnly[bool | None] = HfArg(
         default=None,
-        help="Keep images and weights in channels-last order: faster in half precision on a GPU, half as "
-        "fast on "
-        "CPU. Default: on a GPU.",
+        help="Keep images and weights in channels-last memory format: faster in half precision on a "
+        "GPU, half as fast on a CPU. Default: on a GPU.",
     )
     gradient_checkpointing: RoundingOnly[bool] = HfArg(
         default=False,
-        help="Compute activations again in the backward pass: less memory, about a third slower.",
+        help="Recompute activations in the backward pass: less memory, about a third slower.",
     )
     attention: RoundingOnly[str] = HfArg(
         default="sdpa",
-        help="Attention kernel: torch's own, or xformers' (CUDA).",
+        help="Attention kernel: torch's scaled dot product, or xformers (CUDA).",
         metadata={"choices": ["sdpa", "xformers"]},
     )
     compile: RoundingOnly[bool] = HfArg(
@@ -85,46 +83,42 @@ class TrainingConfig:
     )
     optimizer: str = HfArg(
         default="adamw",
-        help="AdamW, or bitsandbytes' with its moments in 8 bits: a quarter of their memory (CUDA).",
+        help="AdamW, or bitsandbytes' AdamW with 8-bit moments: a quarter of their memory (CUDA).",
         metadata={"choices": ["adamw", "adamw8bit"]},
     )
-    offload_ema: RoundingOnly[bool] = HfArg(
-        default=False, help="Keep the moving average of the weights in the host's memory."
-    )
+    offload_ema: RoundingOnly[bool] = HfArg(default=False, help="Keep the EMA of the weights in host memory.")
     deterministic: RoundingOnly[bool] = HfArg(
         default=False,
-        help="Only kernels that give the same bits each time, slower: a resume on a GPU then repeats the "
-        "uninterrupted run bit for bit, as it does on CPU without this.",
+        help="Use deterministic kernels only, which are slower: a resumed run on a GPU then repeats "
+        "the uninterrupted run bit for bit, as it does on a CPU without this.",
     )
     max_nonfinite: MayChange[int] = HfArg(
         default=20,
-        help="Updates in a row that may be skipped because loss or gradient is not finite; then the run "
-        "ends.",
+        help="Consecutive updates that may be skipped because of a non-finite loss or gradient before "
+        "the run ends.",
     )
     init_from: MayChange[str | None] = HfArg(
         default=None,
-        help="Fine-tune: folder or Hub name of a model of the kind that this recipe writes; for "
-        "train_vae.py any "
-        "diffusers AutoencoderKL, of colour as well.",
+        help="Fine-tune a model: folder or Hub name of what this recipe writes; for train_vae.py any "
+        "diffusers AutoencoderKL, those of colour images included.",
     )
     resume_from_checkpoint: MayChange[str | None] = HfArg(
         default=None,
-        help="Go on from a checkpoint folder, or from the `latest` of --output_dir (none yet: a first "
-        "start).",
+        help="Resume from a checkpoint folder, or from the `latest` one of --output_dir (if there is "
+        "none, start from the beginning).",
     )
     checkpointing_steps: MayChange[int] = HfArg(
-        default=1000, help="Updates between checkpoints; 0 writes none."
+        default=1000, help="Updates between checkpoints; 0 disables them."
     )
-    checkpoints_total_limit: MayChange[int] = HfArg(default=2, help="How many checkpoints stay on disk.")
-    log_steps: MayChange[int] = HfArg(default=25, help="Updates between the lines of metrics.csv.")
+    checkpoints_total_limit: MayChange[int] = HfArg(default=2, help="Number of checkpoints to keep.")
+    log_steps: MayChange[int] = HfArg(default=25, help="Updates between rows of metrics.csv.")
     report_to: MayChange[str] = HfArg(
         default="tensorboard", help="Tracker of accelerate: tensorboard, wandb, …, or none."
     )
     num_workers: MayChange[int | None] = HfArg(
         default=None,
-        help="Processes that read slices ahead, per training process. Default: 2 beside a GPU; 0 on CPU, "
-        "where "
-        "they would take the cores that compute.",
+        help="Processes per training process that load slices. Default: 2 with a GPU; 0 on a CPU, "
+        "where they would compete with training for its cores.",
     )
 
     def __post_init__(self):
@@ -147,7 +141,7 @@ class TrainVAEConfig(TrainingConfig):
     """Settings of train_vae.py."""
 
     output_dir: MayChange[str] = HfArg(
-        default="runs/vae", help="Folder that the VAE, its log and its pictures are written to."
+        default="runs/vae", help="Folder for the VAE, its metrics and figures."
     )
     widths: list[int] = HfArg(
         default_factory=lambda: [64, 128, 256, 256],
@@ -157,35 +151,33 @@ class TrainVAEConfig(TrainingConfig):
     layers_per_block: int = HfArg(default=1, help="Residual blocks per level.")
     mid_attention: bool = HfArg(default=False, help="Self-attention at the coarsest level.")
     reconstruction_loss: str = HfArg(
-        default="l1", help="Distance between slice and reconstruction.", metadata={"choices": ["l1", "l2"]}
+        default="l1", help="Pixel-wise reconstruction loss.", metadata={"choices": ["l1", "l2"]}
     )
     kl_weight: float = HfArg(
-        default=1e-4, help="Weight of the KL term (mean over the latent's elements, nats)."
+        default=1e-4, help="Weight of the KL divergence (mean over the latent's elements, nats)."
     )
     spectral_weight: float = HfArg(
         default=0.0,
-        help="Weight of the spectral term: amplitudes of the slices' frequencies (arXiv:2005.00341).",
+        help="Weight of the spectral loss, on the amplitudes of spatial frequencies (arXiv:2005.00341).",
     )
     perceptual: MayChange[str] = HfArg(
         default="none",
-        help="Features of the perceptual term: none, vgg (ImageNet), radimagenet, or a file or "
-        "folder "
-        "of their weights.",
+        help="Perceptual loss: none, vgg (ImageNet), radimagenet, or a file or folder of weights.",
     )
-    perceptual_weight: float = HfArg(default=0.1, help="Weight of the perceptual term.")
+    perceptual_weight: float = HfArg(default=0.1, help="Weight of the perceptual loss.")
     discriminator_weight: float = HfArg(
         default=0.0,
-        help="Train against a patch discriminator, whose gradient weighs this share of the other terms' "
-        "(VQGAN's adaptive weight, arXiv:2012.09841); 0: without.",
+        help="Adversarial loss of a PatchGAN discriminator: its gradient as a fraction of that of the "
+        "reconstruction loss (VQGAN's adaptive weight, arXiv:2012.09841); 0 disables it.",
     )
     discriminator_start: int | None = HfArg(
-        default=None, help="Updates before the discriminator begins. Default: half of --max_steps."
+        default=None, help="Updates before the adversarial loss starts. Default: half of --max_steps."
     )
-    discriminator_width: int = HfArg(default=64, help="Channels of its first layer.")
-    use_ema: bool = HfArg(default=False, help="Save an exponential moving average of the weights.")
+    discriminator_width: int = HfArg(default=64, help="Channels of the discriminator's first layer.")
+    use_ema: bool = HfArg(default=False, help="Save the exponential moving average (EMA) of the weights.")
     ema_halflife_images: float = HfArg(default=11_000, help=EMA_HELP)
     eval_images: MayChange[int] = HfArg(
-        default=256, help="Held-out slices measured each epoch; the last measurement takes all."
+        default=256, help="Held-out slices evaluated each epoch; the last evaluation uses all."
     )
 
     def __post_init__(self):
@@ -206,24 +198,23 @@ class TrainLDMConfig(TrainingConfig):
     """Settings of train_ldm.py."""
 
     output_dir: MayChange[str] = HfArg(
-        default="runs/ldm", help="Folder that the pipeline, its log and its pictures are written to."
+        default="runs/ldm", help="Folder for the pipeline, its metrics and figures."
     )
     vae: MayChange[str | None] = HfArg(
         default=None,
-        help="Folder or Hub name of the VAE that train_vae.py wrote. Default: that of --init_from, else "
-        "runs/vae.",
+        help="Folder or Hub name of the VAE that train_vae.py wrote. Default: that of --init_from, "
+        "else runs/vae.",
     )
     latent_cache: MayChange[str | None] = HfArg(
         default=None,
-        help="Folder that the slices' latents are kept in, for this run's resume and for others on the "
-        "same VAE "
-        "and slices. Default: adni_ldm/latents in the Hugging Face cache.",
+        help="Folder of the latent cache, which resumed runs and other runs on the same VAE and slices "
+        "share. Default: adni_ldm/latents in the Hugging Face cache.",
     )
     latent_variants: int = HfArg(
         default=0,
-        help="Augmented variants of each slice beside it: turned by up to 5 degrees, shifted by up to 3 %% "
-        "of the "
-        "side, brighter or darker by up to 10 %%; never flipped. Each takes the disk that the slices take.",
+        help="Augmented variants cached with each slice: rotated by up to 5 degrees, shifted by up to "
+        "3 %% of the side, intensity scaled by up to 10 %%; never flipped. Each variant takes as "
+        "much disk as the slices.",
     )
     unet_widths: list[int] = HfArg(
         default_factory=lambda: [128, 256, 384, 512], help="Channels per level of the U-Net, fine to coarse."
@@ -232,63 +223,72 @@ class TrainLDMConfig(TrainingConfig):
     token_dim: int = HfArg(default=256, help="Width of a class token.")
     prediction_type: str = HfArg(
         default="v_prediction",
-        help="What the U-Net predicts: the noise, or the velocity.",
+        help="What the U-Net predicts: the noise (epsilon) or the velocity.",
         metadata={"choices": ["epsilon", "v_prediction"]},
     )
     num_train_timesteps: int = HfArg(default=1000, help="Timesteps of the noise schedule.")
     rescale_betas_zero_snr: bool = HfArg(
         default=True,
-        help="Last timestep is pure noise (Lin et al. 2024, arXiv:2305.08891); asks for v_prediction.",
+        help="Zero terminal SNR: the last timestep is pure noise (Lin et al. 2024, arXiv:2305.08891); "
+        "requires v_prediction.",
     )
     snr_gamma: float = HfArg(
-        default=5.0, help="γ of min-SNR weighting (Hang et al. 2023, arXiv:2303.09556); 0 weighs all alike."
+        default=5.0,
+        help="γ of min-SNR loss weighting (Hang et al. 2023, arXiv:2303.09556); 0 weights all "
+        "timesteps equally.",
     )
     label_dropout: float = HfArg(
-        default=0.1, help="Share of labels replaced by the null class, for guidance; 0 to 1."
+        default=0.1,
+        help="Fraction of labels replaced by the null class, for classifier-free guidance; 0 to 1.",
     )
     use_ema: bool = HfArg(
-        default=True, help="Sample from, and save, an exponential moving average of the weights."
+        default=True, help="Sample from, and save, the exponential moving average (EMA) of the weights."
     )
     ema_halflife_images: float = HfArg(default=110_000, help=EMA_HELP)
     freeze: list[str] = HfArg(
         default_factory=list,
-        help="With --init_from: parts that stay as they are, by how the names of their weights begin: "
-        "unet.down "
-        "unet.mid class_embedding. The VAE always does.",
+        help="With --init_from: parts that are not trained, by the beginning of their weights' names: "
+        "unet.down unet.mid class_embedding. The VAE never is.",
     )
     lora_rank: int = HfArg(
         default=0,
-        help="With --init_from: train matrices of this rank beside the U-Net's weights, and the class "
-        "tokens; "
-        "also saved alone, as pytorch_lora_weights.safetensors. 0 trains the weights themselves.",
+        help="With --init_from: train LoRA matrices of this rank beside the U-Net's weights, and the "
+        "class tokens; also saved alone, as pytorch_lora_weights.safetensors. 0 trains the "
+        "weights themselves.",
     )
     validation_steps: MayChange[int] = HfArg(
-        default=1000, help="Updates between pictures of samples and held-out losses; 0 draws none."
+        default=1000,
+        help="Updates between validations: held-out loss and an image of samples; 0 disables them.",
     )
     evaluation_steps: MayChange[int] = HfArg(
         default=0,
-        help="Updates between small reports: KID against held-out slices, agreement with the class, share of "
-        "copies. The pipeline with the lowest KID is kept in OUTPUT_DIR/best. 0 makes none.",
+        help="Updates between online evaluations: KID against held-out slices, class-conditioning "
+        "accuracy, and the fraction of copies. The pipeline with the lowest KID is kept in "
+        "OUTPUT_DIR/best. 0 disables them.",
     )
-    evaluate_images: MayChange[int] = HfArg(default=64, help="Slices of each class drawn for such a report.")
+    evaluate_images: MayChange[int] = HfArg(default=64, help="Samples of each class per online evaluation.")
     evaluate_slices: MayChange[int] = HfArg(
-        default=5000, help="Most training and most held-out slices that they are compared with."
+        default=5000,
+        help="Maximum number of training slices, and of held-out slices, that samples are compared with.",
     )
     classifier_steps: MayChange[int] = HfArg(
         default=200,
-        help="Batches of 64 slices that the classifier is trained on which judges them, at the start.",
+        help="Training steps, of 64 slices each, of the classifier that online evaluation uses.",
     )
-    num_inference_steps: MayChange[int] = HfArg(default=50, help="DDIM steps of those pictures.")
-    guidance_scale: MayChange[float] = HfArg(default=1.5, help="Guidance of those pictures; 1 is none.")
+    num_inference_steps: MayChange[int] = HfArg(default=50, help="DDIM steps of these samples.")
+    guidance_scale: MayChange[float] = HfArg(
+        default=1.5, help="Classifier-free guidance scale of these samples; 1 is no guidance."
+    )
     push_to_hub: MayChange[bool] = HfArg(
-        default=False, help="Push the pipeline to --hub_model_id when training ends, as private."
+        default=False, help="Push the pipeline to --hub_model_id when training ends, as a private repository."
     )
     hub_model_id: MayChange[str | None] = HfArg(
-        default=None, help="Repository of the Hub, ME/NAME; made where there is none."
+        default=None, help="Hub repository, ME/NAME; created if it does not exist."
     )
     accept_privacy_risk: MayChange[bool] = HfArg(
         default=False,
-        help="Push although no report has judged privacy yet: a memorized scan may leave with the model.",
+        help="Push although privacy has not been evaluated: a memorized scan may be published with the "
+        "model.",
     )
 
     def __post_init__(self):
@@ -297,24 +297,24 @@ class TrainLDMConfig(TrainingConfig):
             raise UserError("--push_to_hub: give --hub_model_id ME/NAME")
         if self.push_to_hub and not self.accept_privacy_risk:
             raise UserError(
-                "--push_to_hub: nothing has judged yet whether the model memorized scans. Evaluate it, then "
-                "push with python -m adni_ldm.hub push, or add --accept_privacy_risk"
+                "--push_to_hub: memorization of training scans has not been evaluated. Evaluate the model, "
+                "then push it with python -m adni_ldm.hub push, or add --accept_privacy_risk"
             )
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise UserError(
-                "--prediction_type epsilon cannot be learned where the last timestep is pure noise: "
-                "add --rescale_betas_zero_snr false, or take v_prediction"
+                "--prediction_type epsilon cannot be learned at zero terminal SNR, where the last timestep "
+                "is pure noise: add --rescale_betas_zero_snr false, or use v_prediction"
             )
         if self.lora_rank < 0:
             raise UserError(f"--lora_rank {self.lora_rank} must be at least 0")
         if self.latent_variants < 0:
             raise UserError(f"--latent_variants {self.latent_variants} must be at least 0")
         if not 0 <= self.label_dropout < 1:
-            raise UserError(f"--label_dropout {self.label_dropout} must lie in [0, 1)")
+            raise UserError(f"--label_dropout {self.label_dropout} must be in [0, 1)")
 
 
 def settings_to_keep(config: TrainingConfig) -> dict[str, dict[str, object]]:
-    """Settings that a resumed run "must" share with the one it goes on from, and those it "should"."""
+    """Settings that a resumed run "must" share with its first part, and those that it "should"."""
     hints = get_type_hints(type(config), include_extras=True)
     kept = {"must": {}, "should": {}, "free": {}}
     for field in dataclasses.fields(config):
@@ -327,4 +327,4 @@ def save_config(config, folder: str | Path) -> None:
     """Write the resolved settings as `training_config.json` beside the model."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "training_config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    write_json(folder / "training_config.json", dataclasses.asdict(config))

@@ -1,1 +1,1 @@
-"""What the training recipes share: losses, batches, latents, checkpoints and the run's log."""
+"""What the training recipes share: TrainingRun, losses, batches, latents, EMA and checkpoints."""

@@ -18,10 +18,12 @@ def spectral_loss(reconstruction: torch.Tensor, images: torch.Tensor) -> torch.T
     """Mean squared difference of the amplitudes of the frequencies of slices (B, 1, H, W) in [-1, 1].
 
     Dhariwal et al. 2020 (Jukebox, arXiv:2005.00341), section 3.3: a reconstruction that is too smooth lacks
-    amplitude, wherever its edges lie. The value of MONAI's JukeboxLoss, whose gradient is NaN where a
-    frequency has no amplitude, as in a picture with an even border; that of `abs` is 0 there.
+    amplitude wherever its edges are. The value of MONAI's JukeboxLoss, whose gradient is NaN where a
+    frequency has no amplitude, as in an image with a uniform border; that of `abs` is 0 there.
     """
-    found, expected = (torch.fft.fft2(one.float(), norm="ortho").abs() for one in (reconstruction, images))
+    found, expected = (
+        torch.fft.fft2(slices.float(), norm="ortho").abs() for slices in (reconstruction, images)
+    )
     return F.mse_loss(found, expected)
 
 
@@ -37,7 +39,7 @@ def kl_divergence(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
 def diffusion_target(
     clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, scheduler: DDPMScheduler
 ) -> torch.Tensor:
-    """What the denoiser should say: the noise ε, or v = √ᾱ ε − √(1−ᾱ) x (Salimans & Ho 2022,
+    """The target of the denoiser: the noise ε, or v = √ᾱ ε − √(1−ᾱ) x (Salimans & Ho 2022,
     arXiv:2202.00512, appendix D). All tensors (B, C, h, w), timesteps (B,)."""
     if scheduler.config.prediction_type == "epsilon":
         return noise
