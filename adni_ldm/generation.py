@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from diffusers import EulerDiscreteScheduler
 
-from adni_ldm.data.slices import evenly_spaced
 from adni_ldm.pipeline import ClassConditionalLDMPipeline, check_scheduler
 
 # Noise schedule, prediction type and trailing timesteps come from the pipeline's own scheduler. DPM-Solver++
@@ -157,7 +156,8 @@ def denoising_trajectory(
 
     with _autocast(pipeline.device, precision):
         pipeline(label, latents=latents[0], output_type="latent", callback_on_step_end=keep, **options)
-    chosen = torch.cat([latents[index] for index in evenly_spaced(len(latents), frames)])
+    rows = torch.linspace(0, len(latents) - 1, min(frames, len(latents))).round().int().tolist()
+    chosen = torch.cat([latents[row] for row in rows])
     return pipeline.decode_latents(chosen).float().cpu()
 
 
