@@ -157,6 +157,12 @@ def saved(page):
     return files, pd.read_csv(io.BytesIO(files.pop("metadata.csv")))
 
 
+def stored_files(server):
+    """Files of the server that are not empty, but for its log."""
+    files = [path for path in server[1].rglob("*") if path.is_file() and path.name != "log"]
+    return [path for path in files if path.stat().st_size]
+
+
 def expected_samples(label, seed, number, steps, guidance_scale=1.5):
     """What sample.py generates, (number, H, W) in 8 bits."""
     seeds = [image_seed(seed, index) for index in range(number)]
@@ -168,7 +174,7 @@ def expected_samples(label, seed, number, steps, guidance_scale=1.5):
 # ---- In the browser ------------------------------------------------------------------------------------
 
 
-def test_sample(visit, screenshot, model):
+def test_sample(visit, screenshot, server):
     page = visit()
     fill(page, "Number of slices", 3)
     fill(page, "Denoising steps", 200)
@@ -199,6 +205,7 @@ def test_sample(visit, screenshot, model):
     if set(rows.precision) == {"no"}:  # else bf16 here, and float32 in this process
         expected = expected_samples(1, seed=5, number=3, steps=200)
         assert np.abs(np.stack(list(images.values())) - expected).max() <= 1, "equal to those of sample.py"
+    assert not stored_files(server), "nothing is stored"
 
 
 def test_compare(visit, screenshot):
@@ -243,8 +250,7 @@ def test_counterfactual(visit, screenshot, server, tmp_path):
     files, rows = saved(page)
     assert set(files) == {"counterfactual.png", "difference.png"}, "without the uploaded slice"
     assert set(rows["from"]) == {"NC"} and set(rows.label) == {"AD"} and (rows.round_trip_error > 0).all()
-    left = [path for path in server[1].rglob("*") if path.is_file() and path.name != "log"]
-    assert not [path for path in left if path.stat().st_size], "nothing is stored"
+    assert not stored_files(server), "nothing is stored"
 
 
 def test_bad_upload(visit, screenshot, tmp_path):

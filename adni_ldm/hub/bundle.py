@@ -10,12 +10,12 @@ the training subjects.
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+
+import pandas as pd
 
 from adni_ldm.data.folder import FolderListing
 from adni_ldm.errors import UserError
@@ -75,35 +75,28 @@ def bundle_samples(
     Raises:
         UserError: metadata.csv names a file that does not exist, or is outside of the folder.
     """
-    rows = read_samples(samples)
-    for row in rows:
-        source = (samples / row["file_name"]).resolve()
+    table = read_samples(samples)
+    for name in table.file_name:
+        source = (samples / name).resolve()
         if not source.is_relative_to(samples.resolve()) or not source.is_file():
-            raise UserError(
-                f"{samples / 'metadata.csv'}: there is no {row['file_name']} in the folder; sample again"
-            )
-        _copy(source, folder / row["file_name"])
-    with (folder / "metadata.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [name for name in rows[0] if name != "model"], extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+            raise UserError(f"{samples / 'metadata.csv'}: there is no {name} in the folder; sample again")
+        _copy(source, folder / name)
+    table.drop(columns="model", errors="ignore").to_csv(folder / "metadata.csv", index=False)
     _write_metrics(folder, report)
-    own = ("file_name", "label", "seed", "model")  # columns that are no sampling settings
-    settings = {name: value for name, value in rows[0].items() if name not in own}
-    count = Counter(row["label"] for row in rows)
+    settings = table.drop(columns=["file_name", "label", "seed", "model"], errors="ignore").iloc[0].to_dict()
+    count = table.label.value_counts(sort=False).to_dict()
     write_dataset_card(folder / "README.md", repo_id, settings, count, listings, report, license)
 
 
-def read_samples(samples: Path) -> list[dict[str, str]]:
-    """Rows of the metadata.csv that sample.py wrote. Raises UserError if there is none."""
+def read_samples(samples: Path) -> pd.DataFrame:
+    """The metadata.csv that sample.py wrote, all columns as text. Raises UserError if there is none."""
     path = samples / "metadata.csv"
     if not path.is_file():
         raise UserError(f"{samples}: contains no metadata.csv; give a folder that sample.py wrote")
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"file_name", "label", "seed", "model_hash", "data_hash"} <= set(rows[0]):
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if table.empty or not {"file_name", "label", "seed", "model_hash", "data_hash"} <= set(table):
         raise UserError(f"{path}: not written by sample.py; give a folder that it wrote")
-    return rows
+    return table
 
 
 def _save_previews(pipeline: ClassConditionalLDMPipeline, folder: Path) -> list[str]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
+import pandas as pd
 from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
 
 from adni_ldm.data.folder import FolderListing
@@ -18,10 +18,11 @@ from adni_ldm.hub.report import Report, list_figures
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
 
 TAGS = ("diffusers", "latent-diffusion", "class-conditional", "medical-imaging", "mri", "brain", "alzheimer")
-# Settings that name paths, or concern checkpoints and logs, and not the method.
-_NOT_METHOD = {"data_dir", "output_dir", "table", "vae", "init_from", "resume_from_checkpoint", "report_to"}
-_NOT_METHOD |= {"hub_model_id", "push_to_hub", "accept_privacy_risk", "num_workers", "log_steps"}
-_NOT_METHOD |= {"checkpointing_steps", "checkpoints_total_limit"}
+# Settings that name paths, or concern checkpoints and logs, and not the method. Listed here and not at the
+# fields, since only recipes import config.
+NOT_METHOD = {"data_dir", "output_dir", "table", "vae", "init_from", "resume_from_checkpoint", "report_to"}
+NOT_METHOD |= {"hub_model_id", "push_to_hub", "accept_privacy_risk", "num_workers", "log_steps"}
+NOT_METHOD |= {"checkpointing_steps", "checkpoints_total_limit"}
 
 
 def write_model_card(
@@ -66,7 +67,7 @@ def write_model_card(
         data=data,
         split=count_slices(listings[-1], settings.get("val_fraction", 0.1)),
         subjects_known=listings[-1].subjects_known,
-        settings={name: value for name, value in settings.items() if name not in _NOT_METHOD},
+        settings={name: value for name, value in settings.items() if name not in NOT_METHOD},
         losses=last_losses(run),
         synthetic=synthetic,
         previews=previews,
@@ -132,14 +133,13 @@ def read_settings(run: Path) -> dict:
 def last_losses(run: Path) -> dict[str, str]:
     """The last value of each column of metrics.csv, and the lowest `val_loss`; {} without a metrics.csv."""
     path = run / "metrics.csv"
-    if not path.is_file():
+    table = pd.read_csv(path) if path.is_file() else pd.DataFrame()
+    if table.empty:
         return {}
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    last = {name: f"{float(value):.4g}" for row in rows for name, value in row.items() if value}
-    if val_losses := [float(row["val_loss"]) for row in rows if row.get("val_loss")]:
-        last["lowest val_loss"] = f"{min(val_losses):.4g}"
-    return last
+    last = table.ffill().iloc[-1].dropna().to_dict()
+    if "val_loss" in last:
+        last["lowest val_loss"] = table.val_loss.min()
+    return {name: f"{value:.4g}" for name, value in last.items()}
 
 
 def _value(figure: Mapping) -> str:

@@ -84,23 +84,24 @@ def push_dataset(
         UserError: a check failed; nothing was uploaded.
     """
     samples = Path(folder)
-    rows = read_samples(samples)
-    model = Path(rows[0]["model"])
-    evaluated = read_report(Path(report or model / "report"), rows[0]["model_hash"])
+    images = read_samples(samples)
+    first = images.iloc[0]
+    model = Path(first.model)
+    evaluated = read_report(Path(report or model / "report"), first.model_hash)
     check_privacy(evaluated, accept_privacy_risk)
     settings = read_settings(model)
-    classes = settings.get("classes") or ",".join(sorted({row["label"] for row in rows}))
-    hashes = [value for value in rows[0]["data_hash"].split("+") if value]
+    classes = settings.get("classes") or ",".join(sorted(set(images.label)))
+    hashes = [value for value in first.data_hash.split("+") if value]
     listings = _open_training_data(data_dir, table, settings, classes.split(","), hashes)
 
     def bundle(target: Path) -> None:
         bundle_samples(target, samples, repo_id, listings, evaluated, license)
 
-    with Image.open(samples / rows[0]["file_name"]) as first:
-        size = first.width
+    with Image.open(samples / first.file_name) as image:
+        size = image.width
     url = _scan_and_upload(bundle, listings, size, repo_id, "dataset", **destination)
     if url:
-        print(f"pushed {len(rows)} slices to {url}: load_dataset({repo_id!r}, split='train')")
+        print(f"pushed {len(images)} slices to {url}: load_dataset({repo_id!r}, split='train')")
 
 
 def _open_training_data(

@@ -54,17 +54,18 @@ def find_report(model: str, report: str | None, model_hash: str) -> Report:
     Raises:
         UserError: the folder `report` contains none, or metrics.json cannot be read.
     """
-    if report and not (Path(report) / "metrics.json").is_file():
-        raise UserError(f"--report {report}: contains no metrics.json; evaluate.py writes one")
-    default = (Path(model) / "report", Path(model), Path(model).parent / "report")
-    folders = [Path(report)] if report else default
-    folder = next((folder for folder in folders if (folder / "metrics.json").is_file()), folders[0])
+    folders = (
+        [Path(report)] if report else [Path(model) / "report", Path(model), Path(model).parent / "report"]
+    )
     if not report and not Path(model).exists():
         try:
-            folder = Path(hf_hub_download(model, "metrics.json")).parent
+            folders = [Path(hf_hub_download(model, "metrics.json")).parent]
         except (EntryNotFoundError, HfHubHTTPError, HFValidationError):
             return Report(missing=f"the repository {model} contains no report")
-    return read_report(folder, model_hash)
+    found = [folder for folder in folders if (folder / "metrics.json").is_file()]
+    if report and not found:
+        raise UserError(f"--report {report}: contains no metrics.json; evaluate.py writes one")
+    return read_report((found or folders)[0], model_hash)
 
 
 def check_privacy(report: Report, accept_risk: bool) -> None:

@@ -147,15 +147,14 @@ def _describe(error: BaseException) -> str:
             return f"the Hub cannot be reached ({_short(error)}): check the network and push again"
         return f"the push failed ({_short(error)}): push again, and it continues"
     status = error.response.status_code
-    if status == 401:
-        return "the Hub rejects the token (401): run `hf auth login`, or correct HF_TOKEN"
-    if status == 403:
-        return "the token has no write access there (403): use one that has, and an account of yours"
-    if status == 409:
-        return f"the name is taken, or another upload is in progress (409: {_short(error)})"
     if status in _TRANSIENT:
         return f"the Hub is busy or down ({status}): push again later, and it continues"
-    return f"the Hub refused the request ({status}: {_short(error)})"
+    known = {
+        401: "the Hub rejects the token (401): run `hf auth login`, or correct HF_TOKEN",
+        403: "the token has no write access there (403): use one that has, and an account of yours",
+        409: f"the name is taken, or another upload is in progress (409: {_short(error)})",
+    }
+    return known.get(status, f"the Hub refused the request ({status}: {_short(error)})")
 
 
 def _short(error: BaseException) -> str:

@@ -5,7 +5,7 @@
         HfApi(endpoint=hub.url, token=TOKEN).upload_folder(...)
         hub.repos["model", "me/name"].files["README.md"]
 
-Everything is kept in memory and is bounded: a body of at most MOST_BYTES, ten seconds for a read. It speaks
+Everything is held in memory and bounded: a body of at most MOST_BYTES, ten seconds for a read. It speaks
 LFS and not Xet, whose storage is another service: clients need HF_HUB_DISABLE_XET=1.
 """
 
@@ -104,7 +104,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.connection.close()
         self.body = self.rfile.read(length) if length else self.read_chunked()
         if fault:
-            return self.answer(fault[1], {"error": "told to fail"}, fault[3])
+            return self.answer(fault[1], {"error": "failure requested by the test"}, fault[3])
         with self.server.lock:
             self.route(unquote(place.path).strip("/").split("/"))
 
@@ -177,11 +177,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def lfs(self, oid: str) -> None:
         if oid == "verify":
-            told = json.loads(self.body)
-            whole = len(self.server.lfs.get(told["oid"], b"")) == told["size"]
+            upload = json.loads(self.body)
+            whole = len(self.server.lfs.get(upload["oid"], b"")) == upload["size"]
             return self.answer(200 if whole else 404, {})
         if sha256(self.body) != oid:
-            return self.answer(400, {"error": "not what its SHA-256 says"})
+            return self.answer(400, {"error": "SHA-256 does not match"})
         self.server.lfs[oid] = self.body
         self.answer(200, {})
 

@@ -1,5 +1,6 @@
 """The leak scan: findings in every type of file are named, and the push is refused. Cards."""
 
+import dataclasses
 import getpass
 import json
 import shutil
@@ -11,9 +12,10 @@ import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
 
+from adni_ldm.config import TrainLDMConfig
 from adni_ldm.data.slices import open_folder
 from adni_ldm.errors import UserError
-from adni_ldm.hub.card import write_model_card
+from adni_ldm.hub.card import NOT_METHOD, write_model_card
 from adni_ldm.hub.leak_scan import find_leaks, index_training_data
 from adni_ldm.hub.push import push_model
 from adni_ldm.hub.report import Report
@@ -112,12 +114,12 @@ def test_numbers_are_ids_only_where_they_occur_as_such(tmp_path, ad_nc_folder):
 def test_a_training_image_is_found_in_another_format(tmp_path, ad_nc_folder):
     folder = ad_nc_folder({"train/AD": ["1001", "1002"], "train/NC": ["2001", "2002"]})
     data = index_training_data([open_folder(folder)], 256)
-    picture = Image.open(folder / "train/AD/1001_78.jpeg")
+    image = Image.open(folder / "train/AD/1001_78.jpeg")
     sent = tmp_path / "sent"
     sent.mkdir()
-    picture.save(sent / "copy.png")
-    picture.save(sent / "again.jpg", quality=60)
-    Image.fromarray((np.asarray(picture) * 0.8).astype(np.uint8)).save(sent / "darker.png")
+    image.save(sent / "copy.png")
+    image.save(sent / "again.jpg", quality=60)
+    Image.fromarray((np.asarray(image) * 0.8).astype(np.uint8)).save(sent / "darker.png")
     other = ad_nc_folder({"train/AD": ["7777"]}, name="other")
     shutil.copyfile(other / "train/AD/7777_78.jpeg", sent / "other.jpg")
 
@@ -234,3 +236,8 @@ def test_the_card_of_real_data_states_the_terms(own_run, ad_nc_folder, tmp_path)
     card = (tmp_path / "R.md").read_text()
     assert "license_name: adni-data-use-agreement" in card
     assert "To be completed by the author" in card and "adni.loni.usc.edu" in card
+
+
+def test_settings_left_out_of_the_card_exist():
+    """A setting that is renamed must be renamed there as well, or its path is published."""
+    assert NOT_METHOD <= {field.name for field in dataclasses.fields(TrainLDMConfig)}
