@@ -8,12 +8,12 @@ SHELL := bash
 
 PYTHON ?= python3
 VENV := .venv/bin/python
-INSTALLED := .venv/.installed  # written last: without it the environment is not done
+INSTALLED := .venv/.installed  # written last: without it the environment is incomplete
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[-.a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-.venv: $(INSTALLED)  ## make or bring up to date the virtual environment (PYTHON=python3.12 to choose)
+.venv: $(INSTALLED)  ## create or update the virtual environment (PYTHON=python3.12 to choose)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@rm -f $@
@@ -29,7 +29,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(VENV) -m pip install -e '.[test]' -c constraints.txt
 	@touch $@
 
-demo: .venv runs/demo/data  ## phantom cohort, VAE, diffusion model, samples and a report, in runs/demo
+demo: .venv runs/demo/data  ## synthetic cohort, VAE, diffusion model, samples and a summary, in runs/demo
 	rm -rf runs/demo/vae runs/demo/ldm runs/demo/samples
 	$(VENV) train_vae.py --config configs/demo/vae.yaml
 	$(VENV) train_ldm.py --config configs/demo/ldm.yaml
@@ -45,17 +45,17 @@ test: .venv  ## run the tests
 mutants: .venv  ## break the code behind each claim, and see that a test notices; half an hour on 2 cores
 	$(VENV) tests/mutations.py
 
-faults: .venv  ## break training in every way we know and resume it; minutes
+faults: .venv  ## interrupt and damage training in every known way, and resume it; minutes
 	$(VENV) tests/faults/run_faults.py
 	OMP_NUM_THREADS=1 $(VENV) -m pytest tests/faults/test_launches.py
 
-gpu-check: .venv  ## what only a CUDA machine can show: fp16, exact resume, kernels; one table
+gpu-check: .venv  ## checks that need a CUDA device: fp16, bit-identical resume, speed and memory
 	$(VENV) benchmarks/gpu_check.py
 
-bench: .venv | runs/demo/ldm  ## how fast, how it grows, how good beside others: tables, two hours on 2 cores
+bench: .venv | runs/demo/ldm  ## speed, scaling, and sample quality beside other methods; two hours on 2 cores
 	$(VENV) benchmarks/throughput.py
 	$(VENV) benchmarks/scaling.py
-	$(VENV) benchmarks/peers.py
+	$(VENV) benchmarks/baselines.py
 	$(VENV) benchmarks/end_to_end.py
 	$(VENV) benchmarks/samplers.py --run runs/demo
 	$(VENV) benchmarks/finetune.py --model runs/demo/ldm
@@ -64,17 +64,17 @@ bench: .venv | runs/demo/ldm  ## how fast, how it grows, how good beside others:
 runs/demo/ldm: | .venv
 	$(MAKE) demo
 
-docs: .venv  ## the pages of settings in docs/settings, from the code
+docs: .venv  ## generate the pages of settings in docs/settings from the code
 	$(VENV) docs/make_settings.py
 
 lint: .venv  ## check style and format
 	$(VENV) -m ruff check .
 	$(VENV) -m ruff format --check .
 
-audit:  ## known holes in the versions of constraints.txt; needs pip-audit and the network, no part of CI
+audit:  ## known vulnerabilities of constraints.txt; needs pip-audit and the network; not part of CI
 	@command -v pip-audit > /dev/null || { echo "make: audit needs pip-audit: pipx install pip-audit" >&2; exit 1; }
 	pip-audit --requirement constraints.txt --no-deps --disable-pip
 
-clean:  ## remove caches and build leftovers; .venv, data and runs stay
+clean:  ## remove caches and build files; keeps .venv, data and runs
 	rm -rf build dist .pytest_cache .ruff_cache *.egg-info
 	find . -path ./.venv -prune -o -type d -name __pycache__ -print0 | xargs -0 rm -rf

@@ -1,9 +1,9 @@
-"""How far the counterfactuals of a phantom model can be trusted: prints a table, a row for each strength.
+"""Validity of counterfactuals on the synthetic cohort, where the true effect is known: a table by strength.
 
     python benchmarks/counterfactual.py --run runs/demo [--strengths 0.4 0.6 0.8] [--guidance_scales 1.5]
 
-Held-out subjects of the cohort that the model in RUN/ldm was trained on (RUN/data/test) are brought from NC
-to AD and from AD to NC. What the columns mean stands below the table.
+Counterfactuals of held-out subjects (RUN/data/test) of the cohort that the model in RUN/ldm was trained on,
+from NC to AD and from AD to NC. The columns are defined below the table.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from measure import RESULTS, report, table
 import numpy as np  # isort: skip
 import pandas as pd
 import torch
-from phantoms import read_test_set, redraw
+from phantoms import read_test_set, render_again
 from tqdm.auto import tqdm
 
 from adni_ldm.evaluation.anatomy import ventricle_area
@@ -31,14 +31,14 @@ OTHER = {"NC": "AD", "AD": "NC"}
 COLUMNS = ("guidance", "strength", "grows to AD", "shrinks to NC", "change, mm²", "same subject", "truth, r")
 COLUMNS += ("difference", "error")
 LEGEND = (
-    "grows, shrinks: share of subjects whose lateral ventricle, by the pictures and as a mean over some "
-    "slices, gets larger toward AD and smaller toward NC, with Wilson's 95 % interval.",
-    "change: of that area, the mean toward AD and toward NC.",
-    "same subject: share of counterfactuals whose nearest real slice, of the test set, is of their subject.",
-    "truth: mean correlation of the difference map with the true one, which is the phantom's subject drawn "
-    "anew with the disease that the groups differ by.",
-    "difference, error: mean over all pixels of the difference map and of the round trip's error; grey range "
-    "1.",
+    "grows, shrinks: share of subjects whose lateral ventricle, by segmentation and as a mean over some "
+    "slices, is larger towards AD and smaller towards NC, with Wilson's 95 % interval.",
+    "change: mean change of that area towards AD and towards NC.",
+    "same subject: share of counterfactuals whose nearest real slice of the test set is of the same subject.",
+    "truth: mean correlation of the difference map with the true one, of the same phantom subject rendered "
+    "with the mean difference of disease between the groups.",
+    "difference, error: mean over all pixels of the difference map and of the round-trip error, of a grey "
+    "range of 1.",
 )
 
 
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder with data/ and ldm/")
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
     parser.add_argument("--guidance_scales", type=float, nargs="+", default=[1.5])
-    parser.add_argument("--steps", type=int, default=20, help="DDIM steps each way")
+    parser.add_argument("--steps", type=int, default=20, help="DDIM steps in each direction")
     parser.add_argument("--slices", type=int, default=3, help="of each subject, evenly over its slices")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder that the page is written to")
     args = parser.parse_args()
@@ -61,7 +61,7 @@ def main() -> None:
     wanted = numbers[np.linspace(0, len(numbers) - 1, args.slices + 2).round().astype(int)[1:-1]]
     members = np.flatnonzero(slices["slice"].isin(wanted))
     chosen, given = slices.iloc[members].reset_index(drop=True), images[members]
-    truth = (redraw(args.run / "data", chosen, other_disease) - given).numpy()
+    truth = (render_again(args.run / "data", chosen, other_disease) - given).numpy()
     area = ventricle_area(given, slices.pixel_mm[0])
     real = area[chosen.label == "AD"].mean() - area[chosen.label == "NC"].mean()
     rows = []
@@ -78,8 +78,8 @@ def main() -> None:
         cells += [f"{result.difference.abs().mean():.4f}", f"{result.error.mean():.4f}"]
         rows.append(cells)
     lines = [
-        f"{chosen.subject.nunique()} held-out subjects, {len(chosen)} slices, {args.steps} DDIM steps each "
-        f"way. Lateral ventricle, AD - NC of the real slices: {real:.0f} mm².",
+        f"{chosen.subject.nunique()} held-out subjects, {len(chosen)} slices, {args.steps} DDIM steps in "
+        f"each direction. Lateral ventricle, AD - NC of the real slices: {real:.0f} mm².",
         "",
         *table(COLUMNS, rows),
         "",
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def convert(pipeline, given, labels, strength: float, steps: int, guidance_scale: float) -> Counterfactual:
-    """The counterfactuals of slices (N, 1, H, W), each in the class that it is not of, in their order."""
+    """Counterfactuals of slices (N, 1, H, W), each under the other class, in the order of the slices."""
     parts = [torch.empty_like(given) for _ in Counterfactual._fields]
     for source, target in OTHER.items():
         members = np.flatnonzero(labels == source)
@@ -100,7 +100,7 @@ def convert(pipeline, given, labels, strength: float, steps: int, guidance_scale
 
 
 def other_disease(subject: phantom.Subject, label: str) -> phantom.Subject:
-    """The same person, with the disease that the means of the groups differ by."""
+    """The same subject with the other group's disease: changed by the difference of the group means."""
     ours, theirs = phantom.SEVERITY[label], phantom.SEVERITY[OTHER[label]]
     names = ("ventricle", "atrophy", "hippocampus")
     changed = {name: getattr(subject, name) + theirs[name][0] - ours[name][0] for name in names}
@@ -108,7 +108,7 @@ def other_disease(subject: phantom.Subject, label: str) -> phantom.Subject:
 
 
 def nearest_subjects(images: torch.Tensor, real: torch.Tensor, subjects: pd.Series) -> np.ndarray:
-    """Subject of the real slice with the least squared difference to each image."""
+    """Subject of the real slice at the smallest Euclidean distance from each image."""
     distances = torch.cdist(images.flatten(1), real.flatten(1))
     return subjects.to_numpy()[distances.argmin(1).numpy()]
 

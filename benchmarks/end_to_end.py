@@ -1,12 +1,12 @@
-"""From slices to a saved pipeline at the size of ADNI, by the presets of configs/adni: a table and a picture.
+"""From slices to a saved pipeline at the size of ADNI, by the presets of configs/adni: a table and a figure.
 
     python benchmarks/end_to_end.py [--subjects 1526] [--vae_steps N] [--ldm_steps N]
 
-A phantom cohort is made, 1,526 people of 20 slices of 256 x 256 as in ADNI's 30,520, and both recipes
-train on it, each from the start of its command to its end. Then held-out slices go through the autoencoder
-and are compared with themselves, and with what they were before the scanner's noise, which a phantom knows.
+Both recipes train on a phantom cohort of 1,526 subjects with 20 slices of 256 x 256 (30,520 slices, as the
+preprocessed ADNI set), timed from the start to the end of each command. Reconstructions of held-out slices
+are then compared with the slices, and with the same slices before the simulated scanner noise was added.
 
-On a CPU the run is short and of fewer people: it shows that all works, and how far so many slices carry.
+On a CPU the run is shorter and the cohort smaller.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from measure import DEVICE, RESULTS, Preset, flags, make_cohort, report, results
 
 import torch  # isort: skip
 from diffusers import AutoencoderKL
-from phantoms import read_test_set, redraw
+from phantoms import read_test_set, render_again
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm.auto import tqdm
 
@@ -33,7 +33,7 @@ from adni_ldm.precision import choose_precision
 from adni_ldm.preprocessing.phantom import Subject
 
 STAGES = ("stage", "steps", "images a step", "seconds")
-LIKENESS = ("what", "beside what", "PSNR, dB", "SSIM")
+RECONSTRUCTION = ("image", "compared with", "PSNR, dB", "SSIM")
 SHORT = DEVICE.type == "cpu"
 
 
@@ -46,10 +46,10 @@ def main() -> None:
     parser.add_argument("--latent_channels", type=int, help="default: the preset's")
     parser.add_argument("--batch_size", type=int, default=2 if SHORT else None, help="default: the presets'")
     parser.add_argument("--compared", type=int, default=60 if SHORT else 1000, help="held-out slices at most")
-    parser.add_argument("--samples", type=int, default=4 if SHORT else 64, help="slices drawn")
+    parser.add_argument("--samples", type=int, default=4 if SHORT else 64, help="samples")
     parser.add_argument("--preset", default="adni", help="folder of configs/")
     parser.add_argument(
-        "--results", type=Path, default=RESULTS, help="folder that page and picture are written to"
+        "--results", type=Path, default=RESULTS, help="folder that page and figure are written to"
     )
     options = parser.parse_args()
     preset = Preset.load(options.preset)
@@ -63,31 +63,31 @@ def main() -> None:
         ldm = shortened(preset.ldm, options.ldm_steps, options.batch_size) | {"vae": work / "vae"}
         rows = [train("train_vae", f"configs/{preset.name}/vae.yaml", common, vae, work / "vae")]
         rows.append(train("train_ldm", f"configs/{preset.name}/ldm.yaml", common, ldm, work / "ldm"))
-        compared, likeness, pictures = compare(data, work / "ldm/vae", options.compared)
-        drawn, drawing = draw(work / "ldm", options.samples)
+        compared, quality, figure = compare(data, work / "ldm/vae", options.compared)
+        samples, sampling = generate(work / "ldm", options.samples)
 
     channels = options.latent_channels or preset.vae["latent_channels"]
     rows.append(("both", "", "", sum(row[-1] for row in rows)))
     lines = [
         f"{options.subjects} subjects of {options.slices} slices of {preset.image_size} px, {channels} "
-        f"latent channels. {options.samples} slices drawn by 50 DDIM steps with guidance in {drawing:.1f} s.",
+        f"latent channels. {options.samples} samples by 50 DDIM steps with guidance in {sampling:.1f} s.",
         "",
         *table(STAGES, [(*row, f"{seconds:.0f}") for *row, seconds in rows]),
         "",
-        *table(LIKENESS, likeness),
+        *table(RECONSTRUCTION, quality),
         "",
-        f"- Means over {compared} slices of people that were not trained on. A reconstruction is "
-        "decoded from the posterior's mean. Noise-free slices are what a perfect denoiser would give.",
-        "- Marks, on one H200: both at most 1,200 s; PSNR at least 39 dB and SSIM 0.977; 64 slices in 2 s.",
+        f"- Means over {compared} slices of held-out subjects. Reconstructions are decoded from the "
+        "posterior's mean. Noise-free slices are the output of a perfect denoiser.",
+        "- Targets, on one H200: both at most 1,200 s; PSNR at least 39 dB, SSIM 0.977; 64 samples in 2 s.",
     ]
     report("end_to_end", "From slices to a saved pipeline", lines, options.results)
-    picture = results_path("end_to_end", options.results).with_suffix(".png")
-    save_rows(picture, pictures | {"drawn": drawn[: len(next(iter(pictures.values())))]})
-    print(f"reconstructions and samples: {picture}")
+    path = results_path("end_to_end", options.results).with_suffix(".png")
+    save_rows(path, figure | {"samples": samples[: len(next(iter(figure.values())))]})
+    print(f"reconstructions and samples: {path}")
 
 
 def shortened(preset: dict, steps: int | None, batch_size: int | None) -> dict:
-    """What fits a preset's schedule to fewer steps and smaller batches: each part keeps its share."""
+    """Scale a preset's schedule to fewer steps and a smaller batch size: each part keeps its fraction."""
     batch_size = batch_size or preset["batch_size"]
     if not steps:
         return {"max_steps": preset["max_steps"], "batch_size": batch_size}
@@ -102,7 +102,7 @@ def shortened(preset: dict, steps: int | None, batch_size: int | None) -> dict:
 
 
 def train(recipe: str, config: str, common: dict, settings: dict, out: Path) -> tuple:
-    """Run a recipe; its row."""
+    """Run a recipe and return its row."""
     words = flags({"config": config} | common | settings | {"output_dir": out})
     started = time.perf_counter()
     run([sys.executable, f"{recipe}.py", *words])
@@ -113,37 +113,37 @@ def train(recipe: str, config: str, common: dict, settings: dict, out: Path) -> 
 
 @torch.no_grad()
 def compare(data: Path, folder: Path, count: int) -> tuple[int, list[tuple], dict[str, torch.Tensor]]:
-    """How many held-out slices; how like they are to reconstruction and truth; some to look at."""
+    """Return the number of held-out slices, the rows of the table, and images (n, 1, H, W) for the figure."""
     vae = AutoencoderKL.from_pretrained(folder).to(DEVICE)
     slices, given = read_test_set(data)
     chosen = torch.linspace(0, len(given) - 1, min(count, len(given))).long()
     given = given[chosen]
-    clean = redraw(data, slices.iloc[chosen.tolist()], without_noise)
+    clean = render_again(data, slices.iloc[chosen.tolist()], without_noise)
     parts = []
     for part in tqdm(given.split(8), desc="reconstructing", file=sys.stderr):
         latents = vae.encode(part.to(DEVICE)).latent_dist.mean
         parts.append(vae.decode(latents).sample.clamp(-1, 1).cpu())
-    made = torch.cat(parts)
+    reconstructed = torch.cat(parts)
     rows = []
     for title, pair in {
-        ("reconstruction", "slice"): (made, given),
+        ("reconstruction", "slice"): (reconstructed, given),
         ("noise-free slice", "slice"): (clean, given),
-        ("reconstruction", "noise-free slice"): (made, clean),
+        ("reconstruction", "noise-free slice"): (reconstructed, clean),
     }.items():
         psnr = peak_signal_noise_ratio(*pair, data_range=2.0, reduction="elementwise_mean", dim=(1, 2, 3))
         ssim = structural_similarity_index_measure(*pair, data_range=2.0)
         rows.append((*title, f"{psnr:.2f}", f"{ssim:.4f}"))
     shown = torch.linspace(0, len(given) - 1, min(5, len(given))).long()
-    pictures = {"slice": given, "reconstruction": made, "noise-free": clean}
-    return len(given), rows, {title: images[shown] / 2 + 0.5 for title, images in pictures.items()}
+    figure = {"slice": given, "reconstruction": reconstructed, "noise-free": clean}
+    return len(given), rows, {title: images[shown] / 2 + 0.5 for title, images in figure.items()}
 
 
 def without_noise(subject: Subject, _: str) -> Subject:
     return dataclasses.replace(subject, noise=0.0)
 
 
-def draw(model: Path, count: int) -> tuple[torch.Tensor, float]:
-    """Slices of AD and NC in turn, and the seconds of drawing them once the pipeline is warm."""
+def generate(model: Path, count: int) -> tuple[torch.Tensor, float]:
+    """Generate slices of AD and NC in turn; returns them and the seconds, after a warm-up on a GPU."""
     pipeline, precision = load_pipeline(str(model)).to(DEVICE), choose_precision(None)
     pipeline.set_progress_bar_config(disable=True)
     labels, seeds = [index % 2 for index in range(count)], [image_seed(0, index) for index in range(count)]
@@ -152,9 +152,9 @@ def draw(model: Path, count: int) -> tuple[torch.Tensor, float]:
         list(generate_images(pipeline, labels, seeds, count, precision, **options))
     synchronize()
     started = time.perf_counter()
-    drawn = torch.cat(list(generate_images(pipeline, labels, seeds, count, precision, **options)))
+    samples = torch.cat(list(generate_images(pipeline, labels, seeds, count, precision, **options)))
     synchronize()
-    return drawn, time.perf_counter() - started
+    return samples, time.perf_counter() - started
 
 
 if __name__ == "__main__":

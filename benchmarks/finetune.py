@@ -1,11 +1,11 @@
-"""Is a model worth starting from? Forty subjects of another contrast and plane: prints a table.
+"""Fine-tuning on 40 subjects of another contrast and plane, against training from scratch: a table.
 
     python benchmarks/finetune.py --model runs/demo/ldm [--vae_steps 300] [--steps 200] [--repeats 3]
 
-A phantom cohort is made, coronal and T2-like, of people that the model (sagittal, T1) never saw. Autoencoder
-and denoiser are trained on it from scratch, from the model's weights, and from these with a LoRA beside the
-denoiser's: the same networks, batches and number of updates, so nearly the same seconds, which the table
-tells.
+The phantom cohort is coronal and T2-like, of subjects that the model (sagittal, T1) was not trained on. The
+autoencoder and the denoiser are trained from scratch, fine-tuned from the model's weights, and fine-tuned
+with a LoRA of the denoiser: with the same networks, batch sizes and number of updates, and nearly the same
+time.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from held_out import FEATURES, HeldOutMetrics, format_kid
 from measure import RESULTS, flags, report, run, spread, table
-from yardstick import FEATURES, Yardstick, told
 
 import numpy as np  # isort: skip
 from diffusers import DiffusionPipeline
@@ -29,8 +29,8 @@ from adni_ldm.evaluation.image_sets import ImageSet, load_samples
 from adni_ldm.loading import load_pipeline
 from adni_ldm.preprocessing.phantom import write_phantom_cohort
 
-COHORT_SEED = 7  # other people than those of the demo, whose cohort has seed 0
-COLUMNS = ("trained", "seconds", "of the denoiser, MiB", "PSNR, dB", "KID × 1000", "precision", "recall")
+COHORT_SEED = 7  # other subjects than those of the demo, whose cohort has seed 0
+COLUMNS = ("training", "seconds", "denoiser, MiB", "PSNR, dB", "KID × 1000", "precision", "recall")
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="peak, of all runs")
     parser.add_argument("--lora_rank", type=int, default=8, help="rank of the LoRA")
     parser.add_argument("--slices", type=int, default=8, help="slices of a subject")
-    parser.add_argument("--num_images", type=int, default=64, help="slices drawn of each class")
+    parser.add_argument("--num_images", type=int, default=64, help="samples of each class")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each kind, each with its own seed")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder that the page is written to")
     options = parser.parse_args()
@@ -54,33 +54,37 @@ def main() -> None:
         work = Path(name)
         cohort = {"subjects": 58, "slices": options.slices, "image_size": size, "seed": COHORT_SEED}
         write_phantom_cohort(work / "data", **cohort, plane="coronal", contrast="t2")
-        yardstick = Yardstick(work / "data", size, 2 * options.num_images)
-        drawn = draw(options, model, work / "before", 0)
-        before = {"other real slices": yardstick.others, "the model, before": drawn}
-        rows = [(title, "–", "–", "–", *cells([judge(yardstick, one)])) for title, one in before.items()]
+        metrics = HeldOutMetrics(work / "data", size, 2 * options.num_images)
+        samples = generate(options, model, work / "before", 0)
+        before = {"real training slices (reference)": metrics.others, "model before fine-tuning": samples}
+        rows = [
+            (title, "–", "–", "–", *cells([evaluate(metrics, images)])) for title, images in before.items()
+        ]
         recipes = Recipes(work, options, pipeline, model)
         for title, tuned, more in (
             ("from scratch", False, recipes.shape_of_denoiser()),
-            ("from the model", True, {"init_from": model}),
+            ("fine-tuned", True, {"init_from": model}),
             (f"LoRA of rank {options.lora_rank}", True, {"init_from": model, "lora_rank": options.lora_rank}),
         ):
             runs = [recipes.run(f"{len(rows)}-{seed}", tuned, more, seed) for seed in range(options.repeats)]
-            found = [judge(yardstick, draw(options, one.folder, one.folder / "samples", 0)) for one in runs]
+            found = [
+                evaluate(metrics, generate(options, one.folder, one.folder / "samples", 0)) for one in runs
+            ]
             row = (title, spread([one.seconds for one in runs], 0), f"{runs[0].mib:.1f}")
             rows.append((*row, spread([one.psnr for one in runs]), *cells(found)))
             print(" | ".join(rows[-1]), flush=True)
 
     lines = [
-        f"{len(yardstick.train)} training slices of {len(set(yardstick.train.subjects))} subjects, "
-        f"{len(yardstick.held_out)} test slices of {len(set(yardstick.held_out.subjects))}, {size} px; "
+        f"{len(metrics.train)} training slices of {len(set(metrics.train.subjects))} subjects, "
+        f"{len(metrics.held_out)} test slices of {len(set(metrics.held_out.subjects))}, {size} px; "
         f"{options.vae_steps} updates of {options.vae_batch_size} slices, then {options.steps} of "
-        f"{options.batch_size}; {2 * options.num_images} slices drawn by 20 steps of DPM-Solver++ without "
+        f"{options.batch_size}; {2 * options.num_images} samples by 20 steps of DPM-Solver++ without "
         "guidance.",
         "",
         *table(COLUMNS, rows),
         "",
         f"- Median of {options.repeats} runs; in brackets the lowest and highest, for KID the 95 % interval "
-        "of the middle one. Seconds are of both commands. PSNR is the autoencoder's, on held-out subjects.",
+        "of the median run. Seconds are of both commands. PSNR is the autoencoder's, on held-out subjects.",
         f"- KID, precision and recall are against the test slices; {FEATURES}",
     ]
     report("finetune", "Fine-tuning", lines, options.results)
@@ -96,7 +100,7 @@ class Run(NamedTuple):
 
 
 class Recipes:
-    """The two commands, with the sizes of the model's networks."""
+    """The two recipes with the sizes of the model's networks."""
 
     def __init__(self, work: Path, options: argparse.Namespace, pipeline: DiffusionPipeline, model: Path):
         self.work, self.options, self.model = work, options, model
@@ -111,7 +115,7 @@ class Recipes:
         return {"unet_widths": widths, "layers_per_block": layers, "token_dim": self.unet.cross_attention_dim}
 
     def autoencoder(self, tuned: bool, seed: int) -> tuple[Path, float, float]:
-        """Folder, seconds and PSNR of one, which is trained once: a LoRA takes the one that was tuned."""
+        """Folder, seconds and PSNR of an autoencoder, trained once: a LoRA uses the fine-tuned one."""
         folder = self.work / f"vae-{'tuned' if tuned else 'scratch'}-{seed}"
         if (tuned, seed) not in self.autoencoders:
             settings = self.common | {"max_steps": self.options.vae_steps, "output_dir": folder, "seed": seed}
@@ -124,7 +128,7 @@ class Recipes:
         return folder, *self.autoencoders[tuned, seed]
 
     def run(self, name: str, tuned: bool, more: dict, seed: int) -> Run:
-        """Autoencoder and denoiser, from the model or from scratch."""
+        """Train autoencoder and denoiser, from the model or from scratch."""
         vae, seconds, psnr = self.autoencoder(tuned, seed)
         folder, steps = self.work / name, self.options.steps
         settings = self.common | {"vae": vae, "max_steps": steps, "output_dir": folder, "seed": seed}
@@ -137,35 +141,35 @@ class Recipes:
 
 
 def timed(recipe: str, settings: dict) -> float:
-    """Run a recipe; its seconds from the start of the command."""
+    """Run a recipe; returns the seconds from the start of the command."""
     started = time.perf_counter()
     run([sys.executable, f"{recipe}.py", *flags(settings)])
     return time.perf_counter() - started
 
 
 def last(folder: Path, name: str) -> float:
-    """The last figure of that name in a run's metrics.csv."""
+    """The last value of that name in a run's metrics.csv."""
     with (folder / "metrics.csv").open() as file:
         return [float(row[name]) for row in csv.DictReader(file) if row[name]][-1]
 
 
-def draw(options: argparse.Namespace, model: Path, folder: Path, seed: int) -> ImageSet:
-    """What sample.py draws of the model, which is written to the folder."""
+def generate(options: argparse.Namespace, model: Path, folder: Path, seed: int) -> ImageSet:
+    """Generate samples of the model by sample.py, in `folder`."""
     settings = {"model": model, "output_dir": folder, "num_images": options.num_images, "batch_size": 50}
     settings |= {"seed": seed, "num_inference_steps": 20, "scheduler": "dpm++", "guidance_scale": 1}
     run([sys.executable, "sample.py", *flags(settings)])
     return load_samples(folder, ("AD", "NC"))
 
 
-def judge(yardstick: Yardstick, drawn: ImageSet) -> dict:
-    """Its KID, precision and recall, among others."""
-    return yardstick.compare(drawn.floats(), np.asarray(drawn.subjects))
+def evaluate(metrics: HeldOutMetrics, samples: ImageSet) -> dict:
+    """KID, precision and recall, among others."""
+    return metrics.compare(samples.floats(), np.asarray(samples.subjects))
 
 
 def cells(found: list[dict]) -> tuple[str, str, str]:
-    """KID of the middle one, and the medians of precision and recall."""
+    """KID of the run of median KID, and the medians of precision and recall."""
     middle = sorted((one["kid"] for one in found), key=lambda kid: kid.value)[len(found) // 2]
-    return told(middle), *(
+    return format_kid(middle), *(
         f"{statistics.median(one[name].value for one in found):.2f}" for name in ("precision", "recall")
     )
 

@@ -1,8 +1,8 @@
-"""What only a CUDA machine can show: `make gpu-check`. Without one it says so and ends well.
+"""Checks that need a CUDA device: `make gpu-check`. Without one it prints so and exits with 0.
 
 Trains both recipes for 300 steps in fp16 and bf16; resumes under --deterministic and compares the weights
 bit for bit; compares xformers with SDPA (loss to 1e-3) and compiled with plain networks; measures memory and
-speed of each flag; starts FSDP and, where it is installed, DeepSpeed. Prints one table and writes it to
+speed of each flag; starts FSDP and, if installed, DeepSpeed. Prints one table and writes it to
 benchmarks/results/gpu_check_NAME_DATE.md with the machine's name and versions.
 """
 
@@ -30,7 +30,7 @@ WEIGHTS = {
     "train_ldm": "unet/diffusion_pytorch_model.safetensors",
 }
 FLAGS = {
-    "as it is": [],
+    "default": [],
     "--gradient_checkpointing": ["--gradient_checkpointing"],
     "--gradient_accumulation_steps 2 --batch_size 8": [
         *("--gradient_accumulation_steps", "2"),
@@ -46,7 +46,7 @@ FLAGS = {
 
 
 class Bench:
-    """Runs and the rows they add to the table."""
+    """Runs recipes and collects the rows of the table."""
 
     def __init__(self, work: Path, steps: int, image_size: int):
         self.work, self.steps, self.number = work, steps, 0
@@ -64,11 +64,13 @@ class Bench:
     def run(
         self, recipe: str, *more: str, folder: Path | None = None, launcher: list | None = None, **settings
     ):
-        """A run's folder, what it measured, and why it failed, in a line, if it did."""
+        """Run a recipe; returns its folder, what was measured, and one line of the error if it failed."""
         self.number += 1
         folder = folder or self.work / f"run{self.number}"
         measured = self.work / f"run{self.number}.json"
-        start = [sys.executable, "benchmarks/watched.py", str(measured)] if launcher is None else launcher
+        start = (
+            [sys.executable, "benchmarks/profile_recipe.py", str(measured)] if launcher is None else launcher
+        )
         command = [*start, *self.words(recipe, folder, *more, **settings)]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         began = time.monotonic()
@@ -76,8 +78,8 @@ class Bench:
         seconds = time.monotonic() - began
         if result.returncode:
             lines = (result.stdout + result.stderr).strip().splitlines()
-            said = [line for line in lines if "rror" in line]
-            return folder, {}, (said or lines or ["no word"])[-1][:140]
+            errors = [line for line in lines if "rror" in line]
+            return folder, {}, (errors or lines or ["no output"])[-1][:140]
         numbers = json.loads(measured.read_text()) if measured.is_file() else {}
         return folder, numbers | {"seconds": seconds}, None
 
@@ -102,7 +104,7 @@ class Bench:
 
 
 def last_loss(folder: Path) -> tuple[float, int]:
-    """Loss of the last line of metrics.csv, and how many updates were skipped."""
+    """Loss of the last line of metrics.csv, and the number of skipped updates."""
     with (folder / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["loss"]]
     return float(rows[-1]["loss"]), int(rows[-1]["skipped"])
@@ -118,7 +120,7 @@ def sha256(recipe: str, folder: Path) -> str:
 
 
 def check(bench: Bench) -> None:
-    """All rows of the table."""
+    """Add all rows of the table."""
     _, _, failure = bench.run("train_vae", "--mixed_precision", "bf16", folder=bench.work / "vae")
     if failure:
         raise SystemExit(f"gpu-check: train_vae.py fails in bf16: {failure}")
@@ -128,7 +130,7 @@ def check(bench: Bench) -> None:
             folder, numbers, failure = bench.run(recipe, "--mixed_precision", precision)
             bench.add_run(f"{recipe}, {precision}, {bench.steps} steps", folder, numbers, failure)
 
-    for recipe in WEIGHTS:  # resumed from the middle, twice computed
+    for recipe in WEIGHTS:  # resumed from the middle, and compared with the whole run
         for precision in ("bf16", "fp16"):
             more = ("--deterministic", "--mixed_precision", precision)
             saved = {"checkpointing_steps": bench.steps // 2}
@@ -137,7 +139,7 @@ def check(bench: Bench) -> None:
                 middle = whole / f"checkpoints/step-{bench.steps // 2:08d}"
                 resumed, _, failure = bench.run(recipe, *more, resume_from_checkpoint=middle, **saved)
             same = not failure and sha256(recipe, whole) == sha256(recipe, resumed)
-            verdict = "the same bits" if same else "OTHER BITS"
+            verdict = "bit-identical" if same else "NOT IDENTICAL"
             bench.add_run(
                 f"{recipe}, {precision}, resumed under --deterministic", whole, numbers, failure, verdict
             )
@@ -145,7 +147,7 @@ def check(bench: Bench) -> None:
     for recipe in WEIGHTS:
         plain = None
         for name, flags in FLAGS.items():
-            more = ("--mixed_precision", "bf16", *flags)  # a flag given twice: the last one counts
+            more = ("--mixed_precision", "bf16", *flags)  # of a flag given twice, the last one counts
             folder, numbers, failure = bench.run(recipe, *more, max_steps=min(bench.steps, 100))
             verdict = ""
             if failure is None:
@@ -164,7 +166,7 @@ def check(bench: Bench) -> None:
             bench.add(f"train_ldm, {name}", "–", "–", "–", "deepspeed is not installed")
             continue
         if name == "fsdp" and count < 2:
-            bench.add(f"train_ldm, {name}", "–", "–", "–", "one GPU: nothing to share out")
+            bench.add(f"train_ldm, {name}", "–", "–", "–", "needs two GPUs")
             continue
         launcher = [*launch, "--config_file", f"configs/accelerate/{name}.yaml"]
         folder, numbers, failure = bench.run("train_ldm", launcher=launcher, max_steps=20)
@@ -175,7 +177,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=300, help="updates of a run")
     parser.add_argument("--image_size", type=int, default=128, help="side of the slices, pixels")
-    parser.add_argument("--data_dir", help="slices to train on; default: a phantom cohort is made")
+    parser.add_argument("--data_dir", help="slices to train on; default: a phantom cohort")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu-check: no CUDA device is visible here; nothing was checked")
@@ -201,7 +203,7 @@ def main() -> int:
         f"{torch.cuda.device_count()} × {device}, CUDA {torch.version.cuda}; {', '.join(versions)}. "
         f"Slices of {options.image_size} px, batch 16.",
         "",
-        "| run | last loss | steps/s | GiB, most | |",
+        "| run | last loss | steps/s | peak GiB | |",
         "| --- | --- | --- | --- | --- |",
         *(f"| {' | '.join(row)} |" for row in bench.rows),
     ]
@@ -211,7 +213,7 @@ def main() -> int:
     path.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     print(f"written to {path}")
-    return int(any("OTHER BITS" in row[-1] or "MORE THAN" in row[-1] for row in bench.rows))
+    return int(any("NOT IDENTICAL" in row[-1] or "MORE THAN" in row[-1] for row in bench.rows))
 
 
 if __name__ == "__main__":

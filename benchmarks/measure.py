@@ -1,4 +1,4 @@
-"""What the benchmarks share: timings side by side, the machine's peak, models of a preset, and the table."""
+"""Shared by the benchmarks: interleaved timing, the machine's peak, models of a preset, and the table."""
 
 from __future__ import annotations
 
@@ -33,11 +33,12 @@ from adni_ldm.models import (  # noqa: E402
 LIBRARIES = ("torch", "diffusers", "accelerate", "monai", "torchmetrics")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PRECISION = torch.bfloat16
+SIDES = (1024, 2048) if DEVICE.type == "cpu" else (4096, 8192)  # of matrix products, for the peak
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Sizes of configs/NAME/, which this reads, so that a benchmark measures what the presets train."""
+    """Sizes read from configs/NAME/, so that a benchmark measures what the presets train."""
 
     name: str
     image_size: int
@@ -46,7 +47,7 @@ class Preset:
 
     @classmethod
     def load(cls, name: str) -> Preset:
-        """Of the folder of that name."""
+        """Read configs/NAME/."""
         if name == "tiny":  # sizes for a test
             vae = {"widths": [16, 32], "latent_channels": 4, "batch_size": 2, "image_size": 32}
             return cls(name, 32, vae, {"unet_widths": [32, 64], "layers_per_block": 1, "batch_size": 2})
@@ -56,11 +57,11 @@ class Preset:
         return cls(name, vae["image_size"], vae, ldm)
 
     def batch_size(self, recipe: dict, on_cpu: int | None = None) -> int:
-        """The recipe's; of the ADNI sizes, which are a GPU's, few slices on a CPU."""
+        """Batch size of the recipe; `on_cpu` replaces that of the ADNI preset, which is for a GPU."""
         return on_cpu if on_cpu and self.name == "adni" and DEVICE.type == "cpu" else recipe["batch_size"]
 
     def build_vae(self) -> AutoencoderKL:
-        """Its autoencoder, untrained, which takes the same time as a trained one."""
+        """Its autoencoder, untrained: it takes the same time as a trained one."""
         shape = {
             name: self.vae[name]
             for name in ("widths", "latent_channels", "layers_per_block")
@@ -80,15 +81,15 @@ class Preset:
 
 
 def synchronize() -> None:
-    """Wait for what the GPU still has to do."""
+    """Wait for the GPU."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
 
 
 def interleaved(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call in each round, one of each a round, so that a slow minute hits all alike.
+    """Time each call in each round, in turn, so that a temporary load affects all of them; seconds.
 
-    A first round warms up and is not counted.
+    The first round is a warm-up and is not counted.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 1):
@@ -103,17 +104,17 @@ def interleaved(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Median, and lowest to highest where there are several."""
+    """Median, with minimum and maximum if there are several values."""
     middle = f"{statistics.median(values):.{digits}f}"
     if len(values) < 2:
         return middle
     return f"{middle} ({min(values):.{digits}f}–{max(values):.{digits}f})"
 
 
-def matmul_peak(dtype: torch.dtype, rounds: int = 7) -> float:
-    """The most FLOP/s of square matrix products of that type, over some sizes."""
+def matmul_peak(dtype: torch.dtype, rounds: int = 7, sides: Sequence[int] = SIDES) -> float:
+    """Highest FLOP/s of square matrix products of that type, over several sizes."""
     best = 0.0
-    for side in (1024, 2048) if DEVICE.type == "cpu" else (4096, 8192):
+    for side in sides:
         one = torch.randn(side, side, device=DEVICE).to(dtype)
         seconds = interleaved({"product": lambda one=one: one @ one}, rounds)["product"]
         best = max(best, 2 * side**3 / statistics.median(seconds))
@@ -121,7 +122,7 @@ def matmul_peak(dtype: torch.dtype, rounds: int = 7) -> float:
 
 
 def run(command: Sequence[object]) -> None:
-    """Run a command quietly; end the benchmark with its last words if it fails."""
+    """Run a command without output; end the benchmark with the end of its output if it fails."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     words = [str(word) for word in command]
     result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment)
@@ -129,15 +130,22 @@ def run(command: Sequence[object]) -> None:
         raise SystemExit(f"{' '.join(words)}\n{(result.stdout + result.stderr)[-3000:]}")
 
 
-def run_watched(out: Path, recipe: str, settings: Mapping, launcher: Sequence[str] = ()) -> dict[str, float]:
-    """Run a recipe through watched.py: steps_per_second, GiB, own_GiB and seconds."""
-    command = [sys.executable, *launcher, "benchmarks/watched.py", out, f"{recipe}.py", *flags(settings)]
+def run_profiled(out: Path, recipe: str, settings: Mapping, launcher: Sequence[str] = ()) -> dict[str, float]:
+    """Run a recipe by profile_recipe.py: steps_per_second, GiB, own_GiB and seconds."""
+    command = [
+        sys.executable,
+        *launcher,
+        "benchmarks/profile_recipe.py",
+        out,
+        f"{recipe}.py",
+        *flags(settings),
+    ]
     run(command)
     return json.loads(out.read_text())
 
 
 def flags(settings: Mapping) -> list[str]:
-    """--name value for each setting; a list becomes several values."""
+    """`--name value` for each setting; a list becomes several values."""
     words = []
     for name, value in settings.items():
         words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
@@ -145,14 +153,14 @@ def flags(settings: Mapping) -> list[str]:
 
 
 def make_cohort(folder: Path, subjects: int, slices: int, image_size: int) -> Path:
-    """A phantom cohort."""
+    """Make a phantom cohort."""
     settings = {"output_dir": folder, "subjects": subjects, "slices": slices, "image_size": image_size}
     run([sys.executable, "prepare_data.py", "phantom", *flags(settings)])
     return folder
 
 
 def machine() -> str:
-    """The GPU's name, or the processor's."""
+    """Name of the GPU, or of the processor."""
     if DEVICE.type == "cuda":
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
@@ -161,26 +169,26 @@ def machine() -> str:
 
 
 def conditions() -> str:
-    """Machine, load, date and versions, in a line."""
+    """Machine, load, date and versions, in one line."""
     versions = ", ".join(f"{name} {version}" for name, version in installed_versions(LIBRARIES).items())
     cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
     return f"{machine()}; {cores}; {date.today()}; {versions}."
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    """Lines of a table in Markdown."""
+    """Lines of a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return [f"| {' | '.join(str(cell) for cell in line)} |" for line in lines]
 
 
 def results_path(name: str, folder: Path) -> Path:
-    """folder/NAME_MACHINE.md, made of letters that every disk takes."""
+    """folder/NAME_MACHINE.md, in characters that are valid on every file system."""
     words = "".join(letter if letter.isalnum() else " " for letter in machine()).split()
     return folder / f"{name}_{'_'.join(words)}.md"
 
 
 def report(name: str, title: str, lines: Sequence[str], folder: Path) -> None:
-    """Print the page, and write it below the folder."""
+    """Print the page, and write it to `folder`."""
     page = "\n".join([f"# {title}", "", conditions(), "", *lines]) + "\n"
     print(page)
     path = results_path(name, folder)

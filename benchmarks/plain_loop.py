@@ -1,8 +1,8 @@
-"""The loop that throughput.py compares with: a latent diffusion step as example scripts usually write it.
+"""The reference loop of throughput.py: a latent diffusion step as in a typical example script.
 
-Every step decodes and scales its slices, encodes them with the VAE, and calls the U-Net, in float32 unless
---autocast is given; AdamW, gradient clipping and the moving average of the weights are as the libraries have
-them by default, and the loss is read after each step. Same networks, batch and data as train_ldm.py.
+Every step reads and scales its slices, encodes them with the VAE, and calls the U-Net, in float32 unless
+--autocast is given. AdamW, gradient clipping and EMA are the libraries' defaults, and the loss is read after
+each step. Networks, batch size and data are those of train_ldm.py.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""How cost grows with the number of images, their size, and processes; prints three tables.
+"""Time and memory against the number of images, their size, and the number of processes: three tables.
 
     python benchmarks/scaling.py [--subjects 12] [--factors 1 4 16] [--steps 40]
 
-Recipes run as they are. Memory of their own (RssAnon) is what must not grow with the number of images; mapped
-files, such as the slices and the latents, are the system's to take back. The networks are small, so that what
-is not the network shows.
+Recipes run unchanged. Their private memory (RssAnon) must not grow with the number of images; mapped files,
+such as slices and latents, can be reclaimed by the system. The networks are small, so that everything else
+shows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from measure import DEVICE, RESULTS, Preset, make_cohort, report, run_watched, table
+from measure import DEVICE, RESULTS, Preset, make_cohort, report, run_profiled, table
 
 import torch  # isort: skip
 from diffusers import DDIMScheduler
@@ -25,7 +25,7 @@ SLICES = 10  # of a subject
 
 
 class Bench:
-    """Folder, options, and how a recipe is run in it."""
+    """Runs recipes in a folder."""
 
     def __init__(self, work: Path, options: argparse.Namespace):
         self.work, self.options, self.number = work, options, 0
@@ -37,7 +37,7 @@ class Bench:
     def train(
         self, recipe: str, data: Path, preset: Preset, launcher: Sequence[str] = (), batch_size: int = 16
     ) -> dict[str, float]:
-        """What watched.py says of a run."""
+        """The result of profile_recipe.py for a training run."""
         steps = self.options.steps
         settings = {"data_dir": data, "image_size": preset.image_size, "batch_size": batch_size}
         settings |= {"output_dir": self.path("run"), "max_steps": steps, "log_steps": max(1, steps // 15)}
@@ -49,21 +49,23 @@ class Bench:
             settings |= {name: preset.ldm[name] for name in names} | {"vae": vae, "validation_steps": 0}
         else:
             settings |= {"widths": preset.vae["widths"], "eval_images": 1}
-        return run_watched(self.path("out"), recipe, settings, launcher)
+        return run_profiled(self.path("out"), recipe, settings, launcher)
 
     # ---- Tables --------------------------------------------------------------------------------------------
 
     def images(self, preset: Preset) -> list[str]:
-        """Training from the latents, and sampling to disk, with more and more images."""
+        """Training on latents, and sampling to disk, with increasing numbers of images."""
         rows, first = [], None
         for factor in self.options.factors:
             subjects = self.options.subjects * factor
             data = make_cohort(self.path("data"), subjects, SLICES, preset.image_size)
             count = subjects * SLICES
             found = self.train("train_ldm", data, preset)
-            drawn = self.sample(preset, count // 2)
-            first = first or (found, drawn)
-            growth = [1024 * (one["own_GiB"] - base["own_GiB"]) for one, base in zip((found, drawn), first)]
+            sampling = self.sample(preset, count // 2)
+            first = first or (found, sampling)
+            growth = [
+                1024 * (one["own_GiB"] - base["own_GiB"]) for one, base in zip((found, sampling), first)
+            ]
             rest = found["seconds"] - self.options.steps / found["steps_per_second"]
             rows.append(
                 (
@@ -71,27 +73,28 @@ class Bench:
                     f"{found['steps_per_second'] * 16:.0f}",
                     f"{rest:.1f}",
                     f"{1024 * found['own_GiB']:.0f} ({growth[0]:+.0f})",
-                    f"{count / drawn['seconds']:.1f}",
-                    f"{1024 * drawn['own_GiB']:.0f} ({growth[1]:+.0f})",
+                    f"{count / sampling['seconds']:.1f}",
+                    f"{1024 * sampling['own_GiB']:.0f} ({growth[1]:+.0f})",
                 )
             )
             print(" | ".join(rows[-1]), flush=True)
-        header = ("images", "LDM step, images/s", "all but steps, s", "own memory, MiB")
-        return table((*header, "sampled, images/s", "own memory, MiB"), rows)
+        header = ("images", "LDM step, images/s", "other than steps, s", "private memory, MiB")
+        return table((*header, "sampling, images/s", "private memory, MiB"), rows)
 
     def sample(self, preset: Preset, per_class: int) -> dict[str, float]:
-        """sample.py with two steps, so that what is not the network shows."""
+        """Run sample.py with two steps, so that everything but the network shows."""
         model, denoiser = self.path("model"), preset.build_denoiser()
         scheduler = DDIMScheduler(
             prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False
         )
         parts = (preset.build_vae(), denoiser.unet, denoiser.class_embedding, scheduler)
         ClassConditionalLDMPipeline(*parts).save_pretrained(model)
-        settings = {"model": model, "output_dir": self.path("samples"), "num_images": per_class, "steps": 2}
-        return run_watched(self.path("out"), "sample", settings)
+        settings = {"model": model, "output_dir": self.path("samples"), "num_images": per_class}
+        settings |= {"num_inference_steps": 2}
+        return run_profiled(self.path("out"), "sample", settings)
 
     def sizes(self, subjects: int) -> list[str]:
-        """Both steps with larger and larger slices; the latents grow alike."""
+        """Both training steps with slices, and latents, of increasing size."""
         rows = []
         for side in self.options.sizes:
             preset = small_preset(side)
@@ -103,10 +106,10 @@ class Bench:
             speeds = [one["steps_per_second"] * batch for one in (vae, ldm)]
             rows.append((f"{side} × {side}", *(f"{one:.1f}" for one in speeds), f"{ldm['GiB']:.2f}"))
             print(" | ".join(rows[-1]), flush=True)
-        return table(("slices", "VAE step, images/s", "LDM step, images/s", "GiB, most"), rows)
+        return table(("slices", "VAE step, images/s", "LDM step, images/s", "peak GiB"), rows)
 
     def processes(self, preset: Preset, subjects: int) -> list[str]:
-        """One batch shared out over one process and two, or as many as there are GPUs."""
+        """One batch on one process, and distributed over two or over all GPUs."""
         rows, single = [], None
         data = make_cohort(self.path("data"), subjects, SLICES, preset.image_size)
         most = torch.cuda.device_count() if DEVICE.type == "cuda" else 2
@@ -123,11 +126,13 @@ class Bench:
                 (str(count), f"{speed:.1f}", f"{speed / single:.2f}", f"{1024 * found['own_GiB']:.0f}")
             )
             print(" | ".join(rows[-1]), flush=True)
-        return table(("processes", "LDM step, images/s", "of one", "own memory of the first, MiB"), rows)
+        return table(
+            ("processes", "LDM step, images/s", "relative to one", "private memory of the first, MiB"), rows
+        )
 
 
 def small_preset(image_size: int) -> Preset:
-    """Networks that leave the time to everything else."""
+    """Networks small enough that everything else takes most of the time."""
     vae = {"widths": [16, 32, 64], "latent_channels": 4}
     return Preset("small", image_size, vae, {"unet_widths": [32, 64], "layers_per_block": 1})
 
@@ -146,7 +151,10 @@ def main() -> None:
         lines = ["## Number of images", "", *bench.images(preset)]
         lines += ["", "## Size of the images", "", *bench.sizes(4 * options.subjects)]
         lines += ["", "## Processes on one machine", "", *bench.processes(preset, options.subjects)]
-    lines += ["", "Own memory leaves out mapped files; in brackets, MiB more than with the fewest images."]
+    lines += [
+        "",
+        "Private memory excludes mapped files; in brackets, the increase over the fewest images, MiB.",
+    ]
     report("scaling", "Scaling", lines, options.results)
 
 

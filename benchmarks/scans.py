@@ -1,11 +1,11 @@
-"""How fast prepare_data.py scans is, and how much memory it takes: prints a table.
+"""Speed and memory of prepare_data.py scans: a table.
 
     python benchmarks/scans.py [--volumes 40] [--registered 6]
 
-Heads of 256 x 256 x 170 voxels of 1 mm (int16, .nii.gz, noise in the air as scanners leave it) are made of
-the template, in a temporary folder. The command runs as a user runs it, with 2 workers; memory is the sum
-over its processes of what is resident, so that pages they share count more than once. CPU seconds are of all
-processes, and hardly feel what else the machine does.
+Volumes of 256 x 256 x 170 voxels of 1 mm (int16, .nii.gz, with noise in the background) are made from the
+template in a temporary folder. The command runs with 2 workers. Memory is the sum of the resident memory of
+its processes, so shared pages count more than once. CPU seconds are of all processes, and hardly depend on
+the load.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ sys.path.insert(0, str(ROOT))
 from adni_ldm.preprocessing.phantom_atlas import load_atlas  # noqa: E402
 
 SHAPE = (170, 256, 256)
-DIFFERENT = 4  # heads; the others are links to them
+DIFFERENT = 4  # volumes; the others are links to them
 WORKERS = 2
 
 
 def make_head(seed: int) -> nibabel.Nifti1Image:
-    """The template with a skull and a scalp about it, turned and moved a little, with noise."""
+    """The template with skull and scalp, slightly rotated and shifted, with noise."""
     atlas, rng = load_atlas(), np.random.default_rng(seed)
     tilt, shift = rng.normal(0, 0.1), rng.normal(0, 8, 3)
     turn = np.array([[1, 0, 0], [0, np.cos(tilt), -np.sin(tilt)], [0, np.sin(tilt), np.cos(tilt)]])
@@ -50,7 +50,7 @@ def make_head(seed: int) -> nibabel.Nifti1Image:
 
 
 def write_study(folder: Path, volumes: int) -> None:
-    """Folder scans/ and table.csv of so many people."""
+    """Write scans/ and table.csv of so many subjects."""
     (folder / "scans").mkdir()
     lines = ["path,subject,group,age,sex"]
     for number in range(volumes):
@@ -64,7 +64,7 @@ def write_study(folder: Path, volumes: int) -> None:
 
 
 def resident_mb(pid: int) -> float:
-    """Of a process and those below it, MB."""
+    """Resident memory of a process and its descendants, MB."""
     parents, sizes = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -110,7 +110,7 @@ def measure(folder: Path, name: str, *flags: str) -> tuple[float, float, float]:
 
 
 def cpu_seconds() -> float:
-    """Of all processes that have ended below this one."""
+    """CPU time of all child processes that have ended, s."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -134,17 +134,15 @@ def main() -> None:
             write_study(folder, volumes)
         workers = ("--workers", str(WORKERS))
         seconds, cpu, memory = measure(plain, "out", *workers)
-        rows.append(
-            ("volumes a second, from start to manifest", f"{cfg.volumes / seconds:.2f}", "at least 2")
-        )
-        rows.append(("CPU seconds a volume, start and all", f"{cpu / cfg.volumes:.2f}", ""))
+        rows.append(("volumes per second, start to manifest", f"{cfg.volumes / seconds:.2f}", "at least 2"))
+        rows.append(("CPU seconds per volume", f"{cpu / cfg.volumes:.2f}", ""))
         rows.append(("memory, MB", f"{memory:.0f}", "at most 1500"))
         seconds, cpu, memory = measure(
             registered, "out", "--register", "mni", "--brain_mask", "mni", *workers
         )
         wall = seconds * WORKERS / cfg.registered
-        rows.append(("registered: seconds a volume and core", f"{wall:.1f}", "at most 25"))
-        rows.append(("registered: CPU seconds a volume", f"{cpu / cfg.registered:.1f}", ""))
+        rows.append(("registered: seconds per volume and core", f"{wall:.1f}", "at most 25"))
+        rows.append(("registered: CPU seconds per volume", f"{cpu / cfg.registered:.1f}", ""))
         rows.append(("registered: memory, MB", f"{memory:.0f}", ""))
 
     print(f"256 x 256 x 170 voxels, 20 slices of 256 x 256, {WORKERS} workers")
@@ -153,8 +151,8 @@ def main() -> None:
         f"Python {platform.python_version()}"
     )
     print()
-    for name, value, mark in (("", "measured", "mark"), *rows):
-        print(f"{name:42}  {value:>9}  {mark}".rstrip())
+    for name, value, target in (("", "measured", "target"), *rows):
+        print(f"{name:42}  {value:>9}  {target}".rstrip())
 
 
 if __name__ == "__main__":

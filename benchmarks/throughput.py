@@ -1,11 +1,11 @@
-"""How fast: images a second of the VAE step, latent encoding, the LDM step and sampling; prints a table.
+"""Images per second of the VAE step, latent encoding, the LDM step and sampling: a table.
 
     python benchmarks/throughput.py [--presets demo adni] [--steps 30] [--rounds 3]
 
-The training steps are those of the recipes, run as they are (watched.py); beside them runs plain_loop.py, the
-same modules in a loop as example scripts usually write it. Runs alternate, and medians are given with the
-lowest and highest. FLOPs are counted (torch's FlopCounterMode); their share is of the fastest matrix product
-measured here in the same precision. On a CPU the adni preset takes smaller batches and fewer steps.
+The training steps are those of the unchanged recipes (profile_recipe.py), beside plain_loop.py, the same
+modules in the loop of a typical example script. Runs alternate, and medians are given with minimum and
+maximum. FLOPs are counted by torch's FlopCounterMode; their share is of the fastest matrix product measured
+in the same precision. On a CPU the adni preset runs with smaller batches and fewer steps.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from measure import (
     matmul_peak,
     report,
     run,
-    run_watched,
+    run_profiled,
     spread,
     table,
 )
@@ -44,16 +44,16 @@ from adni_ldm.models.autoencoder import ReconstructingVAE, latent_shape
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
 
 GUIDANCE = 1.5
-COLUMNS = ("what", "images/s", "GFLOP an image", "share of peak", "GiB, most")
+COLUMNS = ("stage", "images/s", "GFLOP per image", "share of peak", "peak GiB")
 
 
 class Bench:
-    """One preset's folder, models and rows."""
+    """Folder, models and rows of one preset."""
 
     def __init__(self, work: Path, preset: Preset, options: argparse.Namespace):
         self.work, self.preset, self.options = work, preset, options
         work.mkdir()
-        # so many that a run on a CPU ends before an epoch does: it would time the measurements there as well
+        # enough that a run on a CPU ends within the first epoch: validation is not to be timed
         self.data = make_cohort(work / "data", subjects=40, slices=10, image_size=preset.image_size)
         self.vae, self.denoiser = preset.build_vae().to(DEVICE), preset.build_denoiser().to(DEVICE)
         self.vae.save_pretrained(work / "vae")
@@ -67,7 +67,7 @@ class Bench:
             self.steps, self.sampling_steps, self.encoded = max(9, options.steps // 3), 10, 64
 
     def add(self, what: str, speeds: list[float], gflop: float | None, dtype: torch.dtype, gib=None) -> float:
-        """A row; returns the median speed."""
+        """Add a row; returns the median speed."""
         median = statistics.median(speeds)
         share = f"{100 * median * gflop * 1e9 / self.peaks[dtype]:.0f} %" if gflop else "–"
         row = (f"{self.preset.name}: {what}", spread(speeds), f"{gflop:.2f}" if gflop else "–", share)
@@ -76,18 +76,18 @@ class Bench:
         return median
 
     def recipe(self, name: str, settings: dict, *more: str) -> dict:
-        """A recipe's run of the preset's sizes, watched."""
+        """Profile a recipe with the preset's sizes."""
         self.number += 1
         common = {"data_dir": self.data, "image_size": self.preset.image_size, "report_to": "none"}
         common |= {"max_steps": self.steps, "log_steps": max(1, self.steps // 15)}
         common |= {"checkpointing_steps": 0, "output_dir": self.work / f"run{self.number}"}
         out = self.work / f"run{self.number}.json"
-        return run_watched(out, name, common | settings, *more)
+        return run_profiled(out, name, common | settings, *more)
 
     # ---- Rows ----------------------------------------------------------------------------------------------
 
     def ldm_step(self) -> list[str]:
-        """The recipe's step beside the plain loop's; returns the lines about their ratio."""
+        """Measure the recipe's step and the plain loop's; returns lines with their ratios."""
         batch = self.preset.batch_size(self.preset.ldm, on_cpu=16)
         sizes = {"unet_widths": self.preset.ldm["unet_widths"], "batch_size": batch}
         sizes |= {"layers_per_block": self.preset.ldm.get("layers_per_block", 2)}
@@ -137,7 +137,7 @@ class Bench:
         )
 
     def encoding(self) -> None:
-        """As train_ldm.py fills its cache: in float32, with the reading of the slices."""
+        """Measure encoding as in train_ldm.py: in float32, with reading the slices."""
         slices = SliceTensors(to_arrays(load_slices(self.data)["train"], self.preset.image_size))
         slices = Subset(slices, range(len(slices))[: self.encoded])
 
@@ -152,7 +152,7 @@ class Bench:
 
     @torch.no_grad()
     def sampling(self) -> list[str]:
-        """The pipeline beside its bare U-Net calls; returns the line about its overhead."""
+        """Measure the pipeline and its U-Net calls alone; returns a line with its overhead."""
         steps, batch = self.sampling_steps, self.preset.batch_size(self.preset.ldm, on_cpu=4)
         scheduler = DDIMScheduler(
             prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False
@@ -164,16 +164,16 @@ class Bench:
         tokens = embedding(torch.zeros(2 * batch, dtype=torch.long, device=DEVICE)).tokens
         generator = torch.Generator().manual_seed(0)
 
-        def draw(kind: str):
+        def generate(kind: str):
             with torch.autocast(DEVICE.type, PRECISION):
                 pipeline([0] * batch, steps, GUIDANCE, generator=generator, output_type=kind)
 
-        def bare():
+        def unet_alone():
             with torch.autocast(DEVICE.type, PRECISION):
                 for step in range(steps):
                     unet(noise, step, encoder_hidden_states=tokens, return_dict=False)
 
-        calls = {"latents": lambda: draw("latent"), "U-Net": bare, "images": lambda: draw("pt")}
+        calls = {"latents": lambda: generate("latent"), "U-Net": unet_alone, "images": lambda: generate("pt")}
         seconds = interleaved(calls, self.options.rounds)
         unet_call = self.count(lambda: unet(noise[:2], 1, encoder_hidden_states=tokens[:2])) / 1e9
         decode = self.count(lambda: pipeline.decode_latents(noise[:1])) / 1e9
@@ -181,7 +181,7 @@ class Bench:
         what = f"sampling, {steps} steps with guidance, batch {batch}"
         self.add(what, speeds, steps * unet_call + decode, PRECISION)
         overheads = [100 * (one / two - 1) for one, two in zip(seconds["latents"], seconds["U-Net"])]
-        text = "the pipeline takes {} % more than its bare U-Net calls, beside them in the same round."
+        text = "the pipeline takes {} % more time than its U-Net calls alone, in the same round."
         return [f"- {self.preset.name}: " + text.format(spread(overheads))]
 
     # ---- FLOPs ---------------------------------------------------------------------------------------------
@@ -217,8 +217,10 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=300 if DEVICE.type == "cuda" else 30, help="of a run")
     parser.add_argument("--sampling_steps", type=int, default=50)
-    parser.add_argument("--rounds", type=int, default=3, help="how often all is repeated")
-    parser.add_argument("--compile", action="store_true", default=DEVICE.type == "cuda", help="also compiled")
+    parser.add_argument("--rounds", type=int, default=3, help="repetitions")
+    parser.add_argument(
+        "--compile", action="store_true", default=DEVICE.type == "cuda", help="measure torch.compile as well"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder that the page is written to")
     options = parser.parse_args()
 
@@ -236,13 +238,13 @@ def main() -> None:
     peak = ", ".join(f"{str(dtype)[6:]} {flops / 1e12:.2f} TFLOP/s" for dtype, flops in peaks.items())
     lines = [
         f"Matrix products reach {peak}. Medians of {options.rounds} alternating runs of "
-        f"{' and '.join(taken)} steps, lowest and highest in brackets. Memory is the GPU's, or all that "
-        "the process has resident.",
+        f"{' and '.join(taken)} steps, minimum and maximum in brackets. Memory is the GPU's, or the resident "
+        "memory of the process.",
         "",
         *table(COLUMNS, rows),
         "",
         *notes,
-        "- Marks: LDM step against the plain loop at least 3× on a CPU, 2.5× on a GPU; pipeline at most 5 %.",
+        "- Targets: LDM step at least 3× the plain loop on a CPU, 2.5× on a GPU; pipeline at most 5 %.",
     ]
     report("throughput", "Throughput", lines, options.results)
 

@@ -1,9 +1,9 @@
-"""Run a recipe and write down its speed and memory, as JSON:
+"""Run a recipe unchanged and write its speed and memory as JSON:
 
-    python benchmarks/watched.py OUT.json train_ldm.py --max_steps 40
+    python benchmarks/profile_recipe.py OUT.json train_ldm.py --max_steps 40
 
-The recipe runs as it is. Its speed is taken from one line of its log to the next, with all that lies between.
-Works under `accelerate launch` as well, where the main process writes.
+Speed is measured between the lines of its log, including everything in between. Works under `accelerate
+launch` as well, where the main process writes.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from adni_ldm.training.metrics import MetricsLogger  # noqa: E402
 
 
 def own_gib() -> float:
-    """Memory of this process without the files that it has mapped, which the system can take back."""
+    """Memory of this process without mapped files, which the system can reclaim, GiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 2**20
 
 
 def peak_gib() -> float:
-    """Most memory so far: the GPU's, or all that was resident."""
+    """Peak memory so far, GiB: the GPU's, or the resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -50,13 +50,13 @@ def main() -> None:
         stamps.append((step, time.perf_counter()))
         return line
 
-    def watch():
+    def record_memory():
         while True:
             own.append(own_gib())
             time.sleep(0.1)
 
     MetricsLogger.write_means = stamped
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=record_memory, daemon=True).start()
     started = time.perf_counter()
     try:
         runpy.run_path(recipe, run_name="__main__")

@@ -1,4 +1,4 @@
-"""MONAI's latent diffusion model, trained as its 2-D tutorial does; see peers.py for what differs."""
+"""MONAI's latent diffusion model, trained as in its 2-D tutorial; see baselines.py for the differences."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
+from baseline_training import Trained, batches, half_precision, in_half
 from measure import DEVICE, Preset
 from monai.inferers import LatentDiffusionInferer
 from monai.losses import PatchAdversarialLoss
 from monai.networks.nets import AutoencoderKL, DiffusionModelUNet, PatchDiscriminator
 from monai.networks.schedulers import DDPMScheduler
 from monai.transforms import RandAffine
-from peer_training import Trained, batches, half_precision, in_half
 from torch import nn
 
 from adni_ldm.evaluation.image_sets import ImageSet
@@ -25,13 +25,13 @@ TOKEN = 64  # width of the class token
 def train_monai(
     train: ImageSet, seconds: float, preset: Preset, tutorial: bool, sampling_steps: int = 1000
 ) -> Trained:
-    """Autoencoder, then U-Net, each for half the time; slices are in [0, 1] here, as in the tutorial.
+    """Train the autoencoder, then the U-Net, each for half the time, on slices in [0, 1] as in the tutorial.
 
     Args:
-        tutorial: its learning rates, batch, blocks and augmentation; otherwise the preset's, and none.
+        tutorial: take its learning rates, batch size, blocks and augmentation, else the preset's and none.
     """
     started = time.perf_counter()
-    own = tutorial and preset.name == "adni"  # the tutorial's own widths where there is a GPU
+    own = tutorial and preset.name == "adni"  # the tutorial's own widths on a GPU
     autoencoder, scheduler = build_autoencoder(preset, own, 2 if tutorial else 1), build_scheduler()
     augment = build_augmentation(preset.image_size) if tutorial else lambda images: images
     rates = (1e-4, 1e-4) if tutorial else (preset.vae["learning_rate"], preset.ldm["learning_rate"])
@@ -43,12 +43,12 @@ def train_monai(
     optimizer = torch.optim.Adam(autoencoder.parameters(), lr=rates[0])
     optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=5e-4)
     vae_steps = 0
-    for images, _, gone in batches(train, sizes[0], seconds / 2):
+    for images, _, elapsed in batches(train, sizes[0], seconds / 2):
         images = augment(images / 2 + 0.5)
         optimizer.zero_grad()
         with half_precision():
             reconstruction, mean, sigma = autoencoder(images)
-            logits = discriminator(reconstruction)[-1] if gone > WARM_UP else None
+            logits = discriminator(reconstruction)[-1] if elapsed > WARM_UP else None
         mean, sigma = mean.float(), sigma.float()
         kl = 0.5 * (mean.square() + sigma.square() - sigma.square().log() - 1).sum(dim=(1, 2, 3)).mean()
         loss = F.l1_loss(reconstruction.float(), images) + KL_WEIGHT * kl
@@ -67,7 +67,7 @@ def train_monai(
         vae_steps += 1
 
     # ---- U-Net ---------------------------------------------------------------------------------------------
-    # Networks alone in half precision: the schedule takes the latents' type, and bfloat16 rounds its ᾱ to 1.
+    # Only networks compute in half precision: the scheduler takes the latents' dtype; bfloat16 rounds ᾱ to 1.
     autoencoder.eval()
     autoencoder.encode_stage_2_inputs = in_half(autoencoder.encode_stage_2_inputs)
     first = train.floats(range(min(64, len(train)))).to(DEVICE) / 2 + 0.5
@@ -135,13 +135,13 @@ def build_unet(preset: Preset, own: bool, blocks: int) -> DiffusionModelUNet:
 
 
 def build_scheduler() -> DDPMScheduler:
-    """The tutorial's, but that it clips to ±4 and not to ±1: latents of unit variance go beyond 1."""
+    """The tutorial's, except for clipping at ±4 instead of ±1, which latents of unit variance exceed."""
     limits = {"clip_sample_min": -4, "clip_sample_max": 4}
     return DDPMScheduler(1000, schedule="linear_beta", beta_start=0.0015, beta_end=0.0195, **limits)
 
 
 def build_augmentation(image_size: int):
-    """Half of the slices turned by up to 5 degrees, shifted by a pixel and scaled by 5 %."""
+    """With probability 1/2: rotation by up to 5 degrees, shift by up to a pixel, scaling by up to 5 %."""
     affine = RandAffine(
         prob=0.5,
         rotate_range=[(-np.pi / 36, np.pi / 36)],

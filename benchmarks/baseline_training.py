@@ -1,4 +1,4 @@
-"""What the peers of peers.py share: batches until the time is up, and what training hands over."""
+"""Shared by the methods of baselines.py: batches until the time limit, and the result of training."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from adni_ldm.precision import choose_precision
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained method, as functions of slices in [-1, 1]."""
+    """A trained method as functions of slices in [-1, 1]."""
 
     reconstruct: Callable[[torch.Tensor], torch.Tensor]  # (B, 1, H, W)
     sample: Callable[[torch.Tensor], torch.Tensor]  # labels (B,) to slices (B, 1, H, W), on the CPU
-    seconds: float  # that training took
+    seconds: float  # of training
     note: str
 
 
 def batches(train: ImageSet, batch_size: int, seconds: float) -> Iterator[tuple]:
-    """Slices (B, 1, H, W) in [-1, 1], labels (B,) and the share of the time that is gone, until it is.
+    """Yield slices (B, 1, H, W) in [-1, 1], labels (B,) and the elapsed fraction of the time, until it is 1.
 
-    Slices come in a new order each epoch, from memory: no peer waits for a disk.
+    Slices are shuffled each epoch and kept in memory, so that no method waits for the disk.
     """
     started = time.perf_counter()
     while True:
         for rows in torch.randperm(len(train)).split(batch_size):
-            gone = (time.perf_counter() - started) / seconds
-            if gone >= 1:
+            elapsed = (time.perf_counter() - started) / seconds
+            if elapsed >= 1:
                 return
             labels = torch.from_numpy(train.labels[rows.numpy()])
-            yield train.floats(rows).to(DEVICE), labels.to(DEVICE), gone
+            yield train.floats(rows).to(DEVICE), labels.to(DEVICE), elapsed
 
 
 def in_half(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The function computed in half precision, its result in float32."""
+    """Wrap a function so that it computes in half precision and returns float32."""
 
     def call(*arguments, **named) -> torch.Tensor:
         with half_precision():
@@ -50,5 +50,5 @@ def in_half(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
 
 
 def half_precision() -> AbstractContextManager:
-    """Autocast to bfloat16 where the hardware computes in it."""
+    """Autocast to bfloat16 where the hardware supports it."""
     return torch.autocast(DEVICE.type, torch.bfloat16) if choose_precision(None) == "bf16" else nullcontext()

@@ -1,4 +1,4 @@
-"""A plain writing of a published student baseline for these slices; see peers.py for what it is."""
+"""A reimplementation of a small published baseline on these slices; see baselines.py for its definition."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import time
 
 import torch
 import torch.nn.functional as F
+from baseline_training import Trained, batches, half_precision
 from measure import DEVICE
-from peer_training import Trained, batches, half_precision
 from torch import nn
 
 from adni_ldm.evaluation.image_sets import ImageSet
@@ -16,8 +16,8 @@ from adni_ldm.evaluation.image_sets import ImageSet
 LATENT, STEPS, BATCH, RATE = 128, 10, 32, 1e-3
 
 
-class StudentVAE(nn.Module):
-    """Slices (B, 1, S, S) to one vector of 128 numbers, and back by way of a map (B, 128, S/8, S/8)."""
+class SmallVAE(nn.Module):
+    """Slices (B, 1, S, S) to one vector of 128 numbers, and back through a feature map (B, 128, S/8, S/8)."""
 
     def __init__(self, image_size: int):
         super().__init__()
@@ -44,8 +44,8 @@ class StudentVAE(nn.Module):
         return self.mean(hidden), self.logvar(hidden)
 
 
-class StudentUNet(nn.Module):
-    """U-Net with BatchNorm over the map (B, 128, s, s); the step enters first, the class in its middle."""
+class SmallUNet(nn.Module):
+    """U-Net with BatchNorm on the map (B, 128, s, s); the step enters first, the class at the bottleneck."""
 
     def __init__(self, width: int = 128):
         super().__init__()
@@ -75,14 +75,14 @@ class StudentUNet(nn.Module):
         return self.last(self.up2(F.interpolate(up, size=one.shape[-2:])) + one)
 
 
-def train_student(train: ImageSet, seconds: float) -> Trained:
-    """VAE, then U-Net, each for half the time, AdamW with its rate let down by a cosine."""
+def train_small(train: ImageSet, seconds: float) -> Trained:
+    """Train the VAE, then the U-Net, each for half the time, by AdamW with a cosine learning-rate decay."""
     started = time.perf_counter()
-    vae = StudentVAE(train.images.shape[-1]).to(DEVICE)
+    vae = SmallVAE(train.images.shape[-1]).to(DEVICE)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=RATE)
     vae_steps = 0
-    for images, _, gone in batches(train, BATCH, seconds / 2):
-        set_rate(optimizer, gone)
+    for images, _, elapsed in batches(train, BATCH, seconds / 2):
+        set_rate(optimizer, elapsed)
         with half_precision():
             mean, logvar = vae.encode(images)
             mean, logvar = mean.float(), logvar.float()
@@ -98,11 +98,11 @@ def train_student(train: ImageSet, seconds: float) -> Trained:
 
     betas = torch.linspace(1e-4, 0.1, STEPS, device=DEVICE)
     kept = torch.cumprod(1 - betas, dim=0)  # ᾱ
-    unet = StudentUNet().to(DEVICE)
+    unet = SmallUNet().to(DEVICE)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=RATE)
     ldm_steps = 0
-    for images, labels, gone in batches(train, BATCH, seconds - (time.perf_counter() - started)):
-        set_rate(optimizer, gone)
+    for images, labels, elapsed in batches(train, BATCH, seconds - (time.perf_counter() - started)):
+        set_rate(optimizer, elapsed)
         with half_precision():
             mean, logvar = vae.encode(images)
             clean = vae.to_map(mean + (0.5 * logvar).exp() * torch.randn_like(mean)).float()
@@ -136,6 +136,6 @@ def train_student(train: ImageSet, seconds: float) -> Trained:
     return Trained(reconstruct, sample, time.perf_counter() - started, f"{vae_steps} + {ldm_steps} steps")
 
 
-def set_rate(optimizer: torch.optim.Optimizer, gone: float) -> None:
+def set_rate(optimizer: torch.optim.Optimizer, elapsed: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * gone))
+        group["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * elapsed))

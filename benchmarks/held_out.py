@@ -1,4 +1,4 @@
-"""How near drawn slices come to held-out ones, in features that no method was trained with, on, or for."""
+"""Metrics of samples against held-out slices, in features that no method was trained with, on, or for."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from adni_ldm.evaluation.image_sets import real_set
 
 FEATURES = (
     "features are those of a VGG16 with random weights of a fixed seed (Naeem et al. 2020, "
-    "arXiv:2002.09797): no method was trained with them, on them, or for them, and they need no download."
+    "arXiv:2002.09797): no method was trained with, on, or for them, and they need no download."
 )
 
 
 def random_features(images: torch.Tensor) -> np.ndarray:
-    """Features (N, 4096) of slices (N, 1, H, W) in [-1, 1] by a VGG16 that was never trained."""
+    """Compute features (N, 4096) of slices (N, 1, H, W) in [-1, 1] by a VGG16 with random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = vgg16(weights=None).eval().to(DEVICE)
@@ -34,11 +34,11 @@ def random_features(images: torch.Tensor) -> np.ndarray:
     return torch.cat(parts).numpy()
 
 
-class Yardstick:
-    """A cohort's training slices, the held-out ones of its test split, and the unit of the features.
+class HeldOutMetrics:
+    """Metrics against the test split of a cohort.
 
-    The unit is that of ``count`` of the training slices, ``others``: in the samples' place they reach what a
-    perfect model would.
+    `others`, `count` of the training slices, define the scale of the features, and in the samples' place the
+    reference value of each metric.
     """
 
     def __init__(self, cohort: Path, image_size: int, count: int):
@@ -50,28 +50,32 @@ class Yardstick:
         features = random_features(self.others.floats())
         # mean 0 and mean square 1: features of a random network have no scale of their own
         self.centre, self.scale = features.mean(0), features.std()
-        self.real = self.in_units(random_features(self.held_out.floats()))
+        self.real = self.standardize(random_features(self.held_out.floats()))
 
-    def in_units(self, features: np.ndarray) -> np.ndarray:
+    def standardize(self, features: np.ndarray) -> np.ndarray:
         return (features - self.centre) / self.scale
 
     def compare(self, images: torch.Tensor, subjects: np.ndarray) -> dict[str, Estimate]:
-        """KID, FID, precision and recall of slices (N, 1, H, W) in [-1, 1], with 95 % intervals."""
-        features = self.in_units(random_features(images))
+        """Compute KID, FID, precision and recall of slices (N, 1, H, W) in [-1, 1], with 95 % intervals."""
+        features = self.standardize(random_features(images))
         return compare(self.real, features, self.held_out.subjects, subjects, draws=200)
 
     def cells(self, images: torch.Tensor, subjects: np.ndarray, labels: np.ndarray) -> tuple[str, ...]:
-        """KID × 1000 with its interval, precision, recall, and AD − NC of the lateral ventricle, mm²."""
+        """Format KID × 1000 with its interval, precision, recall, and AD − NC of the ventricle area, mm²."""
         found = self.compare(images, subjects)
         manifold = (f"{found[name].value:.2f}" for name in ("precision", "recall"))
-        return told(found["kid"]), *manifold, f"{self.ventricle_difference(images, labels):.0f}"
+        return format_kid(found["kid"]), *manifold, f"{self.ventricle_difference(images, labels):.0f}"
 
     def reference(self) -> tuple[str, ...]:
+<<<<<<< HEAD:benchmarks/yardstick.py
         """The same cells, of the training slices in the samples' place."""
+=======
+        """The same cells of training slices in the samples' place."""
+>>>>>>> 942e156 (Benchmarks in the language of the field: baselines, held_out and profile_recipe; scaling.py samples again):benchmarks/held_out.py
         return self.cells(self.others.floats(), self.others.subjects, self.others.labels)
 
     def truth(self) -> float:
-        """AD − NC of the lateral ventricle of the held-out slices, measured as in the samples, mm²."""
+        """AD − NC of the lateral ventricle of the held-out slices, by the same segmentation, mm²."""
         return self.ventricle_difference(self.held_out.floats(), self.held_out.labels)
 
     def ventricle_difference(self, images: torch.Tensor, labels: np.ndarray) -> float:
@@ -79,7 +83,7 @@ class Yardstick:
         return areas[labels == 0].mean() - areas[labels == 1].mean()
 
 
-def told(estimate: Estimate) -> str:
-    """Value and its interval, times 1000 as KID is usually given."""
-    value, low, high = (1000 * one for one in (estimate.value, estimate.low, estimate.high))
+def format_kid(estimate: Estimate) -> str:
+    """Format value and interval, times 1000 as KID is usually reported."""
+    value, low, high = (1000 * number for number in (estimate.value, estimate.low, estimate.high))
     return f"{value:.2f} ({low:.2f} to {high:.2f})"
