@@ -67,11 +67,7 @@ class HeldOutMetrics:
         return format_kid(found["kid"]), *manifold, f"{self.ventricle_difference(images, labels):.0f}"
 
     def reference(self) -> tuple[str, ...]:
-<<<<<<< HEAD:benchmarks/yardstick.py
-        """The same cells, of the training slices in the samples' place."""
-=======
         """The same cells of training slices in the samples' place."""
->>>>>>> 942e156 (Benchmarks in the language of the field: baselines, held_out and profile_recipe; scaling.py samples again):benchmarks/held_out.py
         return self.cells(self.others.floats(), self.others.subjects, self.others.labels)
 
     def truth(self) -> float:

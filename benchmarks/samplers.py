@@ -48,19 +48,11 @@ def main() -> None:
     pipeline = load_pipeline(str(options.run / "ldm")).to(DEVICE)
     pipeline.set_progress_bar_config(disable=True)
     size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-<<<<<<< HEAD
-    yardstick = Yardstick(options.run / "data", size, options.samples)
-    rows = [("other real slices", *yardstick.reference(), "–")]
-    rows.append(("the same through the autoencoder", *reconstructed(pipeline, yardstick), "–"))
-    for name, way in WAYS.items():
-        rows.append((name, *row(pipeline, yardstick, way, options)))
-=======
     metrics = HeldOutMetrics(options.run / "data", size, options.samples)
     rows = [("real training slices (reference)", *metrics.reference(), "–")]
     rows.append(("the same, reconstructed", *reconstructed(pipeline, metrics), "–"))
     for name, settings in SAMPLERS.items():
         rows.append((name, *row(pipeline, metrics, settings, options)))
->>>>>>> 942e156 (Benchmarks in the language of the field: baselines, held_out and profile_recipe; scaling.py samples again)
         print(" | ".join(rows[-1]), flush=True)
 
     lines = [

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Training under Slurm that goes on by itself: after its time is up, after pre-emption, and when a process dies.
+# Training under Slurm that continues after its time limit, after preemption, and after the loss of a process.
 #
 #   sbatch examples/slurm.sh train_ldm.py --config configs/adni/ldm.yaml
 #
-# Five minutes before the time is up Slurm signals this shell; the recipe writes a checkpoint after the update it
-# is at, and the job queues itself again. Pre-emption (SIGTERM) writes one as well, and Slurm queues the job.
-# `scancel` ends it. A process that dies is started again by the launcher, three times.
+# Slurm signals this shell five minutes before the time limit; the recipe writes a checkpoint after the current
+# step, and the job requeues itself. Preemption (SIGTERM) writes a checkpoint as well, and Slurm requeues the job.
+# `scancel` ends it. The launcher restarts all processes up to three times if one of them dies.
 #SBATCH --job-name=adni-ldm
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -28,7 +28,7 @@ export MAIN_ADDRESS
 export MAIN_PORT=$((20000 + SLURM_JOB_ID % 20000)) # another job on the same node has another
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-# One launcher a node, each with its own rank; the command line is the same for a first and for a later start.
+# One launcher per node, each with its own rank; the command is the same for the first and any later start.
 # shellcheck disable=SC2016
 srun --kill-on-bad-exit=1 bash -c 'exec accelerate launch --config_file configs/accelerate/multi_node.yaml \
     --num_machines "$NUM_MACHINES" --num_processes "$NUM_PROCESSES" --machine_rank "$SLURM_NODEID" \
@@ -40,12 +40,12 @@ time_is_up=
 trap 'time_is_up=1; kill -TERM "$step"' USR1
 trap 'kill -TERM "$step"' TERM
 status=0
-while kill -0 "$step" 2> /dev/null; do # a signal ends a wait before its time
+while kill -0 "$step" 2> /dev/null; do # a signal interrupts wait
     wait "$step" && status=0 || status=$?
 done
 
 if [[ -n $time_is_up && $status -ne 0 ]]; then
-    echo "time is up: the job queues itself again and goes on from its last checkpoint"
+    echo "time limit: the job requeues itself and continues from its last checkpoint"
     scontrol requeue "$SLURM_JOB_ID"
     exit 0
 fi

@@ -22,7 +22,14 @@ def check_compute_options(attention: str, optimizer: str) -> None:
     """
     wanted = []
     if attention == "xformers":
-        wanted.append(("--attention xformers", "xformers", "pip install 'adni-ldm[xformers]'", "sdpa"))
+        wanted.append(
+            (
+                "--attention xformers",
+                "xformers",
+                "pip install -e '.[xformers]' -c constraints-xformers.txt",
+                "sdpa",
+            )
+        )
     if optimizer == "adamw8bit":
         wanted.append(("--optimizer adamw8bit", "bitsandbytes", "pip install bitsandbytes", "adamw"))
     for flag, package, command, other in wanted:
