@@ -1,8 +1,8 @@
-"""The last step of `make demo`: one picture and one page of figures from what the other steps left.
+"""Last step of `make demo`: a figure of samples and a page of metrics.
 
     python examples/demo_report.py runs/demo
 
-Reads data/, vae/, ldm/ and samples/ below that folder; writes brains.png and summary.md beside them.
+Reads data/, vae/, ldm/ and samples/ in that folder; writes brains.png and summary.md to it.
 """
 
 from __future__ import annotations
@@ -21,57 +21,57 @@ from adni_ldm.evaluation.image_sets import load_samples
 from adni_ldm.figures import save_rows
 from adni_ldm.loading import load_autoencoder
 
-COLUMNS = 10  # slices in a row of the picture
+COLUMNS = 10  # slices in a row of the figure
 
 
 def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo")
     for part in ("data", "vae", "ldm", "samples"):
         if not (folder / part).is_dir():
-            raise UserError(f"{folder / part}: not there; run the steps of `make demo` before this one")
+            raise UserError(f"{folder / part}: no such folder; run the steps of `make demo` before this one")
     vae = load_autoencoder(str(folder / "vae"))
     splits = load_slices(folder / "data")
     real = SliceTensors(to_arrays(splits["test"], vae.config.sample_size))
     pixel_mm = pd.read_csv(folder / "data/test/metadata.csv").pixel_mm[0]
     names = splits["test"].features["label"].names
-    drawn = load_samples(folder / "samples", names)
-    samples = {name: drawn.of_class(name).floats() for name in names}
+    sample_set = load_samples(folder / "samples", names)
+    samples = {name: sample_set.of_class(name).floats() for name in names}
 
-    draw_picture(folder / "brains.png", vae, real, samples)
+    save_figure(folder / "brains.png", vae, real, samples)
     page = summarize(folder, splits, real, names, samples, pixel_mm)
     (folder / "summary.md").write_text(page)
     print(page)
-    print(f"pictures: {folder}/brains.png, {folder}/samples/grid.png, {folder}/samples/trajectory.png")
-    print(f"figures:  {folder}/summary.md, {folder}/vae/loss.png, {folder}/ldm/loss.png")
+    print(f"figures: {folder}/brains.png, {folder}/samples/grid.png, {folder}/samples/trajectory.png")
+    print(f"metrics: {folder}/summary.md, {folder}/vae/loss.png, {folder}/ldm/loss.png")
     data, samples, model = (folder / part for part in ("data", "samples", "ldm"))
-    print(f"what they are worth: python evaluate.py --real {data} --samples {samples} --model {model}")
+    print(f"evaluate: python evaluate.py --real {data} --samples {samples} --model {model}")
 
 
 @torch.no_grad()
-def draw_picture(path: Path, vae, real: SliceTensors, samples: dict[str, torch.Tensor]) -> None:
-    """Rows of held-out slices, of what the VAE keeps of them, and of samples of each class."""
+def save_figure(path: Path, vae, real: SliceTensors, samples: dict[str, torch.Tensor]) -> None:
+    """Rows of held-out slices, of their reconstructions, and of samples of each class."""
     indices = evenly_spaced(len(real), COLUMNS)
     images = torch.stack([real[index]["image"] for index in indices])
     reconstructed = vae.decode(vae.encode(images).latent_dist.mean).sample
     rows = {"real": images, "reconstructed": reconstructed}
-    rows |= {f"drawn: {name}": images[:COLUMNS] for name, images in samples.items()}
+    rows |= {f"sampled: {name}": images[:COLUMNS] for name, images in samples.items()}
     save_rows(path, {title: (row / 2 + 0.5).clamp(0, 1) for title, row in rows.items()})
 
 
 def summarize(folder: Path, splits, real: SliceTensors, names, samples, pixel_mm: float) -> str:
-    """The page, in Markdown. Areas are measured in the pictures, real and drawn alike."""
+    """The page, in Markdown. Areas are measured in the slices, real and sampled alike."""
     vae, ldm = (pd.read_csv(folder / part / "metrics.csv") for part in ("vae", "ldm"))
     images = torch.stack([real[index]["image"] for index in range(len(real))])
     areas = {
         f"{source}, {name}": ventricle_area(slices, pixel_mm)
         for label, name in enumerate(names)
-        for source, slices in (("real, held out", images[real.labels == label]), ("drawn", samples[name]))
+        for source, slices in (("real, held out", images[real.labels == label]), ("sampled", samples[name]))
     }
     subjects = ", ".join(f"{len(set(part['subject']))} {split}" for split, part in splits.items())
     lines = [
-        "# The demo in figures",
+        "# Metrics of the demo",
         "",
-        "| what | figure |",
+        "| metric | value |",
         "| --- | --- |",
         f"| data | {read_manifest(folder / 'data')['hash'][:16]} |",
         f"| subjects | {subjects} |",
@@ -83,9 +83,9 @@ def summarize(folder: Path, splits, real: SliceTensors, names, samples, pixel_mm
         f"| lateral ventricle, {title} (n = {len(area)}) | {area.mean():.0f} ± {area.std(ddof=1):.0f} mm² |"
         for title, area in areas.items()
     ]
-    for source in ("real, held out", "drawn"):
+    for source in ("real, held out", "sampled"):
         effect = cohens_d(*(areas[f"{source}, {name}"] for name in names[:2]))
-        lines.append(f"| effect of {names[0]} on it, {source} | Cohen's d = {effect:.2f} |")
+        lines.append(f"| effect of {names[0]} on the ventricle, {source} | Cohen's d = {effect:.2f} |")
     return "\n".join(lines) + "\n"
 
 

@@ -16,47 +16,45 @@ class EvaluateConfig:
 
     real: str = HfArg(default="data/phantom", help="Folder of real slices, AD_NC folder, or its zip.")
     samples: str = HfArg(
-        default="samples", help="Folder of samples, one subfolder a class, as sample.py writes it."
+        default="samples", help="Folder of samples, one subfolder per class, as sample.py writes it."
     )
     output_dir: str = HfArg(
-        default="report", help="Folder that report.html, metrics.json and figures/ are written to."
+        default="report", help="Output folder for report.html, metrics.json and figures/."
     )
     model: str | None = HfArg(
         default=None,
-        help="Pipeline that drew the samples, for what needs it: agreement by guidance scale, the membership "
-        "test, reconstructions and the U-Net's own view. Not loaded unless asked for.",
+        help="Pipeline that generated the samples. Adds class-conditioning accuracy by guidance scale, "
+        "membership inference, reconstructions and U-Net bottleneck features.",
     )
     features: str = HfArg(
         default="classifier",
-        help="What pictures are compared by: `classifier`, trained here on the real slices; `vae` of "
-        "--model; "
-        "`inception`; or a vision model of transformers by name or folder (DINOv2, RAD-DINO).",
+        help="Features in which slices are compared: `classifier`, trained here on the real slices; `vae` of "
+        "--model; `inception`; or a vision model of transformers by name or folder (DINOv2, RAD-DINO).",
     )
     classes: str = HfArg(default="AD,NC", help=CLASSES_HELP)
     table: str | None = HfArg(default=None, help=TABLE_HELP)
-    val_fraction: float = HfArg(default=0.1, help="As in training, where the data has no val folder.")
+    val_fraction: float = HfArg(default=0.1, help="As in training, if the data have no val folder.")
     pixel_mm: float | None = HfArg(
         default=None,
         help="Side of a pixel, mm. Default: from the data's metadata.csv, else 256 mm over the slice's side.",
     )
     max_slices: int = HfArg(
         default=5000,
-        help="Most real slices of a split that are compared, the same share of every subject's, and most "
-        "samples "
-        "of a class.",
+        help="Maximum number of real slices of a split, the same share of every subject's, and of samples of "
+        "a class.",
     )
     classifier_steps: int = HfArg(
-        default=200, help="Batches of 64 slices that each of the report's three classifiers is trained on."
+        default=200, help="Training steps of each of the report's three classifiers, in batches of 64 slices."
     )
     guidance_scales: list[float] = HfArg(
         default_factory=lambda: [1.0, 1.5, 2.5, 4.0],
-        help="Guidance scales at which --model's agreement with the class is measured.",
+        help="Guidance scales at which the class-conditioning accuracy of --model is measured.",
     )
     curve_images: int = HfArg(
-        default=24, help="Slices of each class that are drawn for each of them; 0 draws none."
+        default=24, help="Samples of each class at each of these guidance scales; 0 for none."
     )
-    curve_steps: int = HfArg(default=20, help="Denoising steps of those.")
-    seed: int = HfArg(default=0, help="The same seed gives the same figures on the same machine.")
+    curve_steps: int = HfArg(default=20, help="Number of denoising steps of these samples.")
+    seed: int = HfArg(default=0, help="The same seed gives the same metrics on the same machine.")
 
     def __post_init__(self):
         class_names(self.classes)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+
+from adni_ldm.errors import UserError
+
+if find_spec("scipy") is None:
+    raise UserError("--evaluation_steps: scipy is not installed: pip install 'adni-ldm[eval]'")
 
 from adni_ldm.data.slices import SliceTensors
 from adni_ldm.evaluation.classifier import train_classifier
