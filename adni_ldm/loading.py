@@ -1,4 +1,4 @@
-"""Models from a folder or the Hub, refused in one line where there are none."""
+"""Load autoencoders and pipelines from a folder or the Hub, with one-line errors."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Model = TypeVar("Model")
 
 
 def load_autoencoder(name: str) -> AutoencoderKL:
-    """Autoencoder of one-channel slices, in float32 on the CPU; one of colour is folded to grey.
+    """Load an autoencoder of one-channel slices, float32 on the CPU; an RGB autoencoder is converted to grey.
 
     Args:
         name: folder or Hub name of any diffusers AutoencoderKL, or of a pipeline with one in `vae/`.
 
     Raises:
-        UserError: there is none, or it reads or writes neither one channel nor three.
+        UserError: there is none, or it does not have one channel or three, in and out.
     """
 
     def from_pretrained(name: str, **options) -> AutoencoderKL:
@@ -42,17 +42,17 @@ def load_autoencoder(name: str) -> AutoencoderKL:
         fold_to_grey(vae)
     elif channels != (1, 1):
         raise UserError(
-            f"{name}: this autoencoder has {channels[0]} channels in, {channels[1]} out; not 1 or 3"
+            f"{name}: this autoencoder has {channels[0]} input and {channels[1]} output channels; not 1 or 3"
         )
     return vae
 
 
 @torch.no_grad()
 def fold_to_grey(vae: AutoencoderKL) -> None:
-    """Make an autoencoder of colour one of grey slices, in place.
+    """Convert an RGB autoencoder to grey slices, in place.
 
-    A slice has the latent that it had as a grey picture, the same in all channels; what is decoded is the
-    mean of the three channels. Both are linear, so the first kernels' sum and the last kernels' mean do it.
+    A slice has the latent of the RGB image with the slice in each channel, and is decoded to the mean of the
+    three channels. Both are linear: the first kernels are summed, the last ones averaged.
     """
     first, last = vae.encoder.conv_in, vae.decoder.conv_out  # weights (out, in, k, k)
     first.weight = nn.Parameter(first.weight.sum(dim=1, keepdim=True))
@@ -63,7 +63,7 @@ def fold_to_grey(vae: AutoencoderKL) -> None:
 
 
 def load_pipeline(name: str) -> ClassConditionalLDMPipeline:
-    """Pipeline, in float32 on the CPU.
+    """Load a pipeline, float32 on the CPU.
 
     Raises:
         UserError: there is none.
@@ -73,7 +73,7 @@ def load_pipeline(name: str) -> ClassConditionalLDMPipeline:
 
 def _load(from_pretrained: Callable[[str], Model], name: str, kind: str, recipe: str) -> Model:
     if not Path(name).exists() and _looks_local(name):
-        raise UserError(f"{name}: no such folder; give {kind} that {recipe} wrote, or a Hub name ME/NAME")
+        raise UserError(f"{name}: no such folder; give {kind} of {recipe}, or a Hub name USER/NAME")
     logging.disable_progress_bar()
     try:
         return from_pretrained(name, use_safetensors=True)  # a pickle runs code
@@ -85,6 +85,6 @@ def _load(from_pretrained: Callable[[str], Model], name: str, kind: str, recipe:
 
 
 def _looks_local(name: str) -> bool:
-    """Whether a name that does not exist here is a mistyped path: asking the Hub would take half a minute."""
+    """Whether a name that does not exist here is a mistyped path: asking the Hub takes half a minute."""
     path = Path(name)
     return name.startswith((".", "~", "/", "runs/")) or name.count("/") != 1 or path.parent.is_dir()

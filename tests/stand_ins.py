@@ -1,4 +1,4 @@
-"""What tests take for a scan and for a trained model, where its content does not matter."""
+"""Stand-ins for a slice and for a trained model, where their content does not matter."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from PIL import Image
 
 
 def blob_image(seed: Sequence[int], width: int = 256, height: int = 240) -> Image.Image:
-    """A smooth grey picture on black, mode L, which differs with the seed."""
+    """A smooth grey image on black, mode L, that depends on the seed."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width] / height  # both in units of the height
     centres = rng.uniform(0.3, 0.7, (4, 2))
@@ -17,7 +17,7 @@ def blob_image(seed: Sequence[int], width: int = 256, height: int = 240) -> Imag
 
 
 def make_pipeline(image_size: int = 16):
-    """A pipeline of random weights, which draws 16 x 16 pixels in milliseconds."""
+    """A pipeline with random weights that samples 16 x 16 pixels in milliseconds."""
     from diffusers import DDIMScheduler
 
     from adni_ldm.models import ClassEmbedding, build_autoencoder, build_denoiser

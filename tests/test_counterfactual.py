@@ -1,4 +1,4 @@
-"""Counterfactuals and morphs: what they keep, what they change, and what sample.py writes of them."""
+"""Counterfactuals and class interpolation: what they preserve and change, and what sample.py writes."""
 
 import numpy as np
 import pandas as pd
@@ -56,15 +56,15 @@ def test_the_other_class_changes_the_slice_and_more_guidance_changes_it_more(pip
 
 
 def test_inversion_undoes_ddim_of_the_scheduler(pipeline):
-    """Noise that the pipeline drew a slice from is found again, at every noise level down from pure noise."""
+    """DDIM inversion recovers the initial noise of a sample, from pure noise."""
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
-    drawn = pipeline(
+    latents = pipeline(
         "AD", num_inference_steps=50, guidance_scale=1, latents=noise, output_type="latent"
     ).images
     timesteps = pipeline.scheduler.timesteps.flip(0)
     tokens = pipeline.class_embedding(torch.tensor([0])).tokens
-    assert torch.allclose(pipeline.ddim(noise, timesteps, tokens), drawn, atol=1e-3)
-    assert (pipeline.ddim(drawn, timesteps, tokens, invert=True) - noise).abs().max() < 0.05
+    assert torch.allclose(pipeline.ddim(noise, timesteps, tokens), latents, atol=1e-3)
+    assert (pipeline.ddim(latents, timesteps, tokens, invert=True) - noise).abs().max() < 0.05
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
@@ -87,7 +87,7 @@ def test_a_perfect_denoiser_is_walked_exactly(pipeline, prediction_type):
     assert torch.allclose(pipeline.ddim(noise, torch.tensor([9, 499, 999]), tokens), clean, atol=0.02)
 
 
-def test_a_morph_begins_and_ends_with_what_is_drawn_of_the_classes(pipeline):
+def test_a_morph_begins_and_ends_with_samples_of_the_classes(pipeline):
     for guidance_scale in (1, 1.5):
         options = {"num_inference_steps": 5, "guidance_scale": guidance_scale}
         frames = interpolate_classes(pipeline, "NC", "AD", seed=7, frames=4, **options)
@@ -145,8 +145,8 @@ def test_sample_writes_a_counterfactual(model, phantom_dir, tmp_path):
         3,
         "--output_dir",
     )
-    said = run(*command, tmp_path / "out", "--to", "AD")
-    assert "round-trip error" in said
+    output = run(*command, tmp_path / "out", "--to", "AD")
+    assert "round-trip error" in output
     names = {"counterfactual.png", "difference.png", "side_by_side.png", "metadata.csv"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     with Image.open(tmp_path / "out/counterfactual.png") as image:
@@ -184,11 +184,11 @@ def test_sample_writes_a_morph(model, tmp_path):
     assert Image.open(tmp_path / "out/morph.png").width > 300
 
 
-def test_what_is_missing_is_said(model, phantom_dir, tmp_path, monkeypatch):
+def test_missing_arguments_are_named(model, phantom_dir, tmp_path, monkeypatch):
     scan = next((phantom_dir / "test/NC").glob("*.png"))
     lone = tmp_path / "lone.png"
     Image.open(scan).save(lone)
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("not an image")
     for words, message in (
         (("--from_image", lone, "--to", "AD"), "give it, such as --from NC"),
         (("--from_image", lone, "--from", "NC"), "--to is missing"),

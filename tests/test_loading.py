@@ -1,4 +1,4 @@
-"""Models of anybody: read as safetensors or not at all."""
+"""Loading of models of unknown origin: safetensors only."""
 
 import pytest
 import torch

@@ -45,8 +45,8 @@ def test_ddim_with_a_perfect_denoiser_returns_the_image_it_was_given(pipeline):
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, set_alpha_to_one=True)
     unet = pipeline.unet
     pipeline.register_modules(unet=PerfectDenoiser(unet, pipeline.scheduler, clean))
-    drawn = pipeline(["AD", "NC"], num_inference_steps=10, guidance_scale=1, output_type="latent").images
-    assert torch.allclose(drawn, clean, atol=1e-4)
+    samples = pipeline(["AD", "NC"], num_inference_steps=10, guidance_scale=1, output_type="latent").images
+    assert torch.allclose(samples, clean, atol=1e-4)
 
     image = pipeline(["AD", "NC"], num_inference_steps=10, guidance_scale=1, output_type="pt").images
     decoded = pipeline.vae.decode(denormalize_latents(pipeline.vae, clean)).sample
@@ -79,16 +79,16 @@ def test_guidance_in_an_interval_asks_for_the_class_alone_outside_of_it(pipeline
     latents, batch_sizes = torch.randn(1, 4, 8, 8), []
     pipeline.unet.register_forward_pre_hook(lambda _module, inputs: batch_sizes.append(len(inputs[0])))
 
-    def draw(scale, interval=(0.0, 1.0)):
+    def generate(scale, interval=(0.0, 1.0)):
         batch_sizes.clear()
         options = {"guidance_scale": scale, "guidance_interval": interval, "output_type": "latent"}
         return pipeline("NC", 10, latents=latents, **options).images
 
-    some = draw(3, (0.2, 0.7))  # the timesteps are 999, 899, … 99
+    some = generate(3, (0.2, 0.7))  # the timesteps are 999, 899, … 99
     assert batch_sizes == [1, 1, 1, 2, 2, 2, 2, 2, 1, 1]
-    none, all_of_it = draw(1), draw(3)
+    none, all_of_it = generate(1), generate(3)
     assert not torch.allclose(some, none, atol=1e-4) and not torch.allclose(some, all_of_it, atol=1e-4)
-    assert torch.equal(draw(3, (0.9995, 1.0)), none), "no timestep lies there"
+    assert torch.equal(generate(3, (0.9995, 1.0)), none), "no timestep lies there"
 
 
 class GaussianDenoiser(torch.nn.Module):
@@ -159,6 +159,8 @@ def test_a_scheduler_that_ignores_the_training_schedule_is_named(pipeline, name,
 def test_a_saved_scheduler_keeps_the_training_schedule(pipeline, tmp_path):
     use_scheduler(pipeline, "heun")
     pipeline.scheduler.save_pretrained(tmp_path)
+    use_scheduler(pipeline, "ddim")
+    assert torch.equal(pipeline.scheduler.alphas_cumprod, make_pipeline().scheduler.alphas_cumprod)
     pipeline.scheduler = HeunDiscreteScheduler.from_pretrained(tmp_path)
     pipeline("AD", 2)
     use_scheduler(pipeline, "ddim")
@@ -186,7 +188,7 @@ def test_20_steps_of_dpm_solver_are_more_accurate_than_50_of_ddim(pipeline, std)
 def test_an_image_depends_on_its_seed_and_not_on_its_batch(pipeline):
     seeds = [image_seed(3, index) for index in range(5)]
     for options in ({}, {"eta": 1.0}):
-        draws = [
+        batches = [
             torch.cat(
                 list(
                     generate_images(pipeline, [0, 1, 0, 1, 1], seeds, size, num_inference_steps=4, **options)
@@ -194,9 +196,9 @@ def test_an_image_depends_on_its_seed_and_not_on_its_batch(pipeline):
             )
             for size in (1, 2, 5)
         ]
-        assert torch.allclose(draws[0], draws[1], atol=1e-5)
-        assert torch.allclose(draws[0], draws[2], atol=1e-5)
-        assert not torch.allclose(draws[0][1], draws[0][3], atol=1e-3), "same class, other seed"
+        assert torch.allclose(batches[0], batches[1], atol=1e-5)
+        assert torch.allclose(batches[0], batches[2], atol=1e-5)
+        assert not torch.allclose(batches[0][1], batches[0][3], atol=1e-3), "same class, other seed"
     assert len({image_seed(seed, index) for seed in range(10) for index in range(100)}) == 1000
 
 
@@ -310,7 +312,7 @@ pipeline.save_pretrained(sys.argv[3])
 """
 
 
-def test_a_saved_pipeline_draws_the_same_with_and_without_the_package(pipeline, tmp_path):
+def test_a_saved_pipeline_samples_the_same_with_and_without_the_package(pipeline, tmp_path):
     options = {"num_inference_steps": 3, "output_type": "pt"}
     expected = pipeline(["AD", 1], generator=torch.Generator().manual_seed(0), **options).images
     pipeline.save_pretrained(tmp_path / "saved")

@@ -1,4 +1,4 @@
-"""sample.py: shared among processes, stopped and gone on with, refused where the folder is another run's."""
+"""sample.py: distributed over processes, interrupted and continued; refuses the folder of another run."""
 
 import io
 import os
@@ -48,7 +48,7 @@ def words(model, folder, *more):
 
 
 @pytest.fixture
-def draw(model, monkeypatch, capsys):
+def generate(model, monkeypatch, capsys):
     """Run the recipe in this process; returns what it printed."""
 
     def run(folder, *more):
@@ -60,14 +60,14 @@ def draw(model, monkeypatch, capsys):
 
 
 def contents(folder):
-    """Bytes of everything that a run leaves, but for the picture that matplotlib draws."""
+    """Bytes of everything that a run leaves, except the figure that matplotlib saves."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != "grid.png")
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")
 def whole(model, tmp_path_factory):
-    """What one process draws, undisturbed."""
+    """The samples of one process, not interrupted."""
     folder = tmp_path_factory.mktemp("whole") / "samples"
     command = [sys.executable, "sample.py", *words(model, folder)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -75,9 +75,9 @@ def whole(model, tmp_path_factory):
     return folder
 
 
-def test_the_files_are_the_pipelines_own_images(model, draw, tmp_path):
+def test_the_files_are_the_pipelines_own_images(model, generate, tmp_path):
     """Rounded to 8 bits as diffusers does, not truncated."""
-    draw(tmp_path / "samples", "--class", "NC")
+    generate(tmp_path / "samples", "--class", "NC")
     pipeline = ClassConditionalLDMPipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
     for batch in (range(3), range(3, 6)):
@@ -89,7 +89,7 @@ def test_the_files_are_the_pipelines_own_images(model, draw, tmp_path):
             assert (tmp_path / f"samples/NC/{index:06d}.png").read_bytes() == encoded.getvalue()
 
 
-def test_two_processes_draw_what_one_draws(model, whole, tmp_path):
+def test_two_processes_generate_what_one_does(model, whole, tmp_path):
     """Byte for byte, the table as well: which slices a batch holds has nothing to do with the processes."""
     command = [sys.executable, *LAUNCH, "sample.py", *words(model, tmp_path / "two")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -101,7 +101,7 @@ def test_two_processes_draw_what_one_draws(model, whole, tmp_path):
     assert table.seed.nunique() == 7 and list(table.seed[:7]) == list(table.seed[7:])
 
 
-def test_a_killed_run_goes_on_and_ends_as_the_undisturbed_one(model, whole, draw, tmp_path):
+def test_a_killed_run_continues_and_equals_an_undisturbed_one(model, whole, generate, tmp_path):
     folder = tmp_path / "killed"
     command = [sys.executable, "sample.py", *words(model, folder, "--num_inference_steps", 40)]
     run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -117,17 +117,17 @@ def test_a_killed_run_goes_on_and_ends_as_the_undisturbed_one(model, whole, draw
     (folder / "NC/.000006.png.partial").write_bytes(b"half")
 
     with pytest.raises(UserError, match="steps was 40, is 2"):
-        draw(folder)
-    draw(folder, "--num_inference_steps", 40)
-    assert all(path.stat().st_mtime_ns == written for path, written in finished.items()), "and not redrawn"
-    draw(tmp_path / "undisturbed", "--num_inference_steps", 40)
+        generate(folder)
+    generate(folder, "--num_inference_steps", 40)
+    assert all(path.stat().st_mtime_ns == written for path, written in finished.items()), "kept"
+    generate(tmp_path / "undisturbed", "--num_inference_steps", 40)
     assert contents(folder) == contents(tmp_path / "undisturbed")
 
-    # Slices lost out of the middle of batches are drawn again, as they were; what is there is not touched.
+    # Slices lost out of the middle of batches are generated again, identically; the others are not touched.
     for lost in ("AD/000001.png", "NC/000006.png", "metadata.csv", "grid.png"):
         (whole / lost).rename(tmp_path / lost.replace("/", "-"))
     kept = {path: path.stat().st_mtime_ns for path in whole.glob("*/*.png")}
-    draw(whole)
+    generate(whole)
     assert len(kept) == 12 and all(path.stat().st_mtime_ns == written for path, written in kept.items())
     assert (whole / "AD/000001.png").read_bytes() == (tmp_path / "AD-000001.png").read_bytes()
     assert (whole / "NC/000006.png").read_bytes() == (tmp_path / "NC-000006.png").read_bytes()
@@ -135,7 +135,7 @@ def test_a_killed_run_goes_on_and_ends_as_the_undisturbed_one(model, whole, draw
     assert (whole / "grid.png").is_file()
 
 
-def test_a_folder_of_something_else_is_refused(draw, whole, tmp_path):
+def test_a_folder_of_something_else_is_refused(generate, whole, tmp_path):
     before = contents(whole)
     changes = {
         ("--seed", 1): "seed was 0, is 1",
@@ -145,16 +145,16 @@ def test_a_folder_of_something_else_is_refused(draw, whole, tmp_path):
     }
     for change, named in changes.items():
         with pytest.raises(UserError, match=named):
-            draw(whole, *change)
+            generate(whole, *change)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("all of it")
     with pytest.raises(UserError, match="not empty"):
-        draw(tmp_path / "mine")
+        generate(tmp_path / "mine")
     assert os.listdir(tmp_path / "mine") == ["thesis.txt"] and contents(whole) == before
 
 
-def test_wrong_numbers_are_refused(draw, tmp_path):
+def test_wrong_numbers_are_refused(generate, tmp_path):
     for change in (("--guidance_interval", 0.8, 0.2), ("--guidance_interval", 0.5), ("--num_images", 0)):
         with pytest.raises(UserError, match=f"{change[0]} "):
-            draw(tmp_path / "none", *change)
+            generate(tmp_path / "none", *change)
     assert not (tmp_path / "none").exists()

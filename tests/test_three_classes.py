@@ -1,4 +1,4 @@
-"""Three classes through every recipe by its command line, and what the models say about their data."""
+"""Three classes through every recipe by its command line, and the data records in the models."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SCANS = {
 
 
 def run(command, *words, status=0):
-    """Run a recipe as a user would; returns what it printed."""
+    """Run a recipe as a user would; returns its output."""
     words = [*command.split(), *map(str, words)]
     result = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == status, result.stdout + result.stderr
@@ -46,7 +46,7 @@ def data_dir(tmp_path_factory):
         for place, first in SCANS.items()
     }
     write_ad_nc(folder, scans, slices=(1, 2))
-    rows = [f"I{scan},person-{scan}" for names in scans.values() for scan in names]
+    rows = [f"I{scan},patient-{scan}" for names in scans.values() for scan in names]
     (folder.parent / "study.csv").write_text("\n".join(["Image Data ID,Subject", *rows]))
     write_manifest(folder, {})
     return folder
@@ -56,18 +56,18 @@ def data_dir(tmp_path_factory):
 def vae_dir(data_dir, tmp_path_factory):
     folder, table = tmp_path_factory.mktemp("three_vae"), data_dir.parent / "study.csv"
     places = ("--data_dir", data_dir, "--table", table, "--output_dir", folder)
-    said = run(f"train_vae.py {SMALL} --widths 16 32", *places)
-    assert "cannot be known" not in said, "the table tells"
+    output = run(f"train_vae.py {SMALL} --widths 16 32", *places)
+    assert "cannot be known" not in output, "the study table has the subjects"
     return folder
 
 
-def test_three_classes_are_trained_on_and_drawn(data_dir, vae_dir, tmp_path):
+def test_three_classes_are_trained_on_and_sampled(data_dir, vae_dir, tmp_path):
     ldm, table = tmp_path / "ldm", data_dir.parent / "study.csv"
     places = ("--data_dir", data_dir, "--table", table, "--vae", vae_dir, "--output_dir", ldm)
     run(f"train_ldm.py {SMALL} {UNET}", *places)
     assert json.loads((ldm / "class_embedding/config.json").read_text())["class_names"] == ["AD", "MCI", "NC"]
-    draw = "sample.py --class all --num_images 1 --num_inference_steps 1 --mixed_precision no"
-    run(draw, "--model", ldm, "--output_dir", tmp_path / "samples")
+    command = "sample.py --class all --num_images 1 --num_inference_steps 1 --mixed_precision no"
+    run(command, "--model", ldm, "--output_dir", tmp_path / "samples")
     samples = pd.read_csv(tmp_path / "samples/metadata.csv")
     assert sorted(samples.label) == ["AD", "MCI", "NC"]
 
@@ -75,21 +75,21 @@ def test_three_classes_are_trained_on_and_drawn(data_dir, vae_dir, tmp_path):
     digest = json.loads((data_dir / "manifest.json").read_text())["hash"]
     for folder in (vae_dir, ldm / "vae", ldm / "unet"):
         text = (folder / "config.json").read_text()
-        (told,) = json.loads(text)["_trained_on"]
-        assert told["hash"] == digest and "person" not in text and len(told["ids"].split()) >= 6
+        (record,) = json.loads(text)["_trained_on"]
+        assert record["hash"] == digest and "patient" not in text and len(record["ids"].split()) >= 6
     assert set(samples.data_hash) == {digest}
 
 
 def test_a_vae_that_saw_the_test_subjects_is_refused(data_dir, vae_dir, tmp_path):
-    """A class's training and test subjects trade places: what the VAE knows leaks into what is measured."""
+    """Data leakage: training and test subjects of a class are exchanged after the VAE was trained."""
     moved = shutil.copytree(data_dir, tmp_path / "moved")
     (moved / "manifest.json").unlink()
     for old, new in (("train/AD", "x"), ("test/AD", "train/AD"), ("x", "test/AD")):
         (moved / old).rename(moved / new)
     places = ("--data_dir", moved, "--vae", vae_dir, "--output_dir", tmp_path / "ldm")
-    said = run(f"train_ldm.py {SMALL} {UNET}", *places, status=1)
-    assert "cannot be known" in said, "no table this time"
-    last = said.strip().splitlines()[-1]
+    output = run(f"train_ldm.py {SMALL} {UNET}", *places, status=1)
+    assert "cannot be known" in output, "no table this time"
+    last = output.strip().splitlines()[-1]
     assert last.startswith(f"train_ldm.py: error: {vae_dir}: was trained on") and "test subjects" in last
     assert any(f"{scan}" in last for scan in range(1001, 1005))
     assert not (tmp_path / "ldm").exists()

@@ -1,4 +1,4 @@
-"""The autoencoder: grey slices to latents and back."""
+"""The autoencoder (VAE): slices to latents and back."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def build_autoencoder(
     layers_per_block: int = 1,
     mid_attention: bool = False,  # self-attention at the coarsest level: (h·w)² memory, little gain
 ) -> AutoencoderKL:
-    """Autoencoder of one-channel slices (B, 1, H, W) in [-1, 1], after Rombach et al. 2022
-    (arXiv:2112.10752), section 3.1; latents are (B, latent_channels, H / f, W / f), f = 2^(len(widths) - 1).
+    """Build an autoencoder of slices (B, 1, H, W) in [-1, 1], after Rombach et al. 2022 (arXiv:2112.10752),
+    section 3.1; latents are (B, latent_channels, H / f, W / f), f = 2^(len(widths) - 1).
 
-    Latents are not yet of unit variance: `train_vae.py` measures `latents_mean` and `latents_std` when it
-    ends and writes them into the config. `scaling_factor` stays 1, so the two say everything.
+    Its latents are not normalized yet: `train_vae.py` measures `latents_mean` and `latents_std` at its end,
+    and writes them into the config. `scaling_factor` stays 1, so that these two are the whole normalization.
 
     Raises:
-        UserError: the image cannot be halved as often as there are levels.
+        UserError: `image_size` cannot be halved once per level.
     """
     if image_size % 2 ** (len(widths) - 1):
         raise UserError(
@@ -50,28 +50,28 @@ def build_autoencoder(
 
 
 def latent_shape(vae: AutoencoderKL, image_size: int) -> tuple[int, int, int]:
-    """(C, h, w) of the latents of square slices with that side.
+    """Return the shape (C, h, w) of the latents of slices (1, image_size, image_size).
 
     Raises:
-        UserError: the side is no multiple of the factor that the autoencoder shrinks by.
+        UserError: `image_size` is not a multiple of the autoencoder's downsampling factor.
     """
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if image_size % factor:
         raise UserError(
-            f"--image_size {image_size} must be a multiple of {factor}, by which this VAE shrinks"
+            f"--image_size {image_size} must be a multiple of {factor}, this VAE's downsampling factor"
         )
     return vae.config.latent_channels, image_size // factor, image_size // factor
 
 
 class ReconstructingVAE(nn.Module):
-    """The autoencoder as its training sees it: slices in, reconstruction and posterior out.
+    """The autoencoder as a module that returns the reconstruction and the posterior, for training.
 
-    `AutoencoderKL.forward` gives no posterior, and calling its parts directly would pass by the wrapper
-    that averages gradients across processes.
+    `AutoencoderKL.forward` does not return the posterior, and calling its parts would bypass the wrapper that
+    averages gradients across processes.
 
     Args:
         vae: the autoencoder that is trained.
-        decode_in_float32: decode outside autocast, as fp16 must: its range overflows in the decoder.
+        decode_in_float32: decode without autocast; required under fp16, which overflows in the decoder.
     """
 
     def __init__(self, vae: AutoencoderKL, decode_in_float32: bool = False):
@@ -82,7 +82,7 @@ class ReconstructingVAE(nn.Module):
     def forward(
         self, images: torch.Tensor, noise: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Slices (B, 1, H, W) in [-1, 1] and standard normal noise (B, C, h, w) to reconstructions
+        """Map slices (B, 1, H, W) in [-1, 1] and standard normal noise (B, C, h, w) to reconstructions
         (B, 1, H, W), and the posterior's mean and log-variance (B, C, h, w)."""
         posterior = self.vae.encode(images).latent_dist
         latents = posterior.mean + posterior.std * noise

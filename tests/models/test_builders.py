@@ -1,4 +1,4 @@
-"""The networks that the builders make, and what they refuse."""
+"""The networks that the builders make, and the sizes that they refuse."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def test_each_level_but_one_halves_the_slice(widths, factor):
     assert mean.shape == logvar.shape == (2, *latent_shape(vae, 32)) == (2, 3, 32 // factor, 32 // factor)
 
 
-def test_the_noise_given_is_the_posteriors_draw():
+def test_the_latents_are_posterior_samples_of_the_noise():
     vae = build_autoencoder(16, widths=(16, 32))
     images = torch.rand(2, 1, 16, 16) * 2 - 1
     noise = torch.randn(2, 4, 8, 8)
@@ -49,7 +49,7 @@ def test_every_class_reaches_the_prediction():
     assert not torch.allclose(ad, null, atol=1e-5)
 
 
-def test_heads_have_the_width_asked_for():
+def test_attention_heads_have_the_given_width():
     """diffusers calls the number of heads `attention_head_dim`; swapping the two is a known trap."""
     unet = build_denoiser(4, 8, widths=(32, 64), token_dim=16, head_dim=32)
     attention = unet.mid_block.attentions[0].transformer_blocks[0].attn1

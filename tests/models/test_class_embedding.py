@@ -32,7 +32,7 @@ def test_the_null_class_has_tokens_of_its_own():
 
 
 @pytest.mark.parametrize(
-    ("asked", "labels"),
+    ("classes", "labels"),
     [
         ("AD", [0]),
         ("NC", [1]),
@@ -42,14 +42,14 @@ def test_the_null_class_has_tokens_of_its_own():
         (torch.tensor([1, 0]), [1, 0]),
     ],
 )
-def test_classes_go_by_name_or_number(asked, labels):
-    assert ClassEmbedding().labels_of(asked) == labels
+def test_classes_are_given_by_name_or_number(classes, labels):
+    assert ClassEmbedding().labels_of(classes) == labels
 
 
-@pytest.mark.parametrize("asked", ["MCI", 2, "2", -1, ["AD", "ad"]])
-def test_an_unknown_class_is_refused_with_the_known_ones(asked):
+@pytest.mark.parametrize("classes", ["MCI", 2, "2", -1, ["AD", "ad"]])
+def test_an_unknown_class_is_refused_with_the_known_ones(classes):
     with pytest.raises(ValueError, match=r"classes are AD \(0\), NC \(1\)"):
-        ClassEmbedding().labels_of(asked)
+        ClassEmbedding().labels_of(classes)
 
 
 def test_names_and_tokens_survive_saving(tmp_path):
@@ -63,6 +63,6 @@ def test_names_and_tokens_survive_saving(tmp_path):
 
 @pytest.mark.parametrize("name", ["../AD", "a/b", "a\\b", ".hidden", ""])
 def test_a_class_must_be_able_to_name_a_folder(name):
-    """Names come with a model, which may be anybody's, and name the folders of samples."""
+    """Names come with a model of unknown origin, and become the names of folders of samples."""
     with pytest.raises(ValueError, match="each must be able to name a folder"):
         ClassEmbedding((name, "NC"))
