@@ -79,8 +79,9 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
     """
     name, config = type(scheduler).__name__, scheduler.config
     options = inspect.signature(type(scheduler)).parameters
-    for option, harmless in {"prediction_type": "epsilon", "timestep_spacing": "linspace leading"}.items():
-        if option not in options and config.get(option, harmless) not in (harmless, *harmless.split()):
+    neutral = {"prediction_type": ("epsilon",), "timestep_spacing": ("linspace", "leading")}
+    for option, values in neutral.items():
+        if option not in options and config.get(option, values[0]) not in values:
             raise ValueError(f"{name} ignores {option}={config[option]!r}: take a DDIMScheduler, for example")
     alphas = getattr(scheduler, "alphas_cumprod", None)  # (num_train_timesteps,)
     trained = DDIMScheduler.from_config(config).alphas_cumprod  # DDIM has every option of the schedule
