@@ -55,7 +55,7 @@ def test_recipe_is_profiled_unchanged(bench):
 
 def test_sampling_and_encoding_have_rows(bench):
     note = bench.sampling()[0]
-    assert "more than its bare U-Net calls" in note
+    assert "more time than its U-Net calls alone" in note
     bench.encoding()
     assert float(bench.rows[-1][1]) > 0 and "encoding" in bench.rows[-1][0]
 
