@@ -140,7 +140,7 @@ def on_click(button: gr.Button, function, inputs: list) -> None:
 
 
 class Model:
-    """The pipeline and the functions of the buttons, each of which yields a message and images as HTML."""
+    """The pipeline and the functions of the buttons, which give a message and images as HTML."""
 
     def __init__(self, cfg: AppConfig):
         self.pipeline = load_pipeline(cfg.model)
@@ -214,15 +214,13 @@ class Model:
         strength: float,
         steps: int,
         guidance: float,
-    ) -> Iterator[tuple[str, str]]:
+    ) -> tuple[str, str]:
         """The uploaded slice in the target class, and its reconstruction error in its own class."""
         if pixels is None:
-            yield components.alert("Upload a slice first."), ""
-            return
+            return components.alert("Upload a slice first."), ""
         if source is None or source == target:
             missing = "two different classes" if source else "the class of the slice"
-            yield components.alert(f"Choose {missing}."), ""
-            return
+            return components.alert(f"Choose {missing}."), ""
         options = {"strength": strength, "num_inference_steps": steps, "guidance_scale": guidance}
         result = make_counterfactual(self.pipeline, torch.tensor(pixels), source, target, **options)
         limit = colour_limit(result.difference)
@@ -247,7 +245,7 @@ class Model:
             "is no stronger than the reconstruction error."
         )
         shown += components.download_link("counterfactual.zip", files, rows)
-        yield components.status(text), shown
+        return components.status(text), shown
 
     def _denoise(
         self, labels: Sequence[str], seeds: Sequence[int], steps: int, guidance: float, progress: gr.Progress
