@@ -16,10 +16,10 @@ from tqdm.auto import tqdm
 from adni_ldm.data.slices import to_float
 from adni_ldm.preprocessing.phantom import (
     CENTRE_MM,
-    PLANES,
+    NORMAL_AXIS,
     Subject,
     disease_field,
-    draw_subject,
+    sample_subject,
     render_slice,
     slice_positions,
 )
@@ -42,11 +42,11 @@ def render_again(
     """
     settings = json.loads((cohort / "manifest.json").read_text())["settings"]
     atlas, seed, size, view = load_atlas(), *(settings[name] for name in ("seed", "image_size", "plane"))
-    positions = slice_positions(settings["slices"]) + CENTRE_MM[PLANES[view]]  # metadata.csv rounds them
+    positions = slice_positions(settings["slices"]) + CENTRE_MM[NORMAL_AXIS[view]]  # metadata.csv rounds them
     rendered = []
     for row in tqdm(slices.itertuples(), total=len(slices), desc="rendering the truth", file=sys.stderr):
         index = int(row.subject.partition("p")[2])
-        subject = change(draw_subject(seed, index), row.label)
+        subject = change(sample_subject(seed, index), row.label)
         rng = np.random.default_rng(np.random.SeedSequence([seed, index, row.slice]))
         field, position = disease_field(subject, atlas), float(positions[row.slice]) + subject.x_offset
         rendered.append(

@@ -20,7 +20,6 @@ SOURCES = {  # page: (file whose docstring it begins with, {command: its setting
         {
             "prepare_data.py phantom": config.PhantomConfig,
             "prepare_data.py scans": config.ScansConfig,
-            "prepare_data.py merge": config.MergeConfig,
             "prepare_data.py check": config.CheckConfig,
         },
     ),

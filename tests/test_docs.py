@@ -21,7 +21,6 @@ COMMANDS = {
     "app.py": config.AppConfig,
     "prepare_data.py phantom": config.PhantomConfig,
     "prepare_data.py scans": config.ScansConfig,
-    "prepare_data.py merge": config.MergeConfig,
     "prepare_data.py check": config.CheckConfig,
     "adni_ldm.hub push": config.PushConfig,
     "adni_ldm.hub push-samples": config.PushSamplesConfig,

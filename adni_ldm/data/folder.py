@@ -1,64 +1,67 @@
-"""The layout of a data folder, the subjects in it, and what is wrong with it.
+"""The layout of a data folder, its subjects, and its problems.
 
 A folder is {train,val,test}/{AD,NC}/SUBJECT_SLICE.png (or .jpeg, .tif ...). Each split folder may hold a
-metadata.csv, whose columns file_name, subject, image_id and slice go before what the file's name says.
-`list_folder` is the only reader of this layout: `load_slices` refuses a folder with problems, `check_folder`
-prints them.
+metadata.csv, whose columns file_name, subject, image_id and slice override the file names. `list_folder` is
+the only reader of this layout: `load_slices` raises its problems, `check_folder` reports them.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from adni_ldm.data.persons import Person, image_key, read_persons
+import pandas as pd
+
 from adni_ldm.data.splits import SPLITS, DataError, shared_subjects
+from adni_ldm.data.study_table import image_key, index_by_image, read_table
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
-_ALIASES = {"val": ("val", "validation", "valid"), "NC": ("NC", "CN")}  # other names the same folder goes by
+_ALIASES = {"val": ("val", "validation", "valid"), "NC": ("NC", "CN")}  # other names of a folder
 _NAME = re.compile(r"(?P<subject>.+)_(?P<slice>\d+)")  # 218391_78, sub-01_78, 002_S_0413_78
-_IMAGE_ID = re.compile(r"[Ii]?\d+")  # what stands before _ is a scan's number in the archive, and no person
-
+_IMAGE_ID = re.compile(r"[Ii]?\d+")  # such a name before _ is an image ID of the archive, not a subject
 
 SUBJECTS_UNKNOWN = (
-    "the number before _ is a scan's, and one person may have several: whether two splits share a person "
-    "cannot be known from the names; give the archive's study table with --table"
+    "the file names have image IDs, and a subject may have several scans: whether two splits share a subject "
+    "cannot be known from the names; give the study table with --table"
 )
 
 
 @dataclass(frozen=True)
 class SliceFile:
-    """One image file. `subject` and `slice` are None where neither the name nor metadata.csv tells them."""
+    """One image file. `subject` and `slice` are None if neither the name nor metadata.csv has them."""
 
     path: str  # absolute, with forward slashes
     split: str  # train, val or test
     label: int  # index into class_names
     subject: str | None
     slice: int | None
-    scan: str | None = None  # which of the subject's scans; None where the subject is
+    scan: str | None = None  # image ID, or another name of the scan; None if the subject is None
     size: int = 0  # bytes
     age: float | None = None  # years
 
 
 @dataclass
 class FolderListing:
-    """What lies in a data folder, by names and sizes alone: no image is decoded."""
+    """The contents of a data folder, by names and sizes; no image is decoded."""
 
     root: Path  # the folder that holds train/
     class_names: Sequence[str] = ()
-    table: str | Path | None = None  # the study table that named the subjects
-    subjects_known: bool = True  # no, where a subject is a scan's number taken for a person
+    table: str | Path | None = None  # study table that the subjects are from
+    subjects_known: bool = True  # False where image IDs stand for subjects
     files: list[SliceFile] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)  # each names a path and what to do; training is refused
-    notes: list[str] = field(default_factory=list)  # worth knowing, no hindrance
+    problems: list[str] = field(
+        default_factory=list
+    )  # each names a path and what to do; they prevent training
+    notes: list[str] = field(default_factory=list)  # these do not prevent training
 
     def raise_problems(self) -> None:
-        """Raises DataError with the first problem, and the number of the others."""
+        """Raise DataError with the first problem and the number of the others, if there are any."""
         if self.problems:
             others = len(self.problems) - 1
             more = f" ({others} more: python prepare_data.py check {self.root})" if others else ""
@@ -68,51 +71,55 @@ class FolderListing:
 def list_folder(
     data_dir: str | Path, class_names: Sequence[str], table: str | Path | None = None
 ) -> FolderListing:
-    """Every image of a data folder with its split, label, subject and slice, and all that is wrong by name.
+    """List every image of a data folder with its split, label, subject and slice, and the folder's problems.
 
-    `data_dir` is the folder that holds train/, or a parent of it. `table` is the archive's study table: what
-    stands before _ in a file's name, or in metadata.csv's column image_id, is looked up in it, and the person
-    found there is the subject. Nothing is written, no image is decoded.
+    Nothing is written and no image is decoded.
 
-    Raises UserError where there is no such folder, or no such table.
+    Args:
+        data_dir: the folder that holds train/, or a parent of it.
+        table: the study table, in which image IDs (the name before _, or image_id of metadata.csv) are looked
+            up to find their subjects.
+
+    Raises:
+        UserError: the folder or the table is missing, or the table has no image IDs or subjects.
     """
-    persons = read_persons(table) if table else None
-    scan = FolderListing(
-        _find_root(Path(os.path.abspath(os.path.expanduser(data_dir)))), tuple(class_names), table
-    )
+    rows = read_table(table, required=("image_id", "subject")) if table else None
+    root = _find_root(Path(os.path.abspath(os.path.expanduser(data_dir))))
+    listing = FolderListing(root, tuple(class_names), table)
     for split in SPLITS:
-        folders = [scan.root / name for name in _ALIASES.get(split, (split,)) if (scan.root / name).is_dir()]
+        folders = [
+            listing.root / name for name in _ALIASES.get(split, (split,)) if (listing.root / name).is_dir()
+        ]
         if folders:
             for folder in folders:
-                _scan_split(scan, folder, split, class_names)
-            _report_empty_classes(scan, folders[0], split, class_names)
+                _list_split(listing, folder, split, class_names)
+            _report_empty_classes(listing, folders[0], split, class_names)
         elif split == "train":
-            scan.problems.append(f"{scan.root}: there is no train/ folder; put train/AD and train/NC there")
+            listing.problems.append(
+                f"{listing.root}: there is no train/ folder; put train/AD and train/NC there"
+            )
         else:
-            then = "it is taken out of train, by subject" if split == "val" else "training does without"
-            scan.notes.append(f"{scan.root}: there is no {split}/ folder; {then}")
-    if persons is not None:
-        _name_persons(scan, persons)
-    elif not scan.subjects_known:
-        scan.notes.append(f"{scan.root}: {SUBJECTS_UNKNOWN}")
-    _report_shared_subjects(scan)
-    return scan
+            then = "subjects of train are used" if split == "val" else "it is not needed for training"
+            listing.notes.append(f"{listing.root}: there is no {split}/ folder; {then}")
+    if rows is not None:
+        _apply_table(listing, rows[rows.subject != ""])
+    elif not listing.subjects_known:
+        listing.notes.append(f"{listing.root}: {SUBJECTS_UNKNOWN}")
+    _report_shared_subjects(listing)
+    return listing
 
 
 def classes_in(data_dir: str | Path) -> tuple[str, ...]:
-    """Names of the class folders of a data folder, sorted; CN is read as NC.
-
-    Raises DataError where there is no such folder.
-    """
+    """List the class folders of a data folder, sorted, with CN as NC. Raises DataError without a folder."""
     root = _find_root(Path(os.path.abspath(os.path.expanduser(data_dir))))
     folders = [root / name for split in SPLITS for name in _ALIASES.get(split, (split,))]
     names = {sub.name for folder in folders if folder.is_dir() for sub in _subfolders(folder)}
-    usual = {other: cls for cls, others in _ALIASES.items() for other in others}
-    return tuple(sorted({usual.get(name, name) for name in names}))
+    class_of = {alias: cls for cls, aliases in _ALIASES.items() for alias in aliases}
+    return tuple(sorted({class_of.get(name, name) for name in names}))
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    """Folders in a folder, sorted, without hidden ones and those that archivers leave (__MACOSX)."""
+    """The folders in a folder, sorted, without hidden ones and those of archivers (__MACOSX)."""
     try:
         return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith((".", "__")))
     except PermissionError:
@@ -120,7 +127,7 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _find_root(folder: Path, depth: int = 3) -> Path:
-    """The one folder that holds a split folder: `folder` or up to `depth` levels below (ADNI/AD_NC/train)."""
+    """Find the folder of the splits: `folder`, or one up to `depth` levels below (ADNI/AD_NC/train)."""
     if not folder.exists():
         raise DataError(f"{folder}: no such folder; give the folder that holds train/")
     if not folder.is_dir():
@@ -129,20 +136,24 @@ def _find_root(folder: Path, depth: int = 3) -> Path:
     for _ in range(depth + 1):
         found = [f for f in level if any((f / split).is_dir() for split in SPLITS)]
         if len(found) > 1:
-            raise DataError(f"{folder}: holds several data sets; give one, such as {found[0]} or {found[1]}")
+            raise DataError(
+                f"{folder}: holds several data sets; choose one, such as {found[0]} or {found[1]}"
+            )
         if found:
             return found[0]
         level = [sub for f in level for sub in _subfolders(f)]
     raise DataError(f"{folder}: there is no train/ folder in it; give the folder that holds train/AD")
 
 
-def _scan_split(scan: FolderListing, folder: Path, split: str, class_names: Sequence[str]) -> None:
-    """Adds the files, problems and notes of one split folder to `scan`."""
-    metadata = _read_metadata(scan, folder / "metadata.csv")
+def _list_split(listing: FolderListing, folder: Path, split: str, class_names: Sequence[str]) -> None:
+    """Add the files, problems and notes of one split folder to `listing`."""
+    metadata = _read_metadata(listing, folder / "metadata.csv")
     known = {name: label for label, cls in enumerate(class_names) for name in _ALIASES.get(cls, (cls,))}
     for class_folder in _subfolders(folder):
         if class_folder.name not in known:
-            scan.notes.append(f"{class_folder}: none of the classes {', '.join(class_names)}; it is not read")
+            listing.notes.append(
+                f"{class_folder}: not one of the classes {', '.join(class_names)}; it is ignored"
+            )
             metadata = {
                 name: row for name, row in metadata.items() if Path(name).parts[0] != class_folder.name
             }
@@ -155,70 +166,79 @@ def _scan_split(scan: FolderListing, folder: Path, split: str, class_names: Sequ
                 others += 1
                 continue
             row = metadata.pop(os.path.join(class_folder.name, entry.name), {})
-            _scan_file(scan, Path(entry.path), split, label, row, class_names)
+            _list_file(listing, Path(entry.path), split, label, row, class_names)
         if others:
-            scan.notes.append(f"{class_folder}: {others} files or folders are no images; they are not read")
+            listing.notes.append(
+                f"{class_folder}: {others} files or folders are not images; they are ignored"
+            )
     for name in metadata:
-        scan.problems.append(f"{folder / name}: in metadata.csv and not there; restore it or remove its row")
+        listing.problems.append(
+            f"{folder / name}: is in metadata.csv but missing; restore it or remove its row"
+        )
 
 
-def _scan_file(
-    scan: FolderListing,
+def _list_file(
+    listing: FolderListing,
     path: Path,
     split: str,
     label: int,
     row: Mapping[str, str],
     class_names: Sequence[str],
 ) -> None:
-    """Adds one image to `scan`. `row` is its line of metadata.csv, empty where it has none."""
+    """Add one image to `listing`. `row` is its row of metadata.csv, {} without one."""
     try:
         size = path.stat().st_size
-    except OSError as error:  # a link to nowhere; the datasets library would leave it out without a word
-        scan.problems.append(f"{path}: cannot be read ({error.strerror}); restore or remove it")
+    except OSError as error:  # a broken link, which the datasets library would skip silently
+        listing.problems.append(f"{path}: cannot be read ({error.strerror}); restore or remove it")
         return
     if size == 0:
-        scan.problems.append(f"{path}: the file is empty (0 bytes); copy it again or remove it")
+        listing.problems.append(f"{path}: the file is empty (0 bytes); copy it again or remove it")
         return
 
     match = _NAME.fullmatch(path.stem)
     subject = row.get("subject") or (match["subject"] if match else None)
     number = row.get("slice") or (match["slice"] if match else "")
     if subject is None:
-        scan.problems.append(f"{path}: no subject in its name; rename it SUBJECT_SLICE, such as 218391_78")
+        listing.problems.append(f"{path}: no subject in its name; rename it SUBJECT_SLICE, such as 218391_78")
     elif not number.isdecimal():
-        scan.problems.append(f"{path}: slice {number!r} is no whole number; correct it in metadata.csv")
+        listing.problems.append(f"{path}: slice {number!r} is not a whole number; correct it in metadata.csv")
     cls = class_names[label]
-    told = row.get("label") or cls
-    if told not in (*_ALIASES.get(cls, (cls,)), str(label)):
-        scan.problems.append(f"{path}: lies in {path.parent.name}/ but metadata.csv says {told}; correct one")
+    written = row.get("label") or cls
+    if written not in (*_ALIASES.get(cls, (cls,)), str(label)):
+        where = path.parent.name
+        listing.problems.append(
+            f"{path}: is in {where}/ but has label {written} in metadata.csv; correct one"
+        )
     slice_number = int(number) if number.isdecimal() else None
-    # Two visits of one person are two scans; where metadata.csv is silent the name before _ is the scan.
+    # Two visits of a subject are two scans; without either in metadata.csv, the name before _ is the scan.
     visit = f"{subject}/{row['session']}" if row.get("session") else None
-    one_scan = row.get("image_id") or visit or (match["subject"] if match else subject)
+    scan_id = row.get("image_id") or visit or (match["subject"] if match else subject)
     if subject is not None and not row.get("subject") and _IMAGE_ID.fullmatch(subject):
-        scan.subjects_known = False
+        listing.subjects_known = False
     age = row.get("age") or ""
     age = float(age) if re.fullmatch(r"\d+(\.\d*)?", age) else None
-    scan.files.append(SliceFile(path.as_posix(), split, label, subject, slice_number, one_scan, size, age))
+    listing.files.append(SliceFile(path.as_posix(), split, label, subject, slice_number, scan_id, size, age))
 
 
-def _name_persons(scan: FolderListing, persons: Mapping[str, Person]) -> None:
-    """Puts the person of the study table in the place of each file's subject."""
+def _apply_table(listing: FolderListing, rows: pd.DataFrame) -> None:
+    """Replace each file's subject, and its age where known, by that of the study table."""
+    by_image = index_by_image(rows, listing.table)
+    subjects, ages = rows.subject.to_dict(), rows.years.to_dict()
     unknown: set[str] = set()
-    for index, file in enumerate(scan.files):
+    for position, file in enumerate(listing.files):
         if file.scan is None:
             continue
-        person = persons.get(image_key(file.scan))
-        if person is None:
+        index = by_image.get(image_key(file.scan))
+        if index is None:
             unknown.add(file.scan)
             continue
-        age = file.age if person.age is None else person.age
-        scan.files[index] = dataclasses.replace(file, subject=person.subject, age=age)
-    scan.subjects_known = not unknown
+        age = file.age if math.isnan(ages[index]) else float(ages[index])
+        listing.files[position] = dataclasses.replace(file, subject=subjects[index], age=age)
+    listing.subjects_known = not unknown
     if unknown:
-        scan.problems.append(
-            f"{scan.table}: has no row for {_count(unknown, 'scan')} of {scan.root} ({_first(unknown)}); "
-            "give a table of the whole study"
+        listing.problems.append(
+            f"{listing.table}: has no row for {_count(unknown, 'scan')} of {listing.root} "
+            f"({_first(unknown)}); give the table of the whole study"
         )
 
 
@@ -232,39 +252,45 @@ def _count(things: Sized, noun: str) -> str:
     return f"{len(things)} {noun}{'s' * (len(things) != 1)}"
 
 
-def _read_metadata(scan: FolderListing, path: Path) -> dict[str, dict[str, str]]:
-    """Rows of a metadata.csv by file name, all text so that subject 007 stays so; {} where there is none."""
+def _read_metadata(listing: FolderListing, path: Path) -> dict[str, dict[str, str]]:
+    """Rows of a metadata.csv by file name, as text (subject 007 stays 007); {} without a file."""
     if not path.is_file():
         return {}
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        scan.problems.append(f"{path}: not a CSV file in UTF-8 ({error}); write it anew or remove it")
+        listing.problems.append(f"{path}: not a CSV file in UTF-8 ({error}); write it anew or remove it")
         return {}
     if rows and "file_name" not in rows[0]:
-        scan.problems.append(f"{path}: has no column file_name; add it, with paths such as AD/218391_78.png")
+        listing.problems.append(
+            f"{path}: has no column file_name; add it, with paths such as AD/218391_78.png"
+        )
         return {}
     return {os.path.normpath(row["file_name"]): row for row in rows}
 
 
-def _report_empty_classes(scan: FolderListing, folder: Path, split: str, class_names: Sequence[str]) -> None:
-    filled = {f.label for f in scan.files if f.split == split}
+def _report_empty_classes(
+    listing: FolderListing, folder: Path, split: str, class_names: Sequence[str]
+) -> None:
+    filled = {f.label for f in listing.files if f.split == split}
     for label, cls in enumerate(class_names):
         if label not in filled:
             suffixes = ", ".join(IMAGE_SUFFIXES)
-            scan.problems.append(f"{folder / cls}: no images of class {cls}; put some there ({suffixes})")
+            listing.problems.append(f"{folder / cls}: no images of class {cls}; put some there ({suffixes})")
 
 
-def _report_shared_subjects(scan: FolderListing) -> None:
-    by_split = {s: {f.subject for f in scan.files if f.split == s and f.subject is not None} for s in SPLITS}
+def _report_shared_subjects(listing: FolderListing) -> None:
+    by_split = {
+        s: {f.subject for f in listing.files if f.split == s and f.subject is not None} for s in SPLITS
+    }
     scans: dict[str, set[str]] = {}
-    for file in scan.files:
+    for file in listing.files:
         if file.scan != file.subject:
             scans.setdefault(file.subject, set()).add(file.scan)
     for (a, b), names in shared_subjects(by_split).items():
-        told = [f"{name}: scans {_first(scans[name])}" if name in scans else name for name in names]
-        scan.problems.append(
-            f"{scan.root}: {a} and {b} share {_count(names, 'subject')} ({_first(told)}); "
+        listed = [f"{name}: scans {_first(scans[name])}" if name in scans else name for name in names]
+        listing.problems.append(
+            f"{listing.root}: {a} and {b} share {_count(names, 'subject')} ({_first(listed)}); "
             "move all images of a subject to one of them"
         )

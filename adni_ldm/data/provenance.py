@@ -1,12 +1,12 @@
-"""What a model was trained on, and whether that leaks into what is held out now.
+"""Provenance of a model: the data that it was trained on, and the check for data leakage.
 
-A model's config carries, under `_trained_on`, a record for each data set that it has seen:
+A model's config has, under `_trained_on`, a record for each data set that it was trained on:
 
     {"hash": …, "hash_of": …, "ids": …}       identity of the data; its training subjects, each a salted hash
 
-(diffusers keeps config entries that begin with an underscore, and says nothing about them.) The ids answer
-"was this subject trained on?" for somebody who holds the name, and print no name. They are no secret: who
-tries all the names that there could be will find those that are in.
+(diffusers keeps config entries that begin with an underscore, and does not warn about them.) The ids answer
+"was this subject trained on?" for a given name without listing names. They are not secret: whoever tries all
+possible names finds those of the training set.
 """
 
 from __future__ import annotations
@@ -24,38 +24,41 @@ from adni_ldm.data.splits import DataError
 
 @dataclass(frozen=True)
 class DataRecord:
-    """Identity of a data set and who is in which of its splits."""
+    """Identity of a data set and the subjects of its splits."""
 
     hash: str  # 64 hex digits
-    hash_of: str  # what it is taken over
+    hash_of: str  # what the hash covers
     class_names: tuple[str, ...]
-    subjects_known: bool  # no: a subject is a scan's number, and may be one of several of a person
+    subjects_known: bool  # False: image IDs stand for subjects, and a subject may have several
     subjects: Mapping[str, Mapping[str, set[str]]]  # split: subject: names of their scans
 
 
-def describe_data(scan: FolderListing, splits: Mapping[str, Dataset]) -> DataRecord:
-    """The record of a folder and of the splits that `read_slices` made of it."""
+def describe_data(listing: FolderListing, splits: Mapping[str, Dataset]) -> DataRecord:
+    """Describe a folder and the splits that `read_slices` made of it."""
     subjects: dict[str, dict[str, set[str]]] = {}
     for split, dataset in splits.items():
         members = subjects.setdefault(split, {})
-        for subject, one in zip(dataset["subject"][:], dataset["scan"][:], strict=True):
-            members.setdefault(subject, set()).add(one)
-    return DataRecord(*data_hash(scan), tuple(scan.class_names), scan.subjects_known, subjects)
+        for subject, scan in zip(dataset["subject"][:], dataset["scan"][:], strict=True):
+            members.setdefault(subject, set()).add(scan)
+    return DataRecord(*data_hash(listing), tuple(listing.class_names), listing.subjects_known, subjects)
 
 
 def training_records(data: DataRecord, earlier: Iterable[Mapping] | None = None) -> list[dict]:
-    """The records for the config of a model trained on `data`, after those of what it started from."""
+    """Return the records of a model trained on `data`, after those of the model it started from."""
     names = {name for subject, scans in data.subjects["train"].items() for name in (subject, *scans)}
     ids = " ".join(sorted(_hashed(name, data.hash) for name in names))  # in one string: one line of JSON
     record = {"hash": data.hash, "hash_of": data.hash_of, "ids": ids}
-    return [*(dict(one) for one in earlier or () if one != record), record]
+    return [*(dict(entry) for entry in earlier or () if entry != record), record]
 
 
 def check_leakage(model: str, records: Sequence[Mapping] | None, data: DataRecord) -> None:
-    """Raise DataError if `model`, whose config holds `records`, was trained on whom `data` holds out.
+    """Check that `model`, whose config has `records`, was not trained on val or test subjects of `data`.
 
-    Compares subjects and scans, so that a model trained without the study table is caught by its scans. A
-    model without records (none of ours, or an old one) passes: nothing is known about it.
+    Compares subjects and scans, so that leakage is found in a model trained without the study table too. A
+    model without records (from elsewhere, or an old one) passes: its training data are unknown.
+
+    Raises:
+        DataError: data leakage; the message names the subjects.
     """
     for record in records or ():
         known = set(record["ids"].split())

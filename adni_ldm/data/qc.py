@@ -1,4 +1,4 @@
-"""A look at a data folder before hours of training: what is in it, and everything that is wrong with it."""
+"""Quality control (QC) of a data folder before training: its contents and all its problems."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from adni_ldm.data.slices import CLASS_NAMES, open_folder, read_image, to_grey
 from adni_ldm.data.splits import SPLITS
 from adni_ldm.errors import UserError
 
-MOST_PAIRS = 20  # duplicates that are listed one by one
+MOST_PAIRS = 20  # duplicates that are listed individually
 
 
 @dataclass
-class CheckReport:
-    """What `check_folder` found. `str(report)` is the text to print."""
+class QCReport:
+    """The result of `check_folder`. `str(report)` is the text to print."""
 
     folder: Path
     images: int = 0
@@ -32,11 +32,11 @@ class CheckReport:
     sizes: Counter[str] = field(default_factory=Counter)  # "256 x 240" (width x height): images
     modes: Counter[str] = field(default_factory=Counter)  # PIL's name of the pixel type, "L": images
     problems: list[str] = field(default_factory=list)  # each names a path and says what to do
-    notes: list[str] = field(default_factory=list)  # worth knowing, no hindrance
+    notes: list[str] = field(default_factory=list)  # these do not prevent training
     class_names: Sequence[str] = ()
     files: list[SliceFile] = field(default_factory=list)  # those that can be decoded
     intensities: dict[str, np.ndarray] = field(default_factory=dict)  # class: pixels of each grey, (256,)
-    near: list[Pair] = field(default_factory=list)  # nearly the same picture under two subjects or splits
+    near: list[Pair] = field(default_factory=list)  # near-duplicates under two subjects or splits
 
     @property
     def ok(self) -> bool:
@@ -46,14 +46,14 @@ class CheckReport:
     def __str__(self) -> str:
         lines = [f"{self.folder}: {self.images} images"]
         if self.images:
-            header = ("split", "class", "images", "subjects", "slices a subject")
+            header = ("split", "class", "images", "subjects", "slices per subject")
             lines += ["", *_align([header, *self.table]), ""]
             lines += [f"sizes  {_tally(self.sizes)}", f"modes  {_tally(self.modes)}"]
         for title, items in (("notes", self.notes), ("problems", self.problems)):
             if items:
                 lines += ["", f"{len(items)} {title if len(items) > 1 else title[:-1]}:"]
                 lines += [f"  {item}" for item in items]
-        return "\n".join([*lines, "", "ok" if self.ok else "not fit for training: see the problems above"])
+        return "\n".join([*lines, "", "ok" if self.ok else "cannot be trained on: see the problems above"])
 
 
 def check_folder(
@@ -62,30 +62,31 @@ def check_folder(
     class_names: Sequence[str] = CLASS_NAMES,
     table: str | Path | None = None,
     num_threads: int | None = None,
-) -> CheckReport:
-    """All that `load_slices` and `to_arrays` would stumble over in `data_dir`, and a count of what is there.
+) -> QCReport:
+    """Find every problem that `load_slices` and `to_arrays` would raise for `data_dir`, and count its images.
 
-    With `table`, the archive's study table, subjects are the persons that the files' image IDs belong to.
-    Decodes every image, on `num_threads` threads (by default as many as there are cores), with a progress bar
-    that `datasets.disable_progress_bars()` turns off, and looks for the same picture under two subjects or in
-    two splits: exactly the same is a problem, nearly the same a note, since a hash can err. Compares the
-    bytes with manifest.json where there is one. Raises nothing for bad data and writes nothing to the folder:
-    what is wrong is in the report's `problems`.
+    Decodes every image, on `num_threads` threads (None: one per core), with a progress bar that
+    `datasets.disable_progress_bars()` turns off; searches for duplicates across subjects and splits (exact
+    ones are problems, near-duplicates are notes, since a hash can err); and compares the bytes with
+    manifest.json if there is one. `table` is the study table that image IDs are looked up in. Bad data raise
+    nothing, and nothing is written: see the report's `problems`.
     """
     try:
-        scan = open_folder(data_dir, class_names, table)
+        listing = open_folder(data_dir, class_names, table)
     except UserError as error:
-        return CheckReport(Path(data_dir), problems=[str(error)])
-    report = CheckReport(scan.root, len(scan.files), problems=list(scan.problems), notes=list(scan.notes))
+        return QCReport(Path(data_dir), problems=[str(error)])
+    report = QCReport(
+        listing.root, len(listing.files), problems=list(listing.problems), notes=list(listing.notes)
+    )
     report.class_names = class_names
-    report.table = _count(scan.files, class_names)
-    _check_manifest(report, scan)
+    report.table = _count(listing.files, class_names)
+    _check_manifest(report, listing)
 
     contents, hashes = [], [np.empty((0, 9), np.uint64)]
-    with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:  # PIL lets go of the GIL while it decodes
-        results = pool.map(_decode, scan.files)
-        results = tqdm(results, total=len(scan.files), desc="Decoding images", unit="image")
-        for file, image in zip(scan.files, results, strict=True):
+    with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:  # PIL releases the GIL while it decodes
+        results = pool.map(_decode, listing.files)
+        results = tqdm(results, total=len(listing.files), desc="Decoding images", unit="image")
+        for file, image in zip(listing.files, results, strict=True):
             if isinstance(image, str):
                 report.problems.append(image)
                 continue
@@ -102,7 +103,7 @@ def check_folder(
 
 @dataclass(frozen=True)
 class _Image:
-    """What is kept of an image that was decoded."""
+    """What is kept of a decoded image."""
 
     size: str  # "256 x 240" (width x height)
     mode: str
@@ -112,7 +113,7 @@ class _Image:
 
 
 def _decode(file: SliceFile) -> _Image | str:
-    """What there is to know of an image; or the problem."""
+    """Decode an image. Returns the problem if it cannot be decoded."""
     try:
         image = read_image(file.path)
     except UserError as error:
@@ -127,30 +128,32 @@ def _decode(file: SliceFile) -> _Image | str:
     )
 
 
-def _check_manifest(report: CheckReport, scan: FolderListing) -> None:
-    """Says what manifest.json says, and where its hash of every byte is another one."""
+def _check_manifest(report: QCReport, listing: FolderListing) -> None:
+    """Report whether the folder matches its manifest.json, by every byte."""
     known = set(report.problems)
-    report.problems += [problem for problem in manifest_problems(scan, content=True) if problem not in known]
-    if known == set(report.problems) and (manifest := read_manifest(scan.root)):
-        report.notes.append(f"{scan.root}: is what its manifest.json says, hash {manifest['hash'][:16]}")
+    report.problems += [
+        problem for problem in manifest_problems(listing, content=True) if problem not in known
+    ]
+    if known == set(report.problems) and (manifest := read_manifest(listing.root)):
+        report.notes.append(f"{listing.root}: matches its manifest.json, hash {manifest['hash'][:16]}")
 
 
-def _report_duplicates(report: CheckReport, contents: Sequence[bytes], hashes: np.ndarray) -> None:
+def _report_duplicates(report: QCReport, contents: Sequence[bytes], hashes: np.ndarray) -> None:
     exact, report.near = find_duplicates(report.files, contents, hashes)
-    for pairs, lines, said in (
-        (exact, report.problems, "the same picture twice; remove one, or name both after their one subject"),
-        (report.near, report.notes, "nearly the same picture; look whether one person has two names"),
+    for pairs, lines, advice in (
+        (exact, report.problems, "the same image twice; remove one, or give both the same subject"),
+        (report.near, report.notes, "near-duplicates; check whether a subject has two names"),
     ):
         for pair in pairs[:MOST_PAIRS]:
-            one, other = (Path(file.path).relative_to(report.folder) for file in (pair.first, pair.second))
-            more = f" (and {pair.more} more of these two)" if pair.more else ""
-            lines.append(f"{report.folder}: {one} and {other}{more}: {said}")
+            first, second = (Path(file.path).relative_to(report.folder) for file in (pair.first, pair.second))
+            more = f" (and {pair.more} more of these two subjects)" if pair.more else ""
+            lines.append(f"{report.folder}: {first} and {second}{more}: {advice}")
         if len(pairs) > MOST_PAIRS:
-            lines.append(f"{report.folder}: {len(pairs) - MOST_PAIRS} more such pairs of subjects; {said}")
+            lines.append(f"{report.folder}: {len(pairs) - MOST_PAIRS} more such pairs of subjects; {advice}")
 
 
 def _count(files: Iterable[SliceFile], class_names: Sequence[str]) -> list[tuple[str, ...]]:
-    """One row a split and class: split, class, images, subjects, slices a subject."""
+    """One row per split and class: split, class, images, subjects, slices per subject."""
     slices: dict[tuple[str, int], Counter[str | None]] = defaultdict(Counter)
     for file in files:
         slices[file.split, file.label][file.subject] += 1
@@ -160,7 +163,7 @@ def _count(files: Iterable[SliceFile], class_names: Sequence[str]) -> list[tuple
             if not (counts := slices.get((split, label))):
                 continue
             images = counts.total()
-            counts.pop(None, None)  # files that do not tell their subject
+            counts.pop(None, None)  # files without a subject
             low, high = min(counts.values(), default=0), max(counts.values(), default=0)
             each = str(low) if low == high else f"{low} to {high}"
             rows.append((split, cls, str(images), str(len(counts)), each))
@@ -168,7 +171,7 @@ def _count(files: Iterable[SliceFile], class_names: Sequence[str]) -> list[tuple
 
 
 def _align(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows as lines of text: the two columns of names to the left, the numbers to the right."""
+    """Rows as lines of text: two left-aligned columns of names, then right-aligned numbers."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(

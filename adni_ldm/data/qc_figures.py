@@ -1,4 +1,4 @@
-"""Pictures of what `check_folder` found, so that a person sees at a glance what the numbers do not say."""
+"""QC figures of a data folder: contact sheets, histograms, near-duplicates."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import numpy as np
 import torch
 
 from adni_ldm.data.folder import SliceFile
-from adni_ldm.data.qc import CheckReport
+from adni_ldm.data.qc import QCReport
 from adni_ldm.data.slices import evenly_spaced, prepare_image, read_image
 from adni_ldm.figures import save_histograms, save_rows
 
-SIDE = 160  # pixels of a slice in a picture
+SIDE = 160  # of a slice, pixels
 COLUMNS = 8
 
 
-def draw_check(report: CheckReport, folder: str | Path) -> list[Path]:
-    """Draw what was found into `folder`, which is made; returns the pictures' paths, [] without any image.
+def save_qc_figures(report: QCReport, folder: str | Path) -> list[Path]:
+    """Save the figures of a report to `folder`, which is created. Returns their paths, [] without images.
 
-    contact_sheet.png: three rows of slices of each class, spread over its subjects and over their slices.
-    histograms.png: of each class the intensities (0 to 255, the black background left out) and, where known,
-    the ages, one a subject. near_duplicates.png, where there are any: pairs of slices above each other.
+    contact_sheet.png: three rows of slices per class, evenly over its subjects and over their slices.
+    histograms.png: intensities per class (0 to 255, without the black background) and, where known, ages, one
+    per subject. near_duplicates.png, if there are any: pairs of slices above each other.
     """
     if not report.files:
         return []
@@ -34,20 +34,20 @@ def draw_check(report: CheckReport, folder: str | Path) -> list[Path]:
     }
     by_class = {cls: files for cls, files in by_class.items() if files}
 
-    sheet = {cls: _pictures(_spread(files, 3 * COLUMNS)) for cls, files in by_class.items()}
+    sheet = {cls: _load_images(_choose(files, 3 * COLUMNS)) for cls, files in by_class.items()}
     save_rows(folder / "contact_sheet.png", sheet, columns=COLUMNS)
     save_histograms(folder / "histograms.png", _histograms(report, by_class))
     if report.near:
         pairs = report.near[:COLUMNS]
-        rows = {"one": [pair.first for pair in pairs], "other": [pair.second for pair in pairs]}
+        rows = {"first": [pair.first for pair in pairs], "second": [pair.second for pair in pairs]}
         path = folder / "near_duplicates.png"
-        save_rows(path, {title: _pictures(files) for title, files in rows.items()}, columns=COLUMNS)
-    drawn = ("contact_sheet.png", "histograms.png", "near_duplicates.png")
-    return [folder / name for name in drawn[: 3 if report.near else 2]]
+        save_rows(path, {title: _load_images(files) for title, files in rows.items()}, columns=COLUMNS)
+    names = ("contact_sheet.png", "histograms.png", "near_duplicates.png")
+    return [folder / name for name in names[: 3 if report.near else 2]]
 
 
-def _spread(files: Sequence[SliceFile], most: int) -> list[SliceFile]:
-    """Files of subjects evenly over all subjects; from one to the next, another of the subject's slices."""
+def _choose(files: Sequence[SliceFile], most: int) -> list[SliceFile]:
+    """Choose files evenly over the subjects and, from one to the next, over a subject's slices."""
     by_subject: dict[str | None, list[SliceFile]] = {}
     for file in sorted(files, key=lambda file: (file.slice or 0, file.path)):
         by_subject.setdefault(file.subject, []).append(file)
@@ -61,13 +61,13 @@ def _spread(files: Sequence[SliceFile], most: int) -> list[SliceFile]:
     return picked
 
 
-def _pictures(files: Sequence[SliceFile]) -> torch.Tensor:
+def _load_images(files: Sequence[SliceFile]) -> torch.Tensor:
     """(n, 1, H, W) in [0, 1]."""
     images = np.stack([prepare_image(read_image(file.path), SIDE) for file in files])
     return torch.from_numpy(images)[:, None] / 255
 
 
-def _histograms(report: CheckReport, by_class: dict[str, list[SliceFile]]) -> dict:
+def _histograms(report: QCReport, by_class: dict[str, list[SliceFile]]) -> dict:
     """Panels for `save_histograms`: {title: {class: (edges, shares)}}."""
     edges = np.arange(0, 257, 4)
     intensities = {}
@@ -85,7 +85,7 @@ def _histograms(report: CheckReport, by_class: dict[str, list[SliceFile]]) -> di
     if known:
         everyone = [age for years in known.values() for age in years]
         edges = np.arange(5 * (min(everyone) // 5), max(everyone) + 5.01, 5)
-        panels["age, years, one a subject"] = {
+        panels["age, years, one per subject"] = {
             cls: (edges, np.histogram(years, edges)[0] / len(years)) for cls, years in known.items()
         }
     return panels

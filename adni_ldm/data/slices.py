@@ -1,10 +1,10 @@
-"""Slices as the recipes read them: a folder of images, then uint8 arrays on disk, then tensors in [-1, 1].
+"""Slices for training: from a folder of images to uint8 arrays on disk and tensors in [-1, 1].
 
     slices = load_slices("ADNI/AD_NC")             # columns image (PIL), label, subject, scan, slice
     arrays = to_arrays(slices["train"], 256)       # image: uint8 (256, 256), made once, then memory-mapped
     loader = DataLoader(SliceTensors(arrays), 16)  # image: float32 (16, 1, 256, 256) in [-1, 1]; label: (16,)
 
-How the folder is laid out, and what is refused, stands in folder.py.
+See folder.py for the layout of the folder, and for the problems that are raised.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from adni_ldm.data.splits import SPLITS, DataError, choose_val_subjects
 
 CLASS_NAMES = ("AD", "NC")
 
-# Archives are anybody's. Pictures hardly shrink when they are packed; no slice has this many pixels.
+# Archives are untrusted. Images hardly shrink when they are packed; no slice has this many pixels.
 MOST_UNPACKED = 100  # times the size of the archive
 MOST_PIXELS = 8192**2
 
@@ -54,16 +54,20 @@ def load_slices(
     class_names: Sequence[str] = CLASS_NAMES,
     table: str | Path | None = None,
 ) -> DatasetDict:
-    """Splits train, val and, where the folder has one, test, of {train,val,test}/{AD,NC}/SUBJECT_SLICE.png.
+    """Load the splits train, val and, if there is one, test of {train,val,test}/{AD,NC}/SUBJECT_SLICE.png.
 
-    `data_dir` holds train/, or is a parent of the folder that does, or a zip of either. Columns: image
-    (datasets.Image, decoded to PIL when asked for), label (ClassLabel: index into `class_names`), subject,
-    scan (strings), slice (int64). With `table`, the archive's study table, the subject is the person that the
-    file's image ID belongs to. Without a val/ folder, about `val_fraction` of the subjects of train are set
-    aside, the same ones every time. Nothing is written to the folder; a zip is unpacked into the Hugging Face
-    cache.
+    Args:
+        data_dir: the folder that holds train/, a parent of it, or a zip of either, which is unpacked into the
+            Hugging Face cache.
+        val_fraction: of the subjects of train, for validation without a val/ folder; always the same
+        subjects. table: the study table in which image IDs are looked up to find their subjects.
 
-    Raises UserError for a folder that cannot be trained on: see `check_folder` for all its problems.
+    Returns:
+        columns image (datasets.Image, decoded to PIL), label (ClassLabel: index into `class_names`), subject,
+        scan (strings), slice (int64).
+
+    Raises:
+        UserError: the folder cannot be trained on; `check_folder` lists all its problems.
     """
     return read_slices(open_folder(data_dir, class_names, table), val_fraction)
 
@@ -71,37 +75,38 @@ def load_slices(
 def open_folder(
     data_dir: str | Path, class_names: Sequence[str] = CLASS_NAMES, table: str | Path | None = None
 ) -> FolderListing:
-    """What `list_folder` finds in a folder or zip, and where it is not what its manifest.json says."""
-    scan = list_folder(open_data_dir(data_dir), class_names, table)
-    scan.problems += manifest_problems(scan)
-    return scan
+    """List a folder or zip, and compare it with its manifest.json."""
+    listing = list_folder(open_data_dir(data_dir), class_names, table)
+    listing.problems += manifest_problems(listing)
+    return listing
 
 
-def read_slices(scan: FolderListing, val_fraction: float = 0.1) -> DatasetDict:
-    """`load_slices` of a folder that was opened. Raises DataError if it has problems."""
-    scan.raise_problems()
+def read_slices(listing: FolderListing, val_fraction: float = 0.1) -> DatasetDict:
+    """Load the slices of a listed folder; see `load_slices`. Raises DataError if it has problems."""
+    listing.raise_problems()
 
-    # Few patterns rather than 30,000 paths; made of what the scan found, so that both see the same files.
+    # Few patterns rather than 30,000 paths, made from the listing, so that both have the same files.
     patterns: dict[str, list[str]] = {}
-    for file in scan.files:
+    for file in listing.files:
         path = Path(file.path)
         pattern = f"{glob.escape(path.parent.as_posix())}/*{path.suffix}"
         if pattern not in patterns.setdefault(file.split, []):
             patterns[file.split].append(pattern)
     loaded = load_dataset("imagefolder", data_files=patterns, drop_labels=True, drop_metadata=True)
-    by_path = {file.path: file for file in scan.files}
-    splits = {split: _add_columns(dataset, by_path, scan.class_names) for split, dataset in loaded.items()}
+    by_path = {file.path: file for file in listing.files}
+    splits = {split: _add_columns(dataset, by_path, listing.class_names) for split, dataset in loaded.items()}
 
     if "val" not in splits:
-        splits["train"], splits["val"] = _set_aside(splits["train"], val_fraction, scan.root)
+        splits["train"], splits["val"] = _split_off_val(splits["train"], val_fraction, listing.root)
     return DatasetDict({split: splits[split] for split in SPLITS if split in splits})
 
 
 def open_data_dir(data_dir: str | Path) -> Path:
-    """The folder to read: `data_dir` itself, or where the Hugging Face cache has it unpacked if it is a zip.
+    """Return the folder to read: `data_dir`, or that in the Hugging Face cache which a zip is unpacked to.
 
-    Raises DataError for a file that is not a zip, or a damaged one, and for one whose members would lie
-    outside the folder, are links, or grow out of all proportion; nothing is unpacked then.
+    Raises:
+        DataError: the file is not a zip or is damaged, or a member would be outside the folder, is a link, or
+            grows out of proportion; nothing is unpacked then.
     """
     path = Path(data_dir).expanduser()
     if not path.is_file():
@@ -109,9 +114,9 @@ def open_data_dir(data_dir: str | Path) -> Path:
     try:
         with zipfile.ZipFile(path) as archive:
             members = [m for m in archive.infolist() if not m.is_dir()]
-        _refuse_unsafe(path, members)
+        _check_archive(path, members)
         folder = Path(DownloadManager().extract(str(path)))
-        # The cache goes by the path alone: unpack anew a zip that was replaced, or whose unpacking broke off.
+        # The cache key is the path: unpack again a zip that was replaced or only partly unpacked.
         if not all(_has_size(folder / m.filename, m.file_size) for m in members):
             manager = DownloadManager(download_config=DownloadConfig(force_extract=True))
             folder = Path(manager.extract(str(path)))
@@ -121,27 +126,27 @@ def open_data_dir(data_dir: str | Path) -> Path:
 
 
 def read_image(path: str | Path) -> PILImage.Image:
-    """The image of a file, decoded to its last row and upright. Raises DataError naming the file."""
+    """Read an image file completely, with its EXIF orientation applied. Raises DataError naming the file."""
     try:
         with PILImage.open(path) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, too many for a slice")
             image.load()
             if image.mode == "LAB":
-                raise ValueError("LAB colours, which PIL cannot turn to grey")
+                raise ValueError("LAB colours, which PIL cannot convert to grey")
             return ImageOps.exif_transpose(image)
     except UnidentifiedImageError as error:
         raise DataError(f"{path}: not an image despite its name; copy it again or remove it") from error
-    except Exception as error:  # a damaged file makes PIL raise OSError, SyntaxError, struct.error ...
+    except Exception as error:  # of a damaged file PIL raises OSError, SyntaxError, struct.error ...
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{path}: cannot be decoded ({reason}); copy it again or remove it") from error
 
 
 def to_grey(image: PILImage.Image) -> PILImage.Image:
-    """Any PIL image as mode L, 0 to 255. Transparent parts are laid over black.
+    """Convert any PIL image to mode L, 0 to 255, transparent parts on black.
 
     Modes of more than 8 bits (I;16, I, F) are scaled linearly by the image's own range, darkest to 0 and
-    brightest to 255: scanners use as little as 10 of the 16 bits, and a fixed scale would leave those black.
+    brightest to 255: some scanners use only 10 of the 16 bits, which a fixed scale would make black.
     """
     if image.mode == "L" and "transparency" not in image.info:
         return image
@@ -153,14 +158,14 @@ def to_grey(image: PILImage.Image) -> PILImage.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return PILImage.alpha_composite(PILImage.new("RGBA", image.size, "black"), image).convert("L")
-    return image.convert("RGB").convert("L")  # CMYK and YCbCr have no direct way to L
+    return image.convert("RGB").convert("L")  # CMYK and YCbCr have no direct conversion to L
 
 
 def prepare_image(image: PILImage.Image, image_size: int) -> np.ndarray:
-    """An image as uint8 (image_size, image_size), 0 to 255: grey, padded to a square, then resized.
+    """Convert an image to uint8 (image_size, image_size), 0 to 255: grey, padded to a square, then resized.
 
-    The padding is black and moves no pixel off the grid: 256 wide x 240 high gets 8 rows above and below and,
-    for image_size=256, is not resampled at all. Otherwise the square is resized bicubically, antialiased.
+    The padding is black, by whole pixels: 256 wide x 240 high gets 8 rows above and below and, for
+    image_size=256, is not resampled. Otherwise the square is resized bicubically with antialiasing.
     """
     grey = to_grey(image)
     side = max(grey.size)
@@ -174,11 +179,13 @@ def prepare_image(image: PILImage.Image, image_size: int) -> np.ndarray:
 
 
 def to_arrays(dataset: Dataset, image_size: int, num_proc: int | None = None) -> Dataset:
-    """The dataset with `image` made uint8 (image_size, image_size) by `prepare_image`; other columns kept.
+    """Prepare the column `image` as uint8 (image_size, image_size); other columns are kept.
 
-    Done once and kept in the Hugging Face cache as a memory-mapped Arrow file, which all processes share;
-    files that changed are read anew. Read it through `SliceTensors`, or `.with_format("numpy")`. Raises
-    DataError naming the first file that cannot be decoded.
+    The result is cached by Hugging Face as a memory-mapped Arrow file that all processes share; changed files
+    are read again. Read it through `SliceTensors`, or `.with_format("numpy")`.
+
+    Raises:
+        DataError: a file cannot be decoded; the message names the first.
     """
     features = Features({**dataset.features, "image": Array2D((image_size, image_size), "uint8")})
     return dataset.cast_column("image", Image(decode=False)).map(
@@ -203,13 +210,13 @@ def evenly_spaced(total: int, count: int) -> list[int]:
 
 
 class SliceTensors(torch.utils.data.Dataset):
-    """What `to_arrays` returns, as tensors: image float32 (1, S, S) in [-1, 1], label int64 ().
+    """The dataset of `to_arrays` as tensors: image float32 (1, S, S) in [-1, 1], label int64 ().
 
-    A DataLoader makes image (B, 1, S, S) and label (B,) of it, reading each batch at once.
+    A DataLoader collates image (B, 1, S, S) and label (B,), reading each batch at once.
     """
 
     def __init__(self, arrays: Dataset):
-        # Unless told, the numpy format hands out int64.
+        # By default, the numpy format gives int64.
         self.arrays = arrays.select_columns(["image"]).with_format("numpy", dtype=np.uint8)
         self.labels = torch.tensor(arrays["label"][:])  # int64 (N,)
         self.subjects = np.array(arrays["subject"][:])  # str (N,)
@@ -227,10 +234,10 @@ class SliceTensors(torch.utils.data.Dataset):
         return [{"image": x, "label": y} for x, y in zip(images, self.labels[list(indices)], strict=True)]
 
 
-def _refuse_unsafe(path: Path, members: Sequence[zipfile.ZipInfo]) -> None:
+def _check_archive(path: Path, members: Sequence[zipfile.ZipInfo]) -> None:
     with path.open("rb") as file:
-        if file.read(4) != b"PK\x03\x04":  # what stands before would be unpacked in a zip's place
-            raise DataError(f"{path}: does not begin as a zip file; pack it anew")
+        if file.read(4) != b"PK\x03\x04":  # content in front of a zip could be unpacked instead of it
+            raise DataError(f"{path}: does not begin like a zip file; pack it again")
     for member in members:
         posix, windows = PurePosixPath(member.filename), PureWindowsPath(member.filename)
         if posix.is_absolute() or windows.drive or windows.root or ".." in windows.parts:
@@ -238,11 +245,11 @@ def _refuse_unsafe(path: Path, members: Sequence[zipfile.ZipInfo]) -> None:
                 f"{path}: {member.filename} would be unpacked outside the folder; do not trust it"
             )
         if stat.S_ISLNK(member.external_attr >> 16):
-            raise DataError(f"{path}: {member.filename} is a link; pack it anew with the files themselves")
+            raise DataError(f"{path}: {member.filename} is a link; pack it again with the files themselves")
     size, packed = sum(member.file_size for member in members), path.stat().st_size
     if size > MOST_UNPACKED * packed:
         raise DataError(
-            f"{path}: its {packed / 1e6:.1f} MB would become {size / 1e6:.0f} MB, as no pictures do; do not "
+            f"{path}: its {packed / 1e6:.1f} MB would become {size / 1e6:.0f} MB, unlike any images; do not "
             "trust it, or unpack it yourself and give the folder"
         )
 
@@ -260,15 +267,17 @@ def _add_columns(dataset: Dataset, by_path: dict[str, SliceFile], class_names: S
     return dataset.add_column("slice", [file.slice for file in files])
 
 
-def _set_aside(train: Dataset, val_fraction: float, root: Path) -> tuple[Dataset, Dataset]:
-    """Training slices and validation slices, no subject in both."""
+def _split_off_val(train: Dataset, val_fraction: float, root: Path) -> tuple[Dataset, Dataset]:
+    """Split train into training and validation slices, by subject."""
     labels, subjects = train["label"][:], train["subject"][:]
     by_class: dict[int, set[str]] = {}
     for label, subject in zip(labels, subjects, strict=True):
         by_class.setdefault(label, set()).add(subject)
     chosen = choose_val_subjects(by_class, val_fraction)
     if not chosen:
-        raise DataError(f"{root / 'train'}: too few subjects to set any aside; add some, or a val/ folder")
+        raise DataError(
+            f"{root / 'train'}: too few subjects for a validation set; add some, or a val/ folder"
+        )
     kept = [i for i, subject in enumerate(subjects) if subject not in chosen]
     return train.select(kept), train.select([i for i, subject in enumerate(subjects) if subject in chosen])
 

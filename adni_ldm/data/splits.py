@@ -1,4 +1,9 @@
-"""Who is in which split: subjects are assigned, set aside for validation, and never shared."""
+"""Assignment of subjects to splits; no two splits share a subject.
+
+`choose_val_subjects` serves a folder without val/: a hash of the name decides, so that no file need record
+the choice. `assign_splits` serves a study with ages and sexes: it balances them, and needs the earlier
+assignment.
+"""
 
 from __future__ import annotations
 
@@ -15,24 +20,24 @@ SPLITS = ("train", "val", "test")
 
 
 class DataError(UserError):
-    """Data that cannot be used: one line that names the path and says what to do."""
+    """Data that cannot be used; the message, one line, names the path and what to do."""
 
 
 def subject_fraction(subject: str) -> float:
-    """A number in [0, 1) that depends on the subject's name alone, evenly spread over subjects.
+    """Hash a subject's name to a number, uniform in [0, 1).
 
-    A subject goes to validation if it is below the validation fraction: on every machine and in every run the
-    same, and unmoved when other subjects are added.
+    Below the validation fraction, the subject is in validation, on every machine and in every run, and
+    whatever other subjects are added.
     """
     return int.from_bytes(hashlib.sha256(subject.encode()).digest()[:6], "big") / 2**48  # 48 bits are exact
 
 
 def choose_val_subjects(subjects_by_class: Mapping[int, Iterable[str]], fraction: float) -> set[str]:
-    """The subjects to set aside for validation, about `fraction` of them, by `subject_fraction`.
+    """Choose about `fraction` of the subjects for validation, by `subject_fraction`.
 
-    A class of two subjects or more has at least one on either side: where chance leaves a side empty, the
-    subject with the smallest (for validation) or the largest number (for training) is moved there. A class of
-    one subject keeps it for training.
+    Of a class with two subjects or more, each set has at least one: where it would be empty, the subject with
+    the smallest (validation) or the largest number (training) is moved there. The one subject of a class
+    stays in training.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"val_fraction={fraction} must lie between 0 and 1")
@@ -45,37 +50,37 @@ def choose_val_subjects(subjects_by_class: Mapping[int, Iterable[str]], fraction
 
 
 def assign_splits(
-    people: pd.DataFrame,
+    subjects: pd.DataFrame,
     fractions: Mapping[str, float],
     fixed: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """The split of every subject of `people`, columns subject, label, age (years or NaN) and sex (or NaN).
+    """Assign the rows of `subjects`, columns subject, label, age (years or NaN) and sex (or NaN), to splits.
 
-    A function of one subject alone cannot balance a small cohort, and a balance over all moves subjects when
-    others arrive. So the earlier assignment is given as `fixed` (`manifest_splits` of the data's manifest, or
-    a test set that someone else chose), is kept without exception, and only the others are placed. The same
-    people, fractions and `fixed` give the same splits, whatever the order of the rows; without `fixed`,
-    adding people may move some.
+    Balancing a small cohort moves subjects when others are added. So an earlier assignment is given as
+    `fixed` (`manifest_splits` of the data's manifest, or a predefined test set) and kept, and only the others
+    are assigned. The result does not depend on the order of the rows; without `fixed`, adding subjects may
+    move some.
 
     Every class gets its share of each split to one subject, and one at least where it has as many subjects as
     there are splits. Within the class, each subject in turn, in the order of `subject_fraction`, goes where
-    subjects of their sex and their sixth of the class by age are furthest from their share: minimization
-    (Pocock & Simon 1975, doi:10.2307/2529712). `fractions` are relative: {"train": 0.7, "val": 0.15, "test":
-    0.15}; a split that is not named there gets none but the fixed.
+    subjects of the same sex and the same sixth of the class by age are furthest below their share:
+    minimization (Pocock & Simon 1975, doi:10.2307/2529712). `fractions` are relative: {"train": 0.7, "val":
+    0.15, "test": 0.15}; a split without a fraction gets only fixed subjects.
 
-    Raises ValueError for a subject in two rows, and for fractions or fixed splits that make no sense.
+    Raises:
+        ValueError: a subject has two rows, or a fraction or a fixed split is invalid.
     """
     fixed = dict(fixed or {})
     if unknown := sorted({*fractions, *fixed.values()} - set(SPLITS)):
         raise ValueError(f"no split {', '.join(unknown)}; there is {', '.join(SPLITS)}")
     if not fractions or any(not share > 0 for share in fractions.values()):
         raise ValueError(f"fractions={dict(fractions)}: give each split a share above 0")
-    if twice := sorted(people.subject[people.subject.duplicated()].unique()):
-        raise ValueError(f"subjects in two rows: {', '.join(twice[:10])}; give one row a subject")
+    if repeated := sorted(subjects.subject[subjects.subject.duplicated()].unique()):
+        raise ValueError(f"subjects in two rows: {', '.join(repeated[:10])}; give one row per subject")
     shares = {split: share / sum(fractions.values()) for split, share in fractions.items()}
     return {
         subject: split
-        for _, members in people.groupby("label", sort=True)
+        for _, members in subjects.groupby("label", sort=True)
         for subject, split in _assign_class(members, shares, fixed).items()
     }
 
@@ -83,7 +88,7 @@ def assign_splits(
 def _assign_class(
     members: pd.DataFrame, shares: Mapping[str, float], fixed: Mapping[str, str]
 ) -> dict[str, str]:
-    """`assign_splits` for the people of one class."""
+    """`assign_splits` for the subjects of one class."""
     age = pd.to_numeric(members.age, errors="coerce")
     sixth = pd.qcut(age, 6, labels=False, duplicates="drop") if age.nunique() > 1 else age * 0
     strata = {
@@ -109,9 +114,9 @@ def _assign_class(
 
 
 def _places(shares: Mapping[str, float], taken: Counter[str], count: int) -> Counter[str]:
-    """How many of `count` new subjects each split gets: one at a time, to the split that lacks most.
+    """How many of `count` new subjects each split gets: one at a time, to the split furthest below its share.
 
-    A split with nobody in it comes first, train before test before val.
+    An empty split comes first, train before test before val.
     """
     total = sum(taken[split] for split in shares) + count
     order = sorted(shares, key=("train", "test", "val").index)
@@ -124,7 +129,7 @@ def _places(shares: Mapping[str, float], taken: Counter[str], count: int) -> Cou
 
 
 def shared_subjects(subjects_by_split: Mapping[str, Iterable[str]]) -> dict[tuple[str, str], list[str]]:
-    """Subjects found in two splits, sorted, for each pair of splits that shares any."""
+    """Find the subjects of two splits, sorted, for each pair of splits that shares any."""
     sets = {split: set(names) for split, names in subjects_by_split.items()}
     shared = {(a, b): sorted(sets[a] & sets[b]) for a, b in combinations(sets, 2)}
     return {pair: names for pair, names in shared.items() if names}

@@ -1,17 +1,16 @@
-"""Many scans to pictures: in parallel, in shards, and however often it is stopped, the same bytes in the end.
+"""Many scans to slices: in parallel, resumable, and with the same bytes however often it was interrupted.
 
-    OUTPUT/.scans/plan.json          settings, scans, splits: what every shard of a job agrees on
-    OUTPUT/.scans/volumes/KEY/       the pictures of one scan; the folder appears whole or not at all
-    OUTPUT/.scans/rejected/KEY.json  why a scan has none
+    OUTPUT/.scans/plan.json          slicing settings and splits, which later runs must agree with
+    OUTPUT/.scans/volumes/KEY/       the slices of one scan; the folder is written atomically
+    OUTPUT/.scans/rejected/KEY.json  why a scan could not be used
 
-`convert_scans` fills this store, doing only what is missing; `merge_scans` makes a data folder of it.
+`convert_scans` adds what is missing to this store, then `assembly` makes the data folder of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import multiprocessing
 import os
 import shutil
@@ -30,97 +29,26 @@ from tqdm.auto import tqdm
 
 from adni_ldm.data.splits import assign_splits
 from adni_ldm.errors import UserError
+from adni_ldm.files import commit_folder, read_json, write_json
+from adni_ldm.preprocessing.assembly import DataFolder, assemble
 from adni_ldm.preprocessing.registration import Template, load_template
-from adni_ldm.preprocessing.scan_to_slices import Method, make_pictures
+from adni_ldm.preprocessing.scan_to_slices import SlicingSettings, slice_scan
 from adni_ldm.preprocessing.study import Study, StudyScan
 from adni_ldm.preprocessing.volumes import VolumeError
 
 STORE = ".scans"
-FORMAT = 1  # of the store; goes up when the same settings come to make other pictures
+FORMAT = 1  # of the store; increase it when the same settings come to give other slices
 
 
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """What a worker needs beside the scan itself; handed over once."""
-
-    input_dir: Path
-    store: Path
-    partial: Path  # of this shard alone
-    method: Method
-    template: Template | None
-
-
-_job: _Job | None = None  # of a worker process
-
-
-def _start_worker(job: _Job) -> None:
-    global _job
-    _job = job
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the workers, after the scans in hand
-    threadpool_limits(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A killed run leaves no workers that write on."""
-    wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
-
-
-def _convert(scan: StudyScan, job: _Job | None = None) -> bool:
-    """Put one scan's pictures, or the reason why it has none, into the store; whether it has any."""
-    job = job or _job
-    source = job.input_dir / scan.path
-    why = job.store / "rejected" / f"{scan.key}.json"
-    partial = job.partial / scan.key
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        try:
-            pictures = make_pictures(source, job.method, job.template)
-        except (VolumeError, MemoryError) as error:
-            reason = str(error) or "it needs more memory than there is"
-            write_json(partial / "why.json", {"reason": reason})
-            os.replace(partial / "why.json", why)
-            return False
-        for number, picture in enumerate(pictures):
-            Image.fromarray(picture).save(partial / f"{number:02d}.png", compress_level=1)
-        write_json(partial / "record.json", {"bytes": _size(source), "slices": len(pictures)})
-        final = job.store / "volumes" / scan.key
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(partial, final)
-        why.unlink(missing_ok=True)
-        return True
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _size(source: Path) -> int:
-    """Bytes of a file, or of the files in a folder."""
-    return sum(p.stat().st_size for p in (source.iterdir() if source.is_dir() else [source]) if p.is_file())
-
-
-def write_json(path: Path, value) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path):
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-# ------------------------------------------------------------------------- all scans
-
-
-def parse_shard(text: str) -> tuple[int, int]:
-    """(I, N) of "I/N", 1 <= I <= N. Raises UserError."""
-    part, _, parts = text.partition("/")
-    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
-        raise UserError(f"--shard {text}: expected I/N, such as 1/8 for the first of eight")
-    return int(part), int(parts)
+# ------------------------------------------------------------------------- splits
 
 
 def earlier_splits(output_dir: str | Path) -> dict[str, str]:
-    """{subject: split} of the runs before, {} for a first one. Raises UserError for a folder of others."""
+    """Return {subject: split} of earlier runs, {} before the first.
+
+    Raises:
+        UserError: the folder holds something else.
+    """
     output_dir = Path(output_dir)
     plan = output_dir / STORE / "plan.json"
     if plan.is_file():
@@ -132,33 +60,93 @@ def earlier_splits(output_dir: str | Path) -> dict[str, str]:
 
 
 def decide_splits(
-    people: pd.DataFrame,  # of a Study
+    subjects: pd.DataFrame,  # of a Study
     earlier: Mapping[str, str],
     val_fraction: float,
     test_fraction: float,
-    test_subjects: Collection[str] | None = None,  # exactly these are the test set; None: a share of all
+    test_subjects: Collection[str] | None = None,  # exactly these are the test set; None: a fraction of all
 ) -> dict[str, str]:
-    """{subject: split} of all people. Nobody leaves the split of an earlier run.
+    """Return {subject: split} of all subjects; no subject leaves the split of an earlier run.
 
-    Raises UserError for fractions that leave no training set, and where `test_subjects` contradict `earlier`.
+    Raises:
+        UserError: the fractions leave no training set, or `test_subjects` contradict `earlier`.
     """
     if not (0 <= val_fraction and 0 <= test_fraction and val_fraction + test_fraction < 1):
         raise UserError(
             f"val_fraction={val_fraction}, test_fraction={test_fraction}: leave some for training"
         )
     fractions = {"train": 1 - val_fraction - test_fraction, "val": val_fraction, "test": test_fraction}
-    fixed = dict(earlier)
+    fixed, names = dict(earlier), subjects.subject
     if test_subjects is not None:
-        wanted = {s for s in people.subject if s in test_subjects or s.removeprefix("sub-") in test_subjects}
-        moved = sorted(s for s in people.subject if s in earlier and (earlier[s] == "test") != (s in wanted))
+        wanted = {s for s in names if s in test_subjects or s.removeprefix("sub-") in test_subjects}
+        moved = sorted(s for s in names if s in earlier and (earlier[s] == "test") != (s in wanted))
         if moved or not wanted:
-            what = (
-                f"{moved[0]} was in {earlier[moved[0]]} before" if moved else "none is in the study's table"
-            )
+            what = f"{moved[0]} was in {earlier[moved[0]]} before" if moved else "none is in the study table"
             raise UserError(f"test subjects: {what}; correct the list, or choose another --output_dir")
         fixed |= dict.fromkeys(wanted, "test")
         fractions = {"train": 1 - val_fraction, "val": val_fraction}
-    return assign_splits(people, {k: share for k, share in fractions.items() if share > 0}, fixed)
+    return assign_splits(subjects, {split: share for split, share in fractions.items() if share > 0}, fixed)
+
+
+# ------------------------------------------------------------------------- one scan, in a worker process
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What a worker process needs beside the scan; sent to it once."""
+
+    input_dir: Path
+    store: Path
+    slicing: SlicingSettings
+    template: Template | None
+
+
+_job: _Job | None = None  # of a worker process
+
+
+def _start_worker(job: _Job) -> None:
+    global _job
+    _job = job
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the workers, after the current scans
+    threadpool_limits(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End a worker whose main process was killed, before it writes on."""
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _convert(scan: StudyScan, job: _Job | None = None) -> None:
+    """Store the slices of one scan, or the reason why it has none."""
+    job = job or _job
+    source = job.input_dir / scan.path
+    rejection = job.store / "rejected" / f"{scan.key}.json"
+    try:
+        slices = slice_scan(source, job.slicing, job.template)
+    except (VolumeError, MemoryError) as error:
+        write_json(rejection, {"reason": str(error) or "not enough memory"})
+        return
+    partial = job.store / "partial" / scan.key
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        for number, pixels in enumerate(slices):
+            Image.fromarray(pixels).save(partial / f"{number:02d}.png", compress_level=1)
+        record = {"bytes": _size(source), "slices": len(slices)}
+        commit_folder(partial, job.store / "volumes" / scan.key, "record.json", record)
+        rejection.unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _size(source: Path) -> int:
+    """Bytes of a file, or of the files in a folder."""
+    return sum(p.stat().st_size for p in (source.iterdir() if source.is_dir() else [source]) if p.is_file())
+
+
+# ------------------------------------------------------------------------- all scans
 
 
 def convert_scans(
@@ -166,48 +154,44 @@ def convert_scans(
     splits: Mapping[str, str],  # subject: train, val or test
     input_dir: str | Path,
     output_dir: str | Path,
-    method: Method,
-    workers: int | None = None,  # None: one a CPU
-    shard: tuple[int, int] = (1, 1),
-    settings: Mapping | None = None,  # for manifest.json, beside the method
-) -> int:
-    """Fill output_dir's store with the pictures of this shard's scans; how many had none yet.
+    slicing: SlicingSettings,
+    workers: int | None = None,  # None: one per CPU
+    settings: Mapping | None = None,  # for manifest.json, beside those of slicing
+) -> DataFolder:
+    """Convert the scans that have no slices yet, and make the data folder of all.
 
-    Raises UserError where the folder cannot be written, was made with other settings, or a worker died. What
-    is done by then stays, and the same call goes on from there.
+    Raises:
+        UserError: the folder cannot be written, was made with other settings or is left without any slice, or
+            a worker was killed. What is done by then stays, and the same call resumes.
     """
     store = Path(output_dir) / STORE
     workers = os.cpu_count() if workers is None else workers
     if workers < 1:
         raise UserError(f"workers={workers}: choose 1 or more")
-    part, parts = shard
-    partial = store / f"partial-{part}-{parts}"
     try:
-        for folder in (store / "volumes", store / "rejected", partial):
+        for folder in (store / "volumes", store / "rejected"):
             folder.mkdir(parents=True, exist_ok=True)
-        _write_plan(store, partial, study, splits, method, settings or {})
-        scans = [
-            scan for scan in study.scans[part - 1 :: parts] if not _is_done(store, Path(input_dir), scan)
-        ]
-        template = load_template() if scans and method.needs_template else None
-        job = _Job(Path(input_dir), store, partial, method, template)
+        _write_plan(store, splits, slicing)
+        scans = [scan for scan in study.scans if not _is_done(store, Path(input_dir), scan)]
+        template = load_template() if scans and slicing.needs_template else None
+        job = _Job(Path(input_dir), store, slicing, template)
         for _ in tqdm(_run(scans, job, workers), total=len(scans), desc="scans", unit="scan"):
             pass
-    except OSError as error:  # what concerns a scan is a VolumeError by now
+        shutil.rmtree(store / "partial", ignore_errors=True)
+        return assemble(store, study, splits, slicing, settings or {})
+    except OSError as error:  # problems of a scan are VolumeErrors
         raise UserError(
-            f"{output_dir}: cannot be written ({error.strerror or error}); mend that and run the same "
-            "command again: it goes on where it was"
+            f"{output_dir}: cannot be written ({error.strerror or error}); correct that and run the same "
+            "command again to resume"
         ) from error
     except BrokenProcessPool as error:
         raise UserError(
-            "a worker was killed, for want of memory perhaps: run the same command again, with fewer "
-            "--workers; it goes on where it was"
+            "a worker process was killed, perhaps for lack of memory: run the same command again, with fewer "
+            "--workers, to resume"
         ) from error
-    shutil.rmtree(partial, ignore_errors=True)
-    return len(scans)
 
 
-def _run(scans: Sequence[StudyScan], job: _Job, workers: int) -> Iterator[bool]:
+def _run(scans: Sequence[StudyScan], job: _Job, workers: int) -> Iterator[None]:
     if workers == 1 or len(scans) < 2:
         yield from map(functools.partial(_convert, job=job), scans)
         return
@@ -216,31 +200,25 @@ def _run(scans: Sequence[StudyScan], job: _Job, workers: int) -> Iterator[bool]:
         yield from pool.map(_convert, scans)
 
 
-def _write_plan(store: Path, partial: Path, study: Study, splits, method: Method, settings: Mapping) -> None:
-    """Leave the plan for merge_scans. Raises UserError where the store has pictures of another method."""
-    made_by = {"format": FORMAT, **dataclasses.asdict(method), "percentiles": list(method.percentiles)}
-    if (store / "plan.json").is_file():
-        earlier = read_json(store / "plan.json")["method"]
+def _write_plan(store: Path, splits: Mapping[str, str], slicing: SlicingSettings) -> None:
+    """Record settings and splits for later runs. Raises UserError if the store has other settings."""
+    made_by = {"format": FORMAT, **slicing.as_dict()}
+    plan = store / "plan.json"
+    if plan.is_file():
+        earlier = read_json(plan)["method"]
         if changed := [f"{k} {earlier.get(k)}, now {v}" for k, v in made_by.items() if earlier.get(k) != v]:
             raise UserError(
                 f"{store.parent} was made with other settings ({'; '.join(changed)}): "
                 "choose another --output_dir"
             )
-    plan = {
-        "method": made_by,
-        "settings": dict(settings),
-        "splits": dict(sorted(splits.items())),
-        "scans": [dataclasses.asdict(scan) for scan in study.scans],
-        "rejected": [dataclasses.asdict(entry) for entry in study.rejected],
-    }
-    write_json(partial / "plan.json", plan)
-    os.replace(partial / "plan.json", store / "plan.json")
+    write_json(plan, {"method": made_by, "splits": dict(sorted(splits.items()))})
 
 
 def _is_done(store: Path, input_dir: Path, scan: StudyScan) -> bool:
-    """Whether the store has the pictures of the scan as it is now. One that was rejected is tried again."""
-    record = store / "volumes" / scan.key / "record.json"
+    """Whether the store has the slices of the scan as it is now. A rejected scan is tried again."""
     try:
-        return read_json(record)["bytes"] == _size(input_dir / scan.path)
+        return read_json(store / "volumes" / scan.key / "record.json")["bytes"] == _size(
+            input_dir / scan.path
+        )
     except FileNotFoundError:
         return False

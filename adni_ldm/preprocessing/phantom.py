@@ -1,19 +1,19 @@
-"""The phantom cohort: sagittal brain slices with a known AD-NC difference, made with no download.
+"""The phantom cohort: sagittal brain slices with a known AD-NC difference, made without a download.
 
-Every subject is the MNI152 T1 template (1 mm, skull-stripped, shipped inside nilearn) seen through a
-deformation of its own. A point p of the subject, in mm, is traced back to the template in three moves:
+Each subject is the MNI152 T1 template (1 mm, skull-stripped, shipped inside nilearn) under a deformation of
+its own. A point p of the subject, in mm, is mapped to the template in three steps:
 
-1. rotation and scale about the middle of the brain;
-2. a sum of plane waves of 35 to 120 mm: the smooth difference between one healthy head and the next;
+1. rotation and scale about the centre of the brain;
+2. a sum of plane waves of 35 to 120 mm: the smooth variation between healthy subjects;
 3. disease: the flow of a velocity field built from distance maps. The walls of the lateral ventricles move
    outward along their normal by a * exp(-d / 12 mm), d the distance to the wall; the surface of the brain
    moves inward by b * exp(-depth / 12 mm) and the sulci open; the hippocampi contract about their centres.
 
-The truth of a slice, its areas of ventricle and of brain, comes from the template's masks at the very points
-its picture is sampled from. a, b and the contraction of a subject are drawn from `SEVERITY`: groups overlap.
+The ground truth of a slice, the areas of ventricle and brain, comes from the template's masks at the points
+that the slice is sampled at. a, b and the contraction are sampled from `SEVERITY`, and the groups overlap.
 
-Axes: RAS, mm, MNI152 space (x right, y anterior, z superior). Pictures: superior up; anterior to the left in
-the sagittal plane, the subject's right to the left in the coronal one.
+Axes: RAS, mm, MNI152 space (x right, y anterior, z superior). Slices: superior is up; anterior is left in the
+sagittal plane, the subject's right is left in the coronal plane.
 """
 
 import dataclasses
@@ -32,22 +32,24 @@ from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from adni_ldm.data.manifest import write_manifest
+from adni_ldm.data.splits import SPLITS
 from adni_ldm.errors import UserError
+from adni_ldm.files import check_empty_dir
+from adni_ldm.preprocessing import slicing
 from adni_ldm.preprocessing.phantom_atlas import Atlas, load_atlas
 
 CLASSES = ("AD", "NC")
-SPLITS = ("train", "val", "test")
-PLANES = {"sagittal": 0, "coronal": 1}  # axis that the plane stands on
+NORMAL_AXIS = {plane: slicing.PLANES[plane][0] for plane in ("sagittal", "coronal")}
 CONTRASTS = ("t1", "t2")
-FIELD_OF_VIEW_MM = 208.0  # side of a picture; the template's brain is 180 x 154 mm
-CENTRE_MM = np.array([0.0, -17.0, 4.0], np.float32)  # MNI point in the middle of a picture
-HALF_SPAN_MM = 24.0  # slices lie evenly so far about the middle of the brain
-LATTICE = 129  # nodes a side at which a slice's deformation is evaluated
+FIELD_OF_VIEW_MM = 208.0  # side of a slice; the template's brain is 180 x 154 mm
+CENTRE_MM = slicing.CENTRE_MM.astype(np.float32)
+HALF_SPAN_MM = 24.0  # slices are evenly spaced over this distance on either side of the centre
+LATTICE = 129  # nodes per side at which a slice's deformation is evaluated
 FLOW_STEPS = 4  # one long step would cross the thin horns of the ventricles
 HIPPOCAMPI_MM = np.array([[-26.0, -22.0, -14.0], [26.0, -22.0, -14.0]], np.float32)
 HIPPOCAMPUS_RADII_MM = np.array([8.0, 18.0, 8.0], np.float32)
 
-SEVERITY = {  # mean, standard deviation over the subjects of a class
+SEVERITY = {  # mean and standard deviation over the subjects of a class
     "AD": {"ventricle": (4.5, 1.2), "atrophy": (1.8, 0.5), "hippocampus": (0.25, 0.08), "age": (76, 7)},
     "NC": {"ventricle": (1.0, 1.2), "atrophy": (0.4, 0.5), "hippocampus": (0.04, 0.08), "age": (73, 7)},
 }
@@ -55,7 +57,7 @@ SEVERITY = {  # mean, standard deviation over the subjects of a class
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """One person: what is written about them, and the numbers that make their head.
+    """The demographics and the anatomical parameters of one subject.
 
     `ventricle` and `atrophy` are displacements in mm, `hippocampus` a relative contraction, `x_offset` mm;
     `to_template` (3, 3); `waves` = wave vectors (K, 3) in 1/mm, phases (K,), amplitudes (K, 3) in mm; `bias`
@@ -77,8 +79,8 @@ class Subject:
     noise: float
 
 
-def draw_subject(seed: int, index: int) -> Subject:
-    """Subject `index` of cohort `seed`: the same whatever the size of the cohort. Even is AD, odd is NC."""
+def sample_subject(seed: int, index: int) -> Subject:
+    """Sample subject `index` of cohort `seed`, whatever the cohort's size. Even is AD, odd is NC."""
     rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
     label = CLASSES[index % 2]
     severity = {name: rng.normal(*moments) for name, moments in SEVERITY[label].items()}
@@ -89,10 +91,10 @@ def draw_subject(seed: int, index: int) -> Subject:
     rotation, _ = np.linalg.qr(rotation)  # small angles, made orthogonal
     rotation *= np.sign(np.diag(rotation))  # qr may mirror an axis
 
-    vectors, phases = _draw_waves(rng, 24, shortest=35, longest=120)
+    vectors, phases = _sample_waves(rng, 24, shortest=35, longest=120)
     amplitude = rng.normal(size=(24, 3)) / np.linalg.norm(vectors, axis=1, keepdims=True)  # all equally steep
     amplitude *= np.array([1.0, 2.0, 2.0]) / np.sqrt((amplitude**2).sum(0) / 2)  # rms in x, y, z, mm
-    bias = (*_draw_waves(rng, 4, shortest=150, longest=300), rng.normal(0, 0.05, size=4))
+    bias = (*_sample_waves(rng, 4, shortest=150, longest=300), rng.normal(0, 0.05, size=4))
     return Subject(
         index=index,
         label=label,
@@ -110,8 +112,8 @@ def draw_subject(seed: int, index: int) -> Subject:
     )
 
 
-def _draw_waves(rng: np.random.Generator, count: int, shortest: float, longest: float) -> tuple:
-    """Wave vectors (count, 3) in 1/mm, evenly over the sphere and the lengths in mm; phases (count,)."""
+def _sample_waves(rng: np.random.Generator, count: int, shortest: float, longest: float) -> tuple:
+    """Wave vectors (count, 3) in 1/mm, uniform over the sphere and the lengths in mm; phases (count,)."""
     vectors = rng.normal(size=(count, 3))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     vectors *= 2 * np.pi / rng.uniform(shortest, longest, size=(count, 1))
@@ -136,7 +138,7 @@ def disease_field(subject: Subject, atlas: Atlas) -> np.ndarray:
 
 
 def template_points(points: np.ndarray, subject: Subject, field: np.ndarray, atlas: Atlas) -> np.ndarray:
-    """Where in the template, mm, the tissue at a subject's points (..., 3) float32, mm, comes from."""
+    """Map a subject's points (..., 3) float32, mm, to the template, mm."""
     points = CENTRE_MM + (points - CENTRE_MM) @ subject.to_template.T
     points = points + _wave_sum(points, subject.waves)
     for _ in range(FLOW_STEPS):
@@ -159,33 +161,35 @@ def render_slice(
     plane: str = "sagittal",
     contrast: str = "t1",
 ) -> tuple[np.ndarray, float, float]:
-    """Picture (H, W) uint8 of the plane at x (or y) = position_mm, 0 outside the brain; ventricle and brain
-    area, mm².
+    """Render a slice (H, W) uint8 at x (or y) = position_mm, 0 outside the brain.
 
     Pixels wider than about 1.5 mm are averages over finer points, as a scanner averages over a voxel.
+
+    Returns:
+        the slice, and the areas of ventricle and brain, mm².
     """
     finer = max(1, round(FIELD_OF_VIEW_MM / image_size))
     side = image_size * finer
     half = FIELD_OF_VIEW_MM / 2
     nodes = np.linspace(-half, half, LATTICE)
     centres = (np.arange(side) + 0.5) * FIELD_OF_VIEW_MM / side - half
-    to_centres = np.stack([np.interp(centres, nodes, one) for one in np.eye(LATTICE)], axis=1)
+    to_centres = np.stack([np.interp(centres, nodes, node) for node in np.eye(LATTICE)], axis=1)
     to_centres = to_centres.astype(np.float32)  # (side, LATTICE)
 
-    # Trace the lattice back to the template; between its nodes, 1.6 mm apart, the points are linear.
+    # Map the lattice to the template; between its nodes, 1.6 mm apart, the map is linear.
     row, column = np.meshgrid(nodes, nodes, indexing="ij")  # down, and to the right
     lattice = np.stack([CENTRE_MM[0] - column, CENTRE_MM[1] - column, CENTRE_MM[2] - row], axis=-1)
-    lattice[..., PLANES[plane]] = position_mm
+    lattice[..., NORMAL_AXIS[plane]] = position_mm
     lattice = lattice.astype(np.float32)  # (LATTICE, LATTICE, 3)
-    traced = np.moveaxis(template_points(lattice, subject, field, atlas), -1, 0)  # (3, LATTICE, LATTICE)
-    points = np.moveaxis(to_centres @ traced @ to_centres.T, 0, -1)  # (side, side, 3)
+    mapped = np.moveaxis(template_points(lattice, subject, field, atlas), -1, 0)  # (3, LATTICE, LATTICE)
+    points = np.moveaxis(to_centres @ mapped @ to_centres.T, 0, -1)  # (side, side, 3)
     brain = _sample(atlas.brain, points, atlas, spacing=1, mode="constant") > 0.5
     ventricle = brain & (_sample(atlas.ventricle, points, atlas, spacing=1, mode="constant") > 0.5)
 
-    # Fluid is 0.25 and white matter 0.86 in the template; darker fluid is closer to a scan of one person.
+    # Fluid is 0.25 and white matter 0.86 in the template; single scans have darker fluid.
     intensity = _sample(atlas.intensity, points, atlas, spacing=1, mode="constant")
     intensity = np.clip((intensity - 0.12) / 0.78, 0, None) ** subject.gamma
-    if contrast == "t2":  # fluid bright, white matter dark; the template knows no more of T2
+    if contrast == "t2":  # fluid bright, white matter dark; the template has no T2 contrast
         intensity = np.clip(1.12 - intensity, 0.05, None)
     intensity *= np.exp(to_centres @ _wave_sum(lattice, subject.bias) @ to_centres.T)
 
@@ -200,18 +204,17 @@ def render_slice(
 
 
 def slice_positions(slices: int) -> np.ndarray:
-    """Planes (slices,), mm from the middle: the middles of equal parts of -HALF_SPAN_MM .. HALF_SPAN_MM."""
+    """Positions (slices,), mm: the centres of equal parts of -HALF_SPAN_MM to HALF_SPAN_MM."""
     return ((np.arange(slices) + 0.5) / slices * 2 - 1) * HALF_SPAN_MM
 
 
-_worker_atlas: Atlas | None = None  # of a worker process: handed over once, not with every subject
+_worker_atlas: Atlas | None = None  # of a worker process: sent once, not with every subject
 
 
 def _start_worker(atlas: Atlas) -> None:
     global _worker_atlas
     _worker_atlas = atlas
-    # Matrix products in as many threads as there are cores, in as many processes, wait for each other.
-    threadpool_limits(1)
+    threadpool_limits(1)  # a process per core and threads in each would slow each other down
 
 
 def _write_subject(
@@ -225,21 +228,21 @@ def _write_subject(
     contrast: str,
     atlas: Atlas | None = None,
 ) -> list[dict]:
-    """Write one subject's pictures below root; their rows of metadata.csv, with the split added."""
+    """Write one subject's slices below root. Returns their rows of metadata.csv, with the split added."""
     index, split = task
     atlas = atlas or _worker_atlas
-    subject = draw_subject(seed, index)
+    subject = sample_subject(seed, index)
     field = disease_field(subject, atlas)
-    name = f"s{seed}p{index:0{name_width}d}"  # nobody of one cohort is taken for somebody of another
+    name = f"s{seed}p{index:0{name_width}d}"  # unique across cohorts
     rows = []
     for number, position in enumerate(slice_positions(slices)):
         rng = np.random.default_rng(np.random.SeedSequence([seed, index, number]))
-        position_mm = float(CENTRE_MM[PLANES[plane]] + position) + subject.x_offset
-        picture, ventricle, brain = render_slice(
+        position_mm = float(CENTRE_MM[NORMAL_AXIS[plane]] + position) + subject.x_offset
+        pixels, ventricle, brain = render_slice(
             subject, field, position_mm, image_size, rng, atlas, plane, contrast
         )
         file_name = f"{subject.label}/{name}_{number:02d}.png"
-        Image.fromarray(picture).save(root / split / file_name, compress_level=1)
+        Image.fromarray(pixels).save(root / split / file_name, compress_level=1)
         rows.append(
             {
                 "file_name": file_name,
@@ -259,7 +262,11 @@ def _write_subject(
 
 
 def split_subjects(subjects: int, seed: int) -> list[str]:
-    """The split of every subject: within each class 70 % train, 15 % val, 15 % test, none of them empty."""
+    """Split the subjects of each class at random: 70 % train, 15 % val, 15 % test, none of them empty.
+
+    A permutation of the seed, not `data.splits.assign_splits`: with that, all cohorts made so far, and every
+    figure reported on them, would change.
+    """
     splits = [""] * subjects
     rng = np.random.default_rng(np.random.SeedSequence([seed, subjects]))  # an index that no subject has
     for first in range(len(CLASSES)):
@@ -281,18 +288,18 @@ def write_phantom_cohort(
     plane: str = "sagittal",
     contrast: str = "t1",
 ) -> pd.DataFrame:
-    """Write a cohort as output_dir/{train,val,test}/{AD,NC}/SUBJECT_SLICE.png with a metadata.csv a split
-    and a manifest.json.
+    """Write a cohort as output_dir/{train,val,test}/{AD,NC}/SUBJECT_SLICE.png with metadata.csv and manifest.
 
-    Pictures are 8-bit grey, image_size pixels and 208 mm a side, brain only, 0 outside, superior up, anterior
-    (coronal: the subject's right) to the left. Subjects alternate AD, NC and stay within one split.
-    metadata.csv: file_name (relative to its folder), label, subject, slice, slice_mm (x; coronal: y), age,
-    sex, pixel_mm, ventricle_mm2, brain_mm2 (the truth).
-    Bytes depend on the seed and the sizes, never on `workers` (None: one a CPU). Returns the rows of all
-    splits, with a column `split`.
+    Slices are 8-bit, image_size pixels and 208 mm per side, 0 outside the brain. Subjects alternate AD, NC.
+    metadata.csv of each split: file_name (relative to its folder), label, subject, slice, slice_mm (x;
+    coronal: y), age, sex, pixel_mm, and the ground truth ventricle_mm2 and brain_mm2. The bytes depend on the
+    seed and the sizes, not on `workers` (None: one per CPU). A killed run leaves .NAME.partial alone.
 
-    Raises UserError (a ValueError) for sizes out of range and FileExistsError for an output_dir that is not
-    empty; nothing is written then. A run that is killed leaves only .NAME.partial beside output_dir.
+    Returns:
+        the rows of all splits, with a column `split`.
+
+    Raises:
+        UserError: a size is out of range, or output_dir is not empty; nothing is written then.
     """
     workers = os.cpu_count() if workers is None else workers
     for name, value, low, high in (
@@ -304,11 +311,12 @@ def write_phantom_cohort(
     ):
         if value < low or (high is not None and value > high):
             raise UserError(f"{name}={value}: choose {low} or more" + (f", at most {high}" if high else ""))
-    if plane not in PLANES or contrast not in CONTRASTS:
-        raise UserError(f"plane={plane}, contrast={contrast}: choose of {', '.join((*PLANES, *CONTRASTS))}")
+    if plane not in NORMAL_AXIS or contrast not in CONTRASTS:
+        raise UserError(
+            f"plane={plane}, contrast={contrast}: choose from {', '.join((*NORMAL_AXIS, *CONTRASTS))}"
+        )
     output_dir = Path(output_dir)
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise FileExistsError(f"{output_dir} is not an empty folder: remove it or choose another")
+    check_empty_dir(output_dir)
 
     atlas = load_atlas()
     building = output_dir.with_name(f".{output_dir.name}.partial")
@@ -331,8 +339,7 @@ def write_phantom_cohort(
     if workers == 1:
         rows = [row for task in progress(tasks) for row in write(task, atlas=atlas)]
     else:
-        # spawn: a fork of a process in which torch has started its threads can hang
-        spawn = multiprocessing.get_context("spawn")
+        spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads can hang
         with ProcessPoolExecutor(min(workers, subjects), spawn, _start_worker, (atlas,)) as pool:
             rows = [row for some in progress(pool.map(write, tasks)) for row in some]
 

@@ -1,4 +1,4 @@
-"""What every phantom subject is made from: MNI152, its masks, and where disease moves tissue."""
+"""What phantom subjects are made from: MNI152, its masks, and the displacement fields of disease."""
 
 import dataclasses
 import functools
@@ -9,11 +9,11 @@ from scipy import ndimage
 
 @dataclasses.dataclass(frozen=True)
 class Atlas:
-    """What all subjects are made from: template volumes (X, Y, Z) at 1 mm, and fields at 2 mm.
+    """Template volumes (X, Y, Z) at 1 mm, and displacement fields at 2 mm.
 
     `intensity` is T1 in [0, 1], 0 outside the brain; `brain` and `ventricle` are masks in [0, 1], smoothed to
-    be cut at 0.5. `ventricle_field` and `atrophy_field` (3, X/2, Y/2, Z/2) point from where tissue is seen to
-    where it came from, at most about 1 long. `origin_mm` (3,) is the centre of voxel 0 of both grids.
+    be thresholded at 0.5. `ventricle_field` and `atrophy_field` (3, X/2, Y/2, Z/2) point from where tissue is
+    to where it came from, at most about 1 long. `origin_mm` (3,) is the centre of voxel 0 of both grids.
     """
 
     intensity: np.ndarray
@@ -26,8 +26,8 @@ class Atlas:
 
 @functools.cache
 def load_atlas() -> Atlas:
-    """Template, masks and displacement fields, made once a process (5 s). ImportError without nilearn."""
-    from nilearn import datasets  # seconds, which the worker processes need not spend
+    """Compute template, masks and fields, once per process (5 s). Raises ImportError without nilearn."""
+    from nilearn import datasets  # slow to import; the worker processes do without
 
     template = datasets.load_mni152_template(resolution=1)
     masks = (
@@ -35,7 +35,7 @@ def load_atlas() -> Atlas:
         datasets.load_mni152_gm_template(resolution=1),
         datasets.load_mni152_wm_template(resolution=1),
     )
-    # 8 mm of room around the brain; the rest of the grid is air.
+    # Crop to 8 mm around the brain; the rest of the grid is air.
     intensity, brain, grey, white = (np.asarray(v.dataobj, np.float32) for v in (template, *masks))
     inside = ndimage.find_objects((brain > 0).astype(int))[0]
     crop = tuple(slice(max(s.start - 8, 0), s.stop + 8) for s in inside)
@@ -65,7 +65,7 @@ def load_atlas() -> Atlas:
 
 
 def _lateral_ventricles(fluid: np.ndarray, origin_mm: np.ndarray) -> np.ndarray:
-    """The connected fluid about both frontal horns; the box cuts the ambient cistern and the sulci off."""
+    """The connected fluid about both frontal horns; the box excludes the ambient cistern and the sulci."""
     low, high = (np.array(corner) - origin_mm for corner in ([-36, -58, -22], [37, 42, 34]))
     box = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
     boxed = np.zeros_like(fluid)
@@ -79,7 +79,7 @@ def _distance_and_normal(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Signed distance in mm (X/2, Y/2, Z/2), negative inside, and its gradient (3, X/2, Y/2, Z/2).
 
     The distance is smoothed by 1.5 mm, so the gradient fades where two walls are equally near instead of
-    flipping its sign there: a flow along it stops in the middle of a ventricle and cannot tear.
+    changing sign: a flow along it stops in the middle of a ventricle and remains invertible.
     """
     distance = ndimage.distance_transform_edt(~mask).astype(np.float32)
     distance -= ndimage.distance_transform_edt(mask).astype(np.float32)

@@ -1,9 +1,8 @@
 """Affine registration of a head to the MNI152 template, with SimpleITK.
 
 The template is nilearn's (ICBM 2009a, skull-stripped) at 2 mm. Mattes' mutual information (Mattes et al.
-2003, doi:10.1109/TMI.2003.809072) is measured in its brain and a rim about it, where T1 scans have dark
-fluid and bone; what lies further out (scalp, neck, jaw) has no say. Same scan, same numbers: one thread, a
-fixed seed.
+2003, doi:10.1109/TMI.2003.809072) is computed over its brain and a rim about it, where T1 scans have dark
+fluid and bone; scalp, neck and jaw do not count. The result is deterministic: one thread, a fixed seed.
 """
 
 from __future__ import annotations
@@ -14,20 +13,20 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
+from adni_ldm.preprocessing.slicing import CENTRE_MM
 from adni_ldm.preprocessing.volumes import Volume, VolumeError
 
-GRID_MM = 2  # both images while registering; the answer is an affine map, good to a fraction of that
+GRID_MM = 2  # of both images; the affine map is accurate to a fraction of that
 RIM_VOXELS = 3
-CENTRE_MM = np.array([0.0, -17.0, 4.0])  # middle of the template's brain, as in the phantom's pictures
-# Where to look for the head: it lies with the chin up or down, seldom tilted otherwise, and how far the
-# vertex of the scalp lies above the brain is not known.
+# The initial poses: heads are pitched, seldom rotated otherwise, and the distance from the vertex of the
+# scalp to the brain is unknown.
 PITCHES = (-0.3, -0.15, 0.0, 0.15, 0.3)  # radians
 LIFTS_MM = (-20.0, -10.0, 0.0, 10.0, 20.0)
-START_SIZES = (0.88, 0.95, 1.03)  # of the head's length to the template's
+START_SIZES = (0.88, 0.95, 1.03)  # ratio of the lengths of head and template
 DESCENTS = 4
-HALF_BOX_MM = 130.0  # of the scan, about the middle of its brain: what takes part
+HALF_BOX_MM = 130.0  # about the centre of the brain: the part of the scan that is used
 SIZES = (0.75, 1.35)  # ratio of the lengths of template and head, along any axis
-LEAST_CORRELATION = 0.5  # of the template and the registered scan within the brain; a good one has 0.8
+LEAST_CORRELATION = 0.5  # of template and registered scan within the brain; usually 0.8
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Template:
 
 
 def load_template() -> Template:
-    """The template that ships with nilearn (2 s). ImportError without nilearn."""
+    """Load the template that ships with nilearn (2 s). Raises ImportError without nilearn."""
     from nilearn import datasets
 
     t1 = datasets.load_mni152_template(resolution=GRID_MM)
@@ -56,10 +55,12 @@ def load_template() -> Template:
 
 
 def register(volume: Volume, centre_mm: np.ndarray, template: Template) -> np.ndarray:
-    """Affine map (4, 4) from the template's mm to the scan's, RAS.
+    """Return the affine map (4, 4) from the template's mm to the scan's, RAS.
 
-    `centre_mm` (3,) is about the middle of the brain in the scan; 20 mm off will do. Raises VolumeError where
-    the result is no likeness of the template.
+    `centre_mm` (3,) is the centre of the brain in the scan, to within 20 mm.
+
+    Raises:
+        VolumeError: the registered scan does not resemble the template.
     """
     import SimpleITK as sitk
 
@@ -68,8 +69,8 @@ def register(volume: Volume, centre_mm: np.ndarray, template: Template) -> np.nd
     rim = Volume(template.rim.astype(np.uint8), template.t1.affine)
     fixed, rim, moving = (_to_image(v) for v in (template.t1, rim, head))
     try:
-        # Coarse descents from the likeliest of many poses; a finer one from the best; then sizes and shears.
-        poses = _likely_poses(sitk, fixed, rim, moving, centre_mm)
+        # Coarse descents from the best poses, a finer one from the best result, then all 12 parameters.
+        poses = _initial_poses(sitk, fixed, rim, moving, centre_mm)
         poses = [_descend(sitk, fixed, rim, moving, p, shrinks=(4,), sampled=1.0, step_mm=2.0) for p in poses]
         pose = min(poses, key=lambda found: found[1])[0]
         pose, _ = _descend(sitk, fixed, rim, moving, pose, shrinks=(2,), sampled=0.3, step_mm=1.0)
@@ -78,15 +79,15 @@ def register(volume: Volume, centre_mm: np.ndarray, template: Template) -> np.nd
         affine.SetMatrix(pose.GetMatrix())
         affine.SetTranslation(pose.GetTranslation())
         affine, _ = _descend(sitk, fixed, rim, moving, affine, shrinks=(2, 1), sampled=0.2, step_mm=0.5)
-    except RuntimeError as error:  # ITK: too little of the template falls on the scan
-        raise VolumeError("not registered: too little of the brain lies in the scan") from error
+    except RuntimeError as error:  # ITK: too little overlap of template and scan
+        raise VolumeError("not registered: too little of the brain is in the scan") from error
     to_scan = _to_matrix(affine)
-    _check(to_scan, head, template)
+    _check_result(to_scan, head, template)
     return to_scan
 
 
-def _likely_poses(sitk, fixed, rim, moving, centre_mm: np.ndarray) -> list:
-    """The best DESCENTS similarities of a grid of pitches, heights and sizes, measured at 8 mm."""
+def _initial_poses(sitk, fixed, rim, moving, centre_mm: np.ndarray) -> list:
+    """The best DESCENTS similarities of a grid of pitches, heights and sizes, evaluated at 8 mm."""
     coarse = [sitk.BinShrink(image, [4, 4, 4]) for image in (fixed, moving)]
     mask = sitk.Resample(rim, coarse[0], sitk.Transform(), sitk.sitkNearestNeighbor)
     values = []
@@ -112,7 +113,7 @@ def _metric(sitk, rim):
 
 
 def _descend(sitk, fixed, rim, moving, start, shrinks, sampled: float, step_mm: float) -> tuple:
-    """The transform after a descent on each level of `shrinks`, and minus its mutual information."""
+    """Return the transform after descents at the levels `shrinks`, and minus its mutual information."""
     method = _metric(sitk, rim)
     method.SetMetricSamplingStrategy(method.RANDOM)
     method.SetMetricSamplingPercentage(sampled, seed=1)
@@ -130,7 +131,7 @@ def _descend(sitk, fixed, rim, moving, start, shrinks, sampled: float, step_mm: 
 
 
 def _head_on_grid(volume: Volume, centre_mm: np.ndarray) -> Volume:
-    """The scan about its brain, averaged over boxes to about GRID_MM, cut at the 99.5th percentile."""
+    """The scan about its brain, averaged to about GRID_MM, clipped at the 99.5th percentile."""
     voxel = np.linalg.solve(volume.affine[:3, :3], centre_mm - volume.affine[:3, 3])
     reach = HALF_BOX_MM / volume.spacing_mm
     low = np.clip(np.floor(voxel - reach), 0, None).astype(int)
@@ -138,7 +139,7 @@ def _head_on_grid(volume: Volume, centre_mm: np.ndarray) -> Volume:
     boxes = np.maximum(1, np.round(GRID_MM / volume.spacing_mm)).astype(int)
     counts = (high - low) // boxes
     if counts.min() < 8:
-        raise VolumeError("the brain lies outside of the scan")
+        raise VolumeError("the brain is outside the scan")
     part = volume.voxels[tuple(slice(a, a + n * b) for a, n, b in zip(low, counts, boxes, strict=True))]
     split = [size for pair in zip(counts, boxes, strict=True) for size in pair]
     coarse = part.reshape(split).mean((1, 3, 5), dtype=np.float32)
@@ -148,8 +149,8 @@ def _head_on_grid(volume: Volume, centre_mm: np.ndarray) -> Volume:
     return Volume(np.minimum(coarse, np.percentile(coarse, 99.5)), affine)
 
 
-def _check(to_scan: np.ndarray, head: Volume, template: Template) -> None:
-    """Raises VolumeError for sizes that no head has, or for a picture unlike the template."""
+def _check_result(to_scan: np.ndarray, head: Volume, template: Template) -> None:
+    """Raise VolumeError for an implausible scale, or a low correlation with the template."""
     sizes = np.linalg.svd(to_scan[:3, :3], compute_uv=False)
     if sizes.min() < SIZES[0] or sizes.max() > SIZES[1] or np.linalg.det(to_scan[:3, :3]) < 0:
         raise VolumeError(
@@ -158,16 +159,16 @@ def _check(to_scan: np.ndarray, head: Volume, template: Template) -> None:
     to_voxel = np.linalg.inv(head.affine) @ to_scan @ template.t1.affine
     shape = template.t1.voxels.shape
     moved = ndimage.affine_transform(head.voxels, to_voxel[:3, :3], to_voxel[:3, 3], shape, order=1)
-    likeness = np.corrcoef(moved[template.brain], template.t1.voxels[template.brain])[0, 1]
-    if not likeness > LEAST_CORRELATION:
+    correlation = np.corrcoef(moved[template.brain], template.t1.voxels[template.brain])[0, 1]
+    if not correlation > LEAST_CORRELATION:
         raise VolumeError(
-            f"not registered: its correlation with the template is {likeness:.2f}, below "
-            f"{LEAST_CORRELATION}; no T1 scan of a head, or one that lies oddly"
+            f"not registered: its correlation with the template is {correlation:.2f}, below "
+            f"{LEAST_CORRELATION}; not a T1 scan of a head, or an unusual pose"
         )
 
 
 def _to_image(volume: Volume):
-    """The volume as SimpleITK has it, in RAS mm: both images are given so, and no axis is turned to LPS."""
+    """The volume as a SimpleITK image in RAS mm; as both images are in RAS, no axis is flipped to LPS."""
     import SimpleITK as sitk
 
     image = sitk.GetImageFromArray(np.ascontiguousarray(volume.voxels.T))

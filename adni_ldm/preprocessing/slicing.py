@@ -1,11 +1,11 @@
-"""Slices out of a volume: where the brain is, how bright its tissue is, and the pictures.
+"""Slices of a volume: the centre of the brain, its intensity range, and the sampling of pixels.
 
-Every pixel is the mean of the scan over its own box, pixel x pixel x 1 mm, interpolated once, straight from
-the scanner's voxels: orientation, 1 mm spacing, registration and field of view are one affine map, and no
-volume is resampled that nobody looks at.
+Each pixel is the mean of the scan over its own box, pixel x pixel x 1 mm, interpolated once from the
+scanner's voxels: orientation, spacing, registration and field of view are one affine map, and no volume is
+resampled in between.
 
-Pictures are what a radiologist expects, and as the phantom's: superior up in sagittal and coronal ones,
-anterior up in axial ones; anterior to the left in sagittal ones, the patient's right to the left in others.
+Slices have the radiological orientation, as the phantom's: superior is up in the sagittal and coronal planes,
+anterior is up in the axial plane; anterior is left in the sagittal plane, the patient's right in the others.
 """
 
 from __future__ import annotations
@@ -17,41 +17,40 @@ from scipy import ndimage
 
 from adni_ldm.preprocessing.volumes import Volume, VolumeError
 
-PLANES = {"sagittal": (0, 2, 1), "coronal": (1, 2, 0), "axial": (2, 1, 0)}  # axis across, down, to the right
+PLANES = {"sagittal": (0, 2, 1), "coronal": (1, 2, 0), "axial": (2, 1, 0)}  # axes: normal, down, to the right
+CENTRE_MM = np.array([0.0, -17.0, 4.0])  # centre of the brain of MNI152, which slices are centred on
 THICKNESS_MM = 1.0
 HEAD_TOP_MM = 110.0  # from the vertex down to about the nose: the part of a head that is mostly brain
-BRAIN_TOP_MM, SCALP_TOP_MM = (
-    74.0,
-    86.0,
-)  # from the vertex to the middle of the brain, without and with a skull
-STRIPPED = 0.5  # a brain without its skull leaves more than this share of the voxels at one value
-BRAIN_RADII_MM = np.array([50.0, 65.0, 45.0])  # an ellipsoid within most brains, about the middle
+BRAIN_TOP_MM = 74.0  # from the vertex of a skull-stripped brain to its centre
+SCALP_TOP_MM = 86.0  # from the vertex of the scalp to the centre of the brain
+STRIPPED = 0.5  # skull-stripping leaves more than this share of the voxels at one value
+BRAIN_RADII_MM = np.array([50.0, 65.0, 45.0])  # of an ellipsoid about the centre that lies within most brains
 BRAIN_LITRES = (0.5, 2.5)
 
 
 @dataclass(frozen=True)
-class View:
-    """Which pictures to take: `positions_mm` along the plane's normal, right, front or up of the centre."""
+class SliceGrid:
+    """Positions and pixels of slices: `positions_mm` along the normal, to the right, anterior or superior."""
 
     plane: str
     positions_mm: tuple[float, ...]
     image_size: int  # pixels a side
-    field_of_view_mm: float  # side of a picture
+    field_of_view_mm: float  # side of a slice
 
     @property
     def pixel_mm(self) -> float:
         return self.field_of_view_mm / self.image_size
 
 
-def even_positions(slices: int, spacing_mm: float) -> tuple[float, ...]:
-    """Places of the slices, mm, evenly about 0: -19, -17 ... 19 for 20 slices 2 mm apart."""
+def evenly_about_zero(slices: int, spacing_mm: float) -> tuple[float, ...]:
+    """Return the positions of the slices, mm: -19, -17 ... 19 for 20 slices 2 mm apart."""
     return tuple(float(p) for p in (np.arange(slices) - (slices - 1) / 2) * spacing_mm)
 
 
 def find_brain(volume: Volume) -> np.ndarray:
-    """About the middle of the brain (3,), RAS mm, in a head with its skull, or in a brain without.
+    """Estimate the centre of the brain (3,), RAS mm, in a head or in a skull-stripped brain.
 
-    The vertex is found, and the centroid of what lies within HEAD_TOP_MM below it: neck and jaw do not count.
+    Takes the vertex, and the centroid of what is within HEAD_TOP_MM below it, without neck and jaw.
     """
     stride = np.maximum(1, np.round(4 / volume.spacing_mm)).astype(int)
     coarse = volume.voxels[tuple(slice(None, None, n) for n in stride)]
@@ -63,19 +62,19 @@ def find_brain(volume: Volume) -> np.ndarray:
     voxels = np.argwhere(parts == sizes.argmax()) * stride
     points = voxels @ volume.affine[:3, :3].T + volume.affine[:3, 3]  # (N, 3)
     if sizes.max() < 100:
-        raise VolumeError("no head found in it")
-    top = np.sort(points[:, 2])[-12]  # a dozen coarse voxels: not one bright one in the air
+        raise VolumeError("no head found in the scan")
+    top = np.sort(points[:, 2])[-12]  # a dozen coarse voxels: a single bright voxel of air does not count
     x, y, _ = points[points[:, 2] > top - HEAD_TOP_MM].mean(0)
     stripped = np.mean(volume.voxels == volume.voxels.flat[0]) > STRIPPED
     return np.array([x, y, top - (BRAIN_TOP_MM if stripped else SCALP_TOP_MM)])
 
 
-def mask_centre(mask: Volume) -> np.ndarray:
-    """The middle (3,), RAS mm, of the box about a brain mask. Raises VolumeError for what is none."""
+def centre_of_mask(mask: Volume) -> np.ndarray:
+    """Return the centre (3,), RAS mm, of a brain mask's bounding box. Raises VolumeError if it is none."""
     inside = mask.voxels > 0.5
     litres = np.count_nonzero(inside) * abs(np.linalg.det(mask.affine[:3, :3])) / 1e6
     if not BRAIN_LITRES[0] <= litres <= BRAIN_LITRES[1]:
-        raise VolumeError(f"its brain mask holds {litres:.2f} litres, where a brain takes 0.5 to 2.5")
+        raise VolumeError(f"its brain mask has a volume of {litres:.2f} litres; a brain has 0.5 to 2.5")
     (box,) = ndimage.find_objects(inside.astype(np.int8))
     middle = np.array([(s.start + s.stop - 1) / 2 for s in box])
     return mask.affine[:3, :3] @ middle + mask.affine[:3, 3]
@@ -84,9 +83,9 @@ def mask_centre(mask: Volume) -> np.ndarray:
 def brain_range(
     volume: Volume, centre_mm: np.ndarray, mask: Volume | None, percentiles
 ) -> tuple[float, float]:
-    """The two percentiles of the intensity inside the brain mask, or in an ellipsoid about the centre.
+    """Return two percentiles of the intensity within the brain mask, or within an ellipsoid about the centre.
 
-    `mask` lies in the scan's own space, on any grid.
+    `mask` is in the scan's space, on any grid.
     """
     step = np.maximum(1, np.round(1.5 / volume.spacing_mm)).astype(int)
     coarse = volume.voxels[tuple(slice(None, None, n) for n in step)]
@@ -99,55 +98,57 @@ def brain_range(
     else:
         inside = _sample(mask, affine, coarse.shape, 0.0) > 0.5
     if np.count_nonzero(inside) < 1000:
-        raise VolumeError("the brain lies outside of the scan")
+        raise VolumeError("the brain is outside the scan")
     low, high = np.percentile(coarse[inside], percentiles)
     if not high > low:
         raise VolumeError("the brain has no contrast: its percentiles are equal")
     return float(low), float(high)
 
 
-def cut_slices(
+def extract_slices(
     volume: Volume,
-    view: View,
-    centre_mm: np.ndarray,  # (3,), the middle of the pictures
-    to_scan: np.ndarray | None = None,  # (4, 4), from the pictures' mm to the scan's; None: the same
+    slice_grid: SliceGrid,
+    centre_mm: np.ndarray,  # (3,), the centre of the slices
+    to_scan: np.ndarray | None = None,  # (4, 4), from the slices' space to the scan's, mm; None: the same
     outside: float = 0.0,  # intensity beyond the scan
 ) -> np.ndarray:
-    """Pictures (S, H, W) float32 in the scan's units, at centre + positions along the normal of the plane."""
-    grid, fine, thick = _fine_grid(volume, view, centre_mm)
-    side = view.image_size * fine
-    pictures = np.empty((len(view.positions_mm), view.image_size, view.image_size), np.float32)
-    for picture, position in zip(pictures, view.positions_mm, strict=True):
+    """Sample slices (S, H, W) float32, in the scan's units, at the grid's positions along the normal."""
+    grid, fine, thick = _fine_grid(volume, slice_grid, centre_mm)
+    side = slice_grid.image_size * fine
+    slices = np.empty(
+        (len(slice_grid.positions_mm), slice_grid.image_size, slice_grid.image_size), np.float32
+    )
+    for pixels, position in zip(slices, slice_grid.positions_mm, strict=True):
         placed = grid.copy()
-        placed[PLANES[view.plane][0], 3] += position
+        placed[PLANES[slice_grid.plane][0], 3] += position
         placed = placed if to_scan is None else to_scan @ placed
         values = _sample(volume, placed, (thick, side, side), outside)
-        values = values.reshape(thick, view.image_size, fine, view.image_size, fine)
-        picture[:] = values.mean((0, 2, 4), dtype=np.float32)
-    return pictures
+        values = values.reshape(thick, slice_grid.image_size, fine, slice_grid.image_size, fine)
+        pixels[:] = values.mean((0, 2, 4), dtype=np.float32)
+    return slices
 
 
-def snap_to_voxels(volume: Volume, view: View, centre_mm: np.ndarray) -> np.ndarray:
-    """The centre moved by under half a voxel, so that a scan of 1 mm seen at 1 mm is not interpolated."""
-    across = PLANES[view.plane][0]
-    start = _fine_grid(volume, view, centre_mm)[0][:3, 3]
-    start[across] += view.positions_mm[0]
+def snap_to_voxels(volume: Volume, slice_grid: SliceGrid, centre_mm: np.ndarray) -> np.ndarray:
+    """Move the centre by under half a voxel, so that 1 mm voxels at 1 mm pixels are not interpolated."""
+    across = PLANES[slice_grid.plane][0]
+    start = _fine_grid(volume, slice_grid, centre_mm)[0][:3, 3]
+    start[across] += slice_grid.positions_mm[0]
     voxel = np.linalg.solve(volume.affine[:3, :3], start - volume.affine[:3, 3])
     voxel = np.round(voxel, 6)  # the same decision whichever way the file stored its axes
     return centre_mm + volume.affine[:3, :3] @ (np.floor(voxel + 0.5) - voxel)
 
 
-def _fine_grid(volume: Volume, view: View, centre_mm: np.ndarray) -> tuple[np.ndarray, int, int]:
-    """(4, 4) from (plane, row, column) of a grid finer than the pixels to mm; points a pixel, points across.
+def _fine_grid(volume: Volume, slice_grid: SliceGrid, centre_mm: np.ndarray) -> tuple[np.ndarray, int, int]:
+    """Return (4, 4) from (plane, row, column) of a fine grid to mm, and points per pixel side and thickness.
 
-    It is for a slice at position 0, and so fine that no voxel within a pixel's box is stepped over.
+    The grid is that of a slice at position 0, and fine enough to include every voxel within a pixel's box.
     """
     fine, thick = (
         max(1, int(np.ceil(box_mm / volume.spacing_mm.min() - 0.34)))
-        for box_mm in (view.pixel_mm, THICKNESS_MM)
+        for box_mm in (slice_grid.pixel_mm, THICKNESS_MM)
     )
-    across, down, right = PLANES[view.plane]
-    side, step, step_across = view.image_size * fine, view.pixel_mm / fine, THICKNESS_MM / thick
+    across, down, right = PLANES[slice_grid.plane]
+    side, step, step_across = slice_grid.image_size * fine, slice_grid.pixel_mm / fine, THICKNESS_MM / thick
     grid = np.zeros((4, 4))
     grid[across, 0] = step_across
     grid[down, 1] = grid[right, 2] = -step
@@ -159,9 +160,9 @@ def _fine_grid(volume: Volume, view: View, centre_mm: np.ndarray) -> tuple[np.nd
 
 
 def _sample(volume: Volume, grid: np.ndarray, shape: tuple[int, ...], outside: float) -> np.ndarray:
-    """Trilinear values float32 `shape` of a volume where `grid` (4, 4) takes the indices, in mm."""
+    """Trilinear values, float32 `shape`, of a volume at the points mm that `grid` (4, 4) maps indices to."""
     to_voxel = np.linalg.inv(volume.affine) @ grid
-    to_voxel = np.round(to_voxel, 9)  # without the last bits, which depend on how the axes were stored
+    to_voxel = np.round(to_voxel, 9)  # the last bits depend on how the axes were stored
     matrix, shift = to_voxel[:3, :3], to_voxel[:3, 3]
     if np.count_nonzero(matrix) == 3:
         return _sample_along_axes(volume.voxels, matrix, shift, shape, outside)
@@ -180,7 +181,7 @@ def _sample(volume: Volume, grid: np.ndarray, shape: tuple[int, ...], outside: f
 def _sample_along_axes(
     voxels: np.ndarray, matrix: np.ndarray, shift: np.ndarray, shape: tuple[int, ...], outside: float
 ) -> np.ndarray:
-    """The same where the grid's axes go along the volume's, axis by axis: a tenth of the time."""
+    """The same for a grid whose axes are parallel to the volume's, axis by axis: a tenth of the time."""
     along = np.argmax(matrix != 0, axis=0)  # axes of the volume in the order of the grid's
     values, within = voxels.transpose(along), []
     for axis, source in enumerate(along):

@@ -1,6 +1,6 @@
-"""Which scans there are, of whom: the files of a study joined with its table.
+"""The scans of a study: its files joined with its study table.
 
-Three layouts are known. An archive tree, as ADNI's downloads unpack, with the archive's CSV:
+Three layouts are supported. An archive tree, as ADNI's downloads unpack, with the archive's CSV:
 
     ADNI/SUBJECT/DESCRIPTION/DATE/IMAGE_ID/*.nii or *.dcm    Image Data ID, Subject, Group, Sex, Age ...
 
@@ -8,11 +8,11 @@ BIDS, with its own participants.tsv (participant_id, group or diagnosis, age, se
 
     sub-*/[ses-*/]anat/*_T1w.nii.gz
 
-And a plain folder with a table that has a column `path`, relative to the folder, beside subject and group.
-Each column may go by another name: `columns={"group": "DX_bl"}`.
+A plain folder with a table that has a column `path`, relative to the folder, beside subject and group. Any
+column may have another name: `columns={"group": "DX_bl"}`.
 
-A subject is in the splits if the table says who they are, whether or not their scan can be read: adding files
-moves nobody, and every part of a cluster's job comes to the same split.
+A subject of the table is assigned to a split whether or not a scan can be read, so adding files never moves a
+subject to another split.
 """
 
 from __future__ import annotations
@@ -21,13 +21,19 @@ import dataclasses
 import hashlib
 import os
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from adni_ldm.data.study_table import classify, has_path_column, left_out_notes, read_table
+from adni_ldm.data.study_table import (
+    classify,
+    excluded_notes,
+    has_path_column,
+    image_key,
+    index_by_image,
+    read_table,
+)
 from adni_ldm.errors import UserError
 from adni_ldm.preprocessing.volumes import NIFTI_SUFFIXES, is_dicom
 
@@ -36,7 +42,7 @@ _ADNI_SUBJECT = re.compile(r"\d{3}_S_\d{4,5}")
 
 @dataclasses.dataclass(frozen=True)
 class StudyScan:
-    """One scan to read. `key` is unique and begins a picture's name; age in years; "" is not known."""
+    """One scan to read. `key` is unique and begins the slices' file names; age in years; "" is unknown."""
 
     key: str
     path: str  # of the NIfTI file or the DICOM folder, relative to the input folder
@@ -50,7 +56,7 @@ class StudyScan:
 
 @dataclasses.dataclass(frozen=True)
 class Rejected:
-    """What cannot be used, and why: a file, or a row of the table without one (path "")."""
+    """A file, or a row of the table without a file (path ""), that cannot be used, with the reason."""
 
     path: str
     subject: str
@@ -60,10 +66,10 @@ class Rejected:
 
 @dataclasses.dataclass
 class Study:
-    """Scans in the order of their keys; `people`, one row a subject: subject, label, age, sex; the rest."""
+    """Scans sorted by key; `subjects`, one row each: subject, label, age, sex; what is excluded."""
 
     scans: list[StudyScan]
-    people: pd.DataFrame
+    subjects: pd.DataFrame
     rejected: list[Rejected]
     notes: list[str]
 
@@ -73,18 +79,22 @@ def read_study(
     table: str | Path | None = None,  # None: participants.tsv of a BIDS folder
     classes: Sequence[str] = ("AD", "NC"),
     columns: Mapping[str, str] | None = None,  # {"group": "DX_bl"}: the table's names where ours do not fit
-    ignore: Iterable[str] = (),  # names of files that are no scans, such as masks, as glob patterns
+    ignore: Iterable[str] = (),  # glob patterns of files that are not scans, such as masks
 ) -> Study:
-    """The scans of a folder with what a table says of them. Raises UserError for what is wrong as a whole."""
+    """Find the scans of a folder and join them with the study table.
+
+    Raises:
+        UserError: the folder or the table is missing, or the table as a whole cannot be used.
+    """
     root = Path(input_dir)
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder; give the one that holds the scans")
+        raise UserError(f"{root}: no such folder; give the folder of the scans")
     bids = any(root.glob("sub-*")) and not has_path_column(table, columns)
     table = Path(table) if table else root / "participants.tsv"
     if not table.is_file():
         more = "" if bids else " (columns such as Image Data ID, Subject, Group, Age, Sex), with --table"
-        raise UserError(f"{table}: no such file; give the table that says who is who{more}")
-    rows = read_table(table, columns or {})
+        raise UserError(f"{table}: no such file; give the study table{more}")
+    rows = read_table(table, columns)
     if bids:
         rows["subject"] = "sub-" + rows.subject.str.removeprefix("sub-")
     if "path" in rows:
@@ -94,20 +104,23 @@ def read_study(
     if usable.empty:
         raise UserError(f"{table}: no row of {' or '.join(classes)}; see --classes and --columns")
     by_subject = usable.groupby("subject", sort=True)
-    people = by_subject.agg(label=("label", "first"), age=("years", "min"), sex=("sex", "max")).reset_index()
-    people["sex"] = people.sex.where(people.sex != "")
+    subjects = by_subject.agg(
+        label=("label", "first"), age=("years", "min"), sex=("sex", "max")
+    ).reset_index()
+    subjects["sex"] = subjects.sex.where(subjects.sex != "")
 
     files = find_scans(root, bids, ignore)
-    linked, rejected = _link(root, files, rows, table)
+    linked, rejected = _join(root, files, rows, table)
     scans = [_to_scan(path, rows.loc[index], bids) for path, index in linked]
-    _refuse_same_keys(scans)
-    return Study(sorted(scans, key=lambda scan: scan.key), people, rejected, left_out_notes(rows, classes))
+    _check_keys(scans)
+    scans.sort(key=lambda scan: scan.key)
+    return Study(scans, subjects, rejected, excluded_notes(rows, classes))
 
 
 def find_scans(root: Path, bids: bool = False, ignore: Iterable[str] = ()) -> list[str]:
-    """Paths relative to `root`, sorted, of all NIfTI files and of all folders with DICOM files below it.
+    """List the NIfTI files and the folders of DICOM files below `root`, as sorted relative paths.
 
-    In BIDS only anat/*_T1w. Hidden names are passed over, and names that match a pattern of `ignore`.
+    In BIDS only anat/*_T1w. Hidden names, and names that match a pattern of `ignore`, are skipped.
     """
     found = []
     for place, folders, names in os.walk(root):
@@ -132,20 +145,20 @@ def find_scans(root: Path, bids: bool = False, ignore: Iterable[str] = ()) -> li
     return [path.relative_to(root).as_posix() for path in found]
 
 
-def _link(
+def _join(
     root: Path, files: Sequence[str], rows: pd.DataFrame, table: Path
 ) -> tuple[list[tuple[str, int]], list[Rejected]]:
-    """Pairs of a file and its row; files without a row, rows without a file, rows that are rejected."""
+    """Pairs of a file and its row; and rejected files without a row, rows without a file, and bad rows."""
     if "path" in rows:
-        find_row = _finder_by_path(rows)
+        find_row = _find_by_path(rows)
         files = sorted({*files, *(p for p in rows.path if p and (root / p).exists())})
     elif "image_id" in rows:
-        find_row = _finder_by_image(root, rows, table)
+        find_row = _find_by_image(root, rows, table)
     else:
-        find_row = _finder_by_subject(rows, table)
+        find_row = _find_by_subject(rows, table)
     linked, rejected, taken = [], [], {}
     for path in files:
-        index = _LEAVES if _leaves(root, path) else find_row(path)
+        index = _OUTSIDE if _leads_outside(root, path) else find_row(path)
         if isinstance(index, str):
             rejected.append(Rejected(path, "", "", index))
             continue
@@ -165,18 +178,18 @@ def _link(
     return linked, rejected
 
 
-_NO_ROW = "no row of the table is about it"
-_LEAVES = "lies outside the folder of scans, by its path or by a link; move it there"
+_NO_ROW = "no row of the table matches it"
+_OUTSIDE = "is outside the folder of scans, by its path or by a link; move it there"
 
 
-def _leaves(root: Path, path: str) -> bool:
-    """Whether a file, a folder or a link in that folder leads out of `root`: scans may be anybody's."""
+def _leads_outside(root: Path, path: str) -> bool:
+    """Whether a file, a folder or a link in that folder points outside `root`: archives are untrusted."""
     full, root = root / path, root.resolve()
     inside = [Path(entry) for entry in os.scandir(full) if entry.is_symlink()] if full.is_dir() else []
-    return not all(one.resolve().is_relative_to(root) for one in (full, *inside))
+    return not all(entry.resolve().is_relative_to(root) for entry in (full, *inside))
 
 
-def _finder_by_path(rows: pd.DataFrame):
+def _find_by_path(rows: pd.DataFrame):
     by_path = {}
     for index, path in rows.path.items():
         if path and by_path.setdefault(path, index) != index:
@@ -184,43 +197,39 @@ def _finder_by_path(rows: pd.DataFrame):
     return lambda path: by_path.get(path, _NO_ROW)
 
 
-def _finder_by_image(root: Path, rows: pd.DataFrame, table: Path):
-    by_image = {}
-    for index, name in rows.image_id.items():
-        number = name.lstrip("IiDd")
-        if number and by_image.setdefault(number, index) != index:
-            first = rows.loc[by_image[number]]
-            if first.subject != rows.subject[index] or first.label != rows.label[index]:
-                raise UserError(f"{table}: image {name} has two rows that differ; keep one")
+def _find_by_image(root: Path, rows: pd.DataFrame, table: Path):
+    by_image = index_by_image(rows, table)
 
     def find(path: str) -> int | str:
         number = _image_number(root, path)
         if number not in by_image:
             return _NO_ROW if number else "no image ID in its path, such as …/I14437/…"
         subject = rows.subject[by_image[number]]
-        told = {match[0] for match in map(_ADNI_SUBJECT.search, Path(path).parts) if match}
-        if told and _ADNI_SUBJECT.fullmatch(subject) and subject not in told:
-            return f"lies under {', '.join(sorted(told))}, but the table has its image of {subject}"
+        in_path = {match[0] for match in map(_ADNI_SUBJECT.search, Path(path).parts) if match}
+        if in_path and _ADNI_SUBJECT.fullmatch(subject) and subject not in in_path:
+            return (
+                f"is in a folder of {', '.join(sorted(in_path))}, but the table lists its image for {subject}"
+            )
         return by_image[number]
 
     return find
 
 
 def _image_number(root: Path, path: str) -> str | None:
-    """14437 of …_I14437.nii, else of a folder I14437 or 14437. A folder S12345 is a series, no image."""
+    """14437 of …_I14437.nii, else of a folder I14437 or 14437. A folder S12345 is a series, not an image."""
     full = root / path
     name = full.name if full.is_file() else next((n for n in sorted(os.listdir(full)) if n[0] != "."), "")
     if match := re.search(r"_I(\d+)(?=[._]|$)", name):
         return match[1]
     folders = Path(path).parts if full.is_dir() else Path(path).parent.parts
-    matches = (re.fullmatch(r"[ID]?(\d+)", folder) for folder in reversed(folders))
-    return next((match[1] for match in matches if match), None)
+    numbers = map(image_key, reversed(folders))
+    return next((number for number in numbers if number.isdecimal()), None)
 
 
-def _finder_by_subject(rows: pd.DataFrame, table: Path):
-    if (twice := rows.subject[rows.subject.duplicated()]).any():
+def _find_by_subject(rows: pd.DataFrame, table: Path):
+    if (repeated := rows.subject[rows.subject.duplicated()]).any():
         raise UserError(
-            f"{table}: {twice.iloc[0]} has several rows, and no column tells which file each is about; "
+            f"{table}: {repeated.iloc[0]} has several rows, and no column names the file of each; "
             "name one with --columns image_id=NAME or path=NAME"
         )
     by_subject = {subject: index for index, subject in rows.subject.items()}
@@ -235,15 +244,17 @@ def _to_scan(path: str, row: pd.Series, bids: bool) -> StudyScan:
         session = session or next((p[4:] for p in Path(path).parts if p.startswith("ses-")), "")
     elif image_id:
         key = f"{row.subject}_{image_id}"
-    else:  # a name that stays when other scans come
+    else:  # a key that does not change when other scans are added
         key = "_".join(filter(None, [row.subject, session, hashlib.sha256(path.encode()).hexdigest()[:6]]))
     key = re.sub(r"[^\w.+-]", "-", key).lstrip(".")
     return StudyScan(key, path, row.subject, row.label, session, image_id, row.age, row.sex)
 
 
-def _refuse_same_keys(scans: Sequence[StudyScan]) -> None:
-    by_key = defaultdict(list)
+def _check_keys(scans: Sequence[StudyScan]) -> None:
+    """Raise UserError if two scans would write slices of the same name."""
+    path_of: dict[str, str] = {}
     for scan in scans:
-        by_key[scan.key].append(scan.path)
-    if twice := next((paths for paths in by_key.values() if len(paths) > 1), None):
-        raise UserError(f"{twice[0]} and {twice[1]} would have pictures of the same name; move one away")
+        if path_of.setdefault(scan.key, scan.path) != scan.path:
+            raise UserError(
+                f"{path_of[scan.key]} and {scan.path} would write slices of the same name; move one away"
+            )

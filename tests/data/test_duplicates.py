@@ -11,7 +11,7 @@ from PIL import Image
 
 from adni_ldm.data.duplicates import NEAR, difference_hash, near_pairs
 from adni_ldm.data.qc import check_folder
-from adni_ldm.data.qc_figures import draw_check
+from adni_ldm.data.qc_figures import save_qc_figures
 
 
 def test_one_picture_in_two_splits_is_a_problem_in_any_format(ad_nc_folder):
@@ -19,7 +19,7 @@ def test_one_picture_in_two_splits_is_a_problem_in_any_format(ad_nc_folder):
     Image.open(folder / "train/AD/1001_78.png").convert("RGB").save(folder / "test/AD/3009_12.bmp")
     report = check_folder(folder)
     (problem,) = report.problems
-    assert "test/AD/3009_12.bmp and train/AD/1001_78.png: the same picture twice" in problem
+    assert "test/AD/3009_12.bmp and train/AD/1001_78.png: the same image twice" in problem
     assert not any("3009" in pair.first.path + pair.second.path for pair in report.near), "said once"
 
 
@@ -45,9 +45,9 @@ def test_nearly_the_same_picture_of_two_subjects_is_mentioned_once_and_drawn(pha
         )
     report = check_folder(folder)
     assert report.ok, "a hash can err: a note, no problem"
-    (note,) = [note for note in report.notes if "nearly the same picture" in note]
+    (note,) = [note for note in report.notes if "near-duplicates" in note]
     assert "test/AD/twin_0.png" in note and originals[0].name in note and "2 more of these two" in note
-    drawn = draw_check(report, tmp_path / "figures")
+    drawn = save_qc_figures(report, tmp_path / "figures")
     assert [path.name for path in drawn] == ["contact_sheet.png", "histograms.png", "near_duplicates.png"]
     assert all(Image.open(path).size[0] > 200 for path in drawn)
 

@@ -73,9 +73,9 @@ def test_scans_that_the_table_does_not_know_are_refused(ad_nc_folder, tmp_path):
     ("text", "said"),
     [
         (None, "no such file"),
-        ("", "no table that can be read"),
-        ("Subject,Age\n1,2\n", "no column Image Data ID; it has Subject, Age"),
-        ("Image Data ID,Subject\nI1,a\n1,b\n", "image 1 is of a and of b"),
+        ("", "not a table in UTF-8"),
+        ("Subject,Age\n1,2\n", "no column for the image id among Subject, Age"),
+        ("Image Data ID,Subject\nI1,a\n1,b\n", "image 1 has two rows that differ (a; b)"),
     ],
 )
 def test_what_is_no_study_table(ad_nc_folder, tmp_path, text, said):
@@ -108,10 +108,10 @@ def test_three_classes_in_the_order_asked_for_and_two_of_three(ad_nc_folder):
 def test_a_folder_that_is_not_what_its_manifest_says_is_refused(ad_nc_folder):
     folder = ad_nc_folder(suffix=".bmp")  # every file has the same size
     write_manifest(folder, {})
-    assert any("is what its manifest.json says" in note for note in check_folder(folder).notes)
+    assert any("matches its manifest.json" in note for note in check_folder(folder).notes)
     Image.open(folder / "test/AD/3001_78.bmp").rotate(180).save(folder / "test/AD/3001_78.bmp")
     (problem,) = check_folder(folder).problems  # loading compares names and sizes, the check every byte
-    assert "manifest.json: test/AD is not what it was" in problem
+    assert "manifest.json: test/AD has changed since" in problem
     (folder / "train/NC/2001_78.bmp").unlink()
-    with pytest.raises(DataError, match="manifest.json: train/NC is not what it was"):
+    with pytest.raises(DataError, match="manifest.json: train/NC has changed since"):
         load_slices(folder)

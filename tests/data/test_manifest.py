@@ -74,7 +74,11 @@ def test_it_names_no_machine_and_no_user_and_leaves_nothing_else(ad_nc_folder, t
 def test_what_is_no_manifest_is_refused(ad_nc_folder):
     folder = ad_nc_folder()
     assert read_manifest(folder) is None
-    for text, said in (("{", "no manifest"), ('{"format": 99}', "format 99"), ("[]", "no manifest")):
+    for text, said in (
+        ("{", "not a readable manifest"),
+        ('{"format": 99}', "format 99"),
+        ("[]", "not a readable manifest"),
+    ):
         (folder / "manifest.json").write_text(text)
         with pytest.raises(DataError, match=said) as error:
             read_manifest(folder)

@@ -69,9 +69,9 @@ def metadata(text: str):
         (no_subject, "no subject"),
         (no_train, "no train/ folder"),
         (metadata("path\nAD/1001_78.jpeg\n"), "no column file_name"),
-        (metadata("file_name\nAD/gone_1.jpeg\n"), "gone_1.jpeg: in metadata.csv and not there"),
-        (metadata("file_name,label\nAD/1001_78.jpeg,NC\n"), "metadata.csv says NC"),
-        (metadata("file_name,slice\nAD/1001_78.jpeg,x\n"), "'x' is no whole number"),
+        (metadata("file_name\nAD/gone_1.jpeg\n"), "gone_1.jpeg: is in metadata.csv but missing"),
+        (metadata("file_name,label\nAD/1001_78.jpeg,NC\n"), "has label NC in metadata.csv"),
+        (metadata("file_name,slice\nAD/1001_78.jpeg,x\n"), "'x' is not a whole number"),
         (metadata("file_name,subject\nAD/1001_78.jpeg,J\xf6rg\n"), "UTF-8"),
     ],
 )
@@ -132,10 +132,10 @@ def test_pictures_land_in_the_data_only_if_asked_to(ad_nc_folder, monkeypatch, c
     folder = ad_nc_folder()
     monkeypatch.chdir(folder)
     assert prepare_data.check(["."]) == 0
-    assert "would lie inside the data" in capsys.readouterr().out and not (folder / "check").exists()
+    assert "would be inside the data" in capsys.readouterr().out and not (folder / "check").exists()
     monkeypatch.chdir(folder.parent)
     assert prepare_data.check([str(folder), "--classes", "AD,CN"]) == 0
     drawn = sorted(path.name for path in (folder.parent / "check").iterdir())
     assert {"contact_sheet.png", "histograms.png"} <= set(drawn)
     prepare_data.check([str(folder), "--figures", "none"])
-    assert "pictures" not in capsys.readouterr().out.splitlines()[-1]
+    assert "figures" not in capsys.readouterr().out.splitlines()[-1]

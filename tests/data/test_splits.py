@@ -79,9 +79,9 @@ def test_a_test_set_that_someone_else_chose_is_kept():
         ({"fractions": {"train": 1, "dev": 1}}, "no split dev"),
         ({"fractions": {"train": 1, "val": 0}}, "above 0"),
         ({"fixed": {"0_S_0001": "holdout"}}, "no split holdout"),
-        ({"people": pd.concat([draw_people(5)] * 2)}, "two rows: 0_S_0000"),
+        ({"subjects": pd.concat([draw_people(5)] * 2)}, "two rows: 0_S_0000"),
     ],
 )
 def test_what_makes_no_sense_is_refused(change, said):
     with pytest.raises(ValueError, match=said):
-        assign_splits(**{"people": draw_people(5), "fractions": FRACTIONS} | change)
+        assign_splits(**{"subjects": draw_people(5), "fractions": FRACTIONS} | change)

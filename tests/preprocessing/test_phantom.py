@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from adni_ldm.errors import UserError
 from adni_ldm.preprocessing import phantom
 from adni_ldm.preprocessing.phantom import write_phantom_cohort
 
@@ -123,7 +124,7 @@ def test_groups_differ_as_the_disease_and_overlap(forty):
 def test_ventricle_truth_follows_the_push_and_shows_as_dark():
     """More push on the same head: a larger true area, and darker where it grew."""
     atlas = phantom.load_atlas()
-    subject = phantom.draw_subject(seed=0, index=1)
+    subject = phantom.sample_subject(seed=0, index=1)
     areas, darks = [], []
     for push in (0.0, 3.0, 6.0):
         pushed = dataclasses.replace(subject, ventricle=push)
@@ -164,7 +165,7 @@ def test_bad_arguments_write_nothing(tmp_path, bad):
 
 def test_a_folder_in_use_is_refused_and_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="not an empty folder"):
+    with pytest.raises(UserError, match="is not empty"):
         write_phantom_cohort(tmp_path, **TINY)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 

@@ -1,4 +1,4 @@
-"""prepare_data.py scans from end to end: killed, resumed, sharded or short of room, the same bytes."""
+"""prepare_data.py scans from end to end: killed, resumed or short of room, the same bytes."""
 
 import hashlib
 import json
@@ -22,13 +22,12 @@ from adni_ldm.data.folder import list_folder
 from adni_ldm.data.manifest import read_manifest
 from adni_ldm.errors import UserError
 from adni_ldm.preprocessing import conversion as convert
-from adni_ldm.preprocessing.assembly import merge_scans
 from adni_ldm.preprocessing.conversion import convert_scans, decide_splits, earlier_splits
-from adni_ldm.preprocessing.scan_to_slices import Method
+from adni_ldm.preprocessing.scan_to_slices import SlicingSettings
 from adni_ldm.preprocessing.study import read_study
 
 ROOT = Path(__file__).parents[2]
-METHOD = Method(slices=4, spacing_mm=8.0, image_size=48, field_of_view_mm=208.0)
+SETTINGS = SlicingSettings(slices=4, spacing_mm=8.0, image_size=48, field_of_view_mm=208.0)
 FLAGS = ["--slices", "4", "--spacing_mm", "8", "--image_size", "48", "--field_of_view_mm", "208"]
 SUBJECTS = 12
 
@@ -59,11 +58,10 @@ def archive(tmp_path_factory) -> Path:
     return root
 
 
-def prepare(archive: Path, output_dir: Path, shard=(1, 1), merge=True, method=METHOD, workers=1, study=None):
+def prepare(archive: Path, output_dir: Path, settings=SETTINGS, workers=1, study=None):
     study = study or read_study(archive / "ADNI", archive / "study.csv")
-    splits = decide_splits(study.people, earlier_splits(output_dir), 0.15, 0.15)
-    convert_scans(study, splits, archive / "ADNI", output_dir, method, workers, shard)
-    return merge_scans(output_dir) if merge else None
+    splits = decide_splits(study.subjects, earlier_splits(output_dir), 0.15, 0.15)
+    return convert_scans(study, splits, archive / "ADNI", output_dir, settings, workers)
 
 
 def command(archive: Path, output_dir: Path, *more: str) -> list[str]:
@@ -113,22 +111,12 @@ def test_the_result_is_read_by_our_loader_and_by_imagefolder(undisturbed):
 def test_sixteen_bits(archive, tmp_path):
     study = read_study(archive / "ADNI", archive / "study.csv")
     study.scans = study.scans[:2]
-    deep = Method(**(METHOD.__dict__ | {"bits": 16}))
-    merged = prepare(archive, tmp_path / "adni", method=deep, study=study)
-    row = merged.table.iloc[1]
+    deep = SlicingSettings(**(SETTINGS.__dict__ | {"bits": 16}))
+    folder = prepare(archive, tmp_path / "adni", settings=deep, study=study)
+    row = folder.table.iloc[1]
     with Image.open(tmp_path / "adni" / row.split / row.file_name) as picture:
         values = np.asarray(picture)
     assert values.dtype == np.uint16 and values.max() > 60000 and len(np.unique(values)) > 256
-
-
-def test_shards_merge_to_the_same_bytes(archive, undisturbed, tmp_path):
-    for part in (3, 1):
-        prepare(archive, tmp_path / "adni", shard=(part, 3), merge=False)
-    with pytest.raises(UserError, match="5 of 14 scans are not done"):
-        merge_scans(tmp_path / "adni")
-    prepare(archive, tmp_path / "adni", shard=(2, 3), merge=False)
-    merge_scans(tmp_path / "adni")
-    assert digests(tmp_path / "adni") == digests(undisturbed)
 
 
 def test_killed_in_the_middle_and_run_again_gives_the_same_bytes(archive, undisturbed, tmp_path):
@@ -162,7 +150,7 @@ def test_killed_in_the_middle_and_run_again_gives_the_same_bytes(archive, undist
     again = run(command(archive, output, "--workers", "2"))
     assert again.returncode == 0, again.stderr
     assert {name: (volumes / name).stat().st_ino for name in done} == done, "done twice"
-    assert not list((output / ".scans").glob("partial-*"))
+    assert not (output / ".scans" / "partial").exists()
     mine, other = digests(output), digests(undisturbed)
     assert mine.pop("manifest.json") and other.pop("manifest.json")  # its settings name the flags
     assert mine == other
@@ -189,19 +177,24 @@ def test_a_second_run_does_nothing_and_a_changed_file_is_done_anew(archive, undi
     prepare(copy, tmp_path / "adni")
     study = read_study(copy / "ADNI", copy / "study.csv")
     splits = earlier_splits(tmp_path / "adni")
-    settings = (study, splits, copy / "ADNI", tmp_path / "adni", METHOD, 1)
-    assert convert_scans(*settings) == 0
+    settings = (study, splits, copy / "ADNI", tmp_path / "adni", SETTINGS, 1)
+    volumes = tmp_path / "adni" / ".scans" / "volumes"
+    before = {path.name: path.stat().st_ino for path in volumes.iterdir()}
+    convert_scans(*settings)
+    assert {path.name: path.stat().st_ino for path in volumes.iterdir()} == before
     scan = study.scans[0]
     other = nibabel.load(copy / "ADNI" / scan.path)
     nibabel.save(nibabel.Nifti1Image(other.get_fdata(), other.affine), copy / "ADNI" / scan.path)
-    assert convert_scans(*settings) == 1
+    convert_scans(*settings)
+    after = {path.name: path.stat().st_ino for path in volumes.iterdir()}
+    assert {name for name in before if after[name] != before[name]} == {scan.key}
 
 
 def test_adding_scans_moves_nobody(archive, tmp_path):
     study = read_study(archive / "ADNI", archive / "study.csv")
     fewer = read_study(archive / "ADNI", archive / "study.csv")
-    fewer.people = fewer.people[: SUBJECTS // 2]
-    fewer.scans = [scan for scan in fewer.scans if scan.subject in set(fewer.people.subject)]
+    fewer.subjects = fewer.subjects[: SUBJECTS // 2]
+    fewer.scans = [scan for scan in fewer.scans if scan.subject in set(fewer.subjects.subject)]
     before = prepare(archive, tmp_path / "adni", study=fewer).table
     after = prepare(archive, tmp_path / "adni", study=study).table
     now = after.set_index("file_name").split
@@ -247,7 +240,9 @@ def test_bad_scans_are_listed_and_the_rest_is_done(archive, undisturbed, tmp_pat
 def test_a_full_disk_stops_the_run_and_it_goes_on_afterwards(archive, undisturbed, tmp_path):
     """Files may grow to 600 bytes: as on a full disk, nothing new is written, nothing old is lost."""
     output = tmp_path / "adni"
-    prepare(archive, output, shard=(1, 14), merge=False)
+    study = read_study(archive / "ADNI", archive / "study.csv")
+    study.scans = study.scans[:1]
+    prepare(archive, output, study=study)
     before = sorted((output / ".scans" / "volumes").iterdir())
 
     def limit():
@@ -277,10 +272,10 @@ def test_a_full_disk_while_pictures_are_written_keeps_what_is_done(
         save(self, *args, **kwargs)
 
     monkeypatch.setattr(convert.Image.Image, "save", fail_at_the_tenth)
-    with pytest.raises(UserError, match="cannot be written .No space left on device.; mend that and run"):
+    with pytest.raises(UserError, match="cannot be written .No space left on device.; correct that and run"):
         prepare(archive, output)
     assert len(list((output / ".scans" / "volumes").iterdir())) == 2
-    assert not any((output / ".scans").rglob("partial-*/*"))
+    assert not any((output / ".scans").glob("partial/*"))
     monkeypatch.undo()
     prepare(archive, output)
     assert digests(output) == digests(undisturbed)
@@ -301,16 +296,13 @@ def test_a_folder_of_another_making_is_left_alone(archive, undisturbed, tmp_path
         prepare(archive, tmp_path)
     before = digests(undisturbed)
     with pytest.raises(UserError, match="image_size 48, now 32"):
-        prepare(archive, undisturbed, method=Method(**(METHOD.__dict__ | {"image_size": 32})))
+        prepare(archive, undisturbed, settings=SlicingSettings(**(SETTINGS.__dict__ | {"image_size": 32})))
     assert digests(undisturbed) == before
-    with pytest.raises(UserError, match="no scans were prepared there"):
-        merge_scans(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--shard", "4/3"], "--shard 4/3: expected I/N"),
         (["--slices", "0"], "slices=0: choose 1 to 100"),
         (["--percentiles", "90", "10"], "percentiles=90,10"),
         (["--columns", "group"], "--columns group: expected"),

@@ -46,11 +46,11 @@ def test_the_archives_tree_and_csv(tmp_path):
         ("002_S_0002_I3", "NC", "I3", "73", "sc"),
     ]
     assert study.scans[0].path == "002_S_0001/MPRAGE/2006-05-02_12_31_52.0/I1/scan.nii"
-    assert study.people.to_dict("records") == [
+    assert study.subjects.to_dict("records") == [
         {"subject": "002_S_0001", "label": "AD", "age": 75.0, "sex": "F"},
         {"subject": "002_S_0002", "label": "NC", "age": 71.0, "sex": "F"},
     ]
-    assert study.notes == ["1 rows of other classes (1 MCI); see --classes: left out"]
+    assert study.notes == ["excluded: 1 rows of other classes (1 MCI); see --classes"]
     assert not study.rejected
 
 
@@ -102,13 +102,13 @@ def test_what_does_not_fit_is_rejected_with_its_reason(tmp_path):
         "I5": "no file for this row of the table",
         "I6": "its row of the table has no group",
         "I8": "no file for this row of the table",
-        "002_S_0009/MPRAGE/2006-05-02_12_31_52.0/I9/scan.nii": "no row of the table is about it",
+        "002_S_0009/MPRAGE/2006-05-02_12_31_52.0/I9/scan.nii": "no row of the table matches it",
         "002_S_0088/MPRAGE/2006-05-02_12_31_52.0/I8/scan.nii": (
-            "lies under 002_S_0088, but the table has its image of 002_S_0008"
+            "is in a folder of 002_S_0088, but the table lists its image for 002_S_0008"
         ),
     }
-    assert "002_S_0003" not in set(study.people.subject)
-    assert "002_S_0005" in set(study.people.subject), "a subject without a file still has a split"
+    assert "002_S_0003" not in set(study.subjects.subject)
+    assert "002_S_0005" in set(study.subjects.subject), "a subject without a file still has a split"
 
 
 def test_bids(tmp_path):
@@ -147,7 +147,7 @@ def test_a_plain_folder_with_paths_and_words_beyond_ascii(tmp_path):
         ("Zoë/1", "Zoë/T1 größe.nii.gz"),
     ]
     assert study.scans[1].key.startswith("Zoë-1_") and "/" not in study.scans[1].key
-    assert reasons(study) == {"c.nii": "no row of the table is about it"}
+    assert reasons(study) == {"c.nii": "no row of the table matches it"}
 
 
 @pytest.mark.parametrize(
@@ -181,17 +181,17 @@ def test_missing_folders_and_tables_are_named(tmp_path):
 
 def test_splits_keep_who_was_where_and_a_test_set_that_others_chose(tmp_path):
     rows = "".join(archive_row(f"I{k}", f"002_S_{k:04d}", "AD" if k % 2 else "CN") for k in range(40))
-    people = read_study(tmp_path / "ADNI", archive(tmp_path, rows, {})).people
-    few = decide_splits(people[:20], {}, 0.15, 0.15)
-    more = decide_splits(people, few, 0.15, 0.15)
+    subjects = read_study(tmp_path / "ADNI", archive(tmp_path, rows, {})).subjects
+    few = decide_splits(subjects[:20], {}, 0.15, 0.15)
+    more = decide_splits(subjects, few, 0.15, 0.15)
     assert {subject: more[subject] for subject in few} == few
     chosen = {"002_S_0003", "002_S_0010", "somebody else"}
-    splits = decide_splits(people, {}, 0.2, 0.15, chosen)
+    splits = decide_splits(subjects, {}, 0.2, 0.15, chosen)
     assert {subject for subject, split in splits.items() if split == "test"} == chosen - {"somebody else"}
     moved = next(subject for subject, split in few.items() if split == "train")
     with pytest.raises(UserError, match=f"{moved} was in train before"):
-        decide_splits(people, few, 0.15, 0.15, {moved} | {s for s, split in few.items() if split == "test"})
-    with pytest.raises(UserError, match="none is in the study's table"):
-        decide_splits(people, {}, 0.15, 0.15, {"nobody"})
+        decide_splits(subjects, few, 0.15, 0.15, {moved} | {s for s, split in few.items() if split == "test"})
+    with pytest.raises(UserError, match="none is in the study table"):
+        decide_splits(subjects, {}, 0.15, 0.15, {"nobody"})
     with pytest.raises(UserError, match="leave some for training"):
-        decide_splits(people, {}, 0.5, 0.5)
+        decide_splits(subjects, {}, 0.5, 0.5)
