@@ -19,8 +19,8 @@ from adni_ldm.preprocessing.phantom import (
     NORMAL_AXIS,
     Subject,
     disease_field,
-    sample_subject,
     render_slice,
+    sample_subject,
     slice_positions,
 )
 from adni_ldm.preprocessing.phantom_atlas import load_atlas
