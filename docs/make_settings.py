@@ -1,8 +1,8 @@
-"""Write docs/settings/: a page for each recipe, from its docstring and the dataclasses of adni_ldm/config/.
+"""Write docs/settings/: a page for each command, from its docstring and the dataclasses of adni_ldm/config/.
 
     make docs
 
-tests/test_docs.py compares the pages with what this writes: whoever changes a setting runs it again.
+tests/test_docs.py compares the pages with the output of this script: run it after changing a setting.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from adni_ldm import config
 
 ROOT = Path(__file__).parents[1]
-SOURCES = {  # page: (file whose docstring it begins with, {command: its settings})
+SOURCES = {  # page: (file whose docstring introduces it, {command: its settings})
     "prepare_data": (
         "prepare_data.py",
         {
@@ -38,14 +38,15 @@ SOURCES = {  # page: (file whose docstring it begins with, {command: its setting
 }
 INDEX = """# Settings
 
-Each setting is a flag and a line of the YAML that `--config` names; both training recipes write what they
-were started with to `training_config.json`. Flags stand over the YAML, the YAML over the defaults. A list
-takes its values one after another (`--widths 16 32 64`); a switch stands alone or takes `true` or `false`."""
-MADE = "*Made from the code by `make docs`: change `adni_ldm/config/`, not this page.*"
+Each setting is a flag and a key of the YAML file that `--config` names. Flags take precedence over the YAML
+file, and the YAML file over the defaults. Values of a list are separated by spaces (`--widths 16 32 64`); a
+switch is given alone, or with `true` or `false`. Both training recipes save the resolved settings as
+`training_config.json`."""
+MADE = "*Generated from the code by `make docs`: edit `adni_ldm/config/`, not this page.*"
 
 
 def pages() -> dict[str, str]:
-    """{file name: text} of every page."""
+    """Return {file name: text} of every page."""
     made = {f"{name}.md": page(*source) for name, source in SOURCES.items()}
     lines = [
         f"- [{name}]({name}.md): {docstring(file).splitlines()[0]}" for name, (file, _) in SOURCES.items()
@@ -54,14 +55,14 @@ def pages() -> dict[str, str]:
 
 
 def page(file: str, commands: dict[str, type]) -> str:
-    """What the docstring of `file` says, and a table of settings for each command."""
+    """Return the docstring of `file` and a table of settings for each command."""
     first = next(iter(commands))
     parts = ["# " + (first.rpartition(" ")[0] or first), docstring(file), MADE]
     for command, settings in commands.items():
         if len(commands) > 1:
             parts.append(f"## {command}")
         rows = [table_row(entry) for entry in dataclasses.fields(settings)]
-        parts.append("\n".join(["| setting | default | what it says |", "| --- | --- | --- |", *rows]))
+        parts.append("\n".join(["| setting | default | description |", "| --- | --- | --- |", *rows]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -71,18 +72,18 @@ def table_row(entry: dataclasses.Field) -> str:
     if default is dataclasses.MISSING:
         default = " ".join(map(str, entry.default_factory()))
     if isinstance(default, bool):
-        said = "on" if default else "off"
+        shown = "on" if default else "off"
     else:
-        said = "" if default in (None, "") else f"`{default}`"
+        shown = "" if default in (None, "") else f"`{default}`"
     text = entry.metadata["help"].replace("%%", "%")
     if choices := entry.metadata.get("choices"):
         text += f" One of {', '.join(f'`{choice}`' for choice in choices)}."
-    cells = [", ".join(f"`{name}`" for name in names), said, text]
+    cells = [", ".join(f"`{name}`" for name in names), shown, text]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def docstring(file: str) -> str:
-    """Of a module, which is not imported; its indented command lines are Markdown's code already."""
+    """Read the docstring of a module without importing it; its indented commands are code in Markdown."""
     return ast.get_docstring(ast.parse((ROOT / file).read_text()))
 
 

@@ -57,7 +57,8 @@ def test_a_recipe_is_read_on_two_screens(recipe):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_evaluation_and_hub_are_loaded_only_where_they_are_used(recipe):
-    code = f"import sys, {Path(recipe).stem}; print(*[name for name in sys.modules if name.startswith('adni_ldm.')])"
+    listed = "print(*[name for name in sys.modules if name.startswith('adni_ldm.')])"
+    code = f"import sys, {Path(recipe).stem}; {listed}"
     loaded = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout

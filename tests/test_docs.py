@@ -1,4 +1,4 @@
-"""README.md and docs/: settings as the code has them, flags that exist, links that lead somewhere."""
+"""README.md and docs/: settings match the code, flags exist, and links have targets."""
 
 import dataclasses
 import importlib.util
@@ -29,7 +29,7 @@ OTHERS = {"--config", "--help", "--max_restarts"}  # of every recipe, and of acc
 
 
 def flags(settings):
-    """All that a recipe takes."""
+    """All flags of a command."""
     entries = dataclasses.fields(settings)
     return {f"--{entry.name}" for entry in entries}.union(
         *(entry.metadata.get("aliases", ()) for entry in entries)
@@ -37,12 +37,12 @@ def flags(settings):
 
 
 def command_lines(text):
-    """Lines of the bash blocks, those that go on joined, without comments."""
+    """Lines of the bash blocks, continued lines joined."""
     for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
         yield from block.replace("\\\n", " ").splitlines()
 
 
-def test_settings_pages_are_what_the_code_says():
+def test_settings_pages_match_the_code():
     path = ROOT / "docs/make_settings.py"
     spec = importlib.util.spec_from_file_location("make_settings", path)
     module = importlib.util.module_from_spec(spec)
@@ -52,7 +52,7 @@ def test_settings_pages_are_what_the_code_says():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_commands_have_the_flags_that_they_are_shown_with(page):
+def test_commands_are_shown_with_flags_that_they_have(page):
     for line in command_lines(page.read_text()):
         words = shlex.split(line, comments=True)
         scripts = [word for word in words if word.endswith(".py") or word == "adni_ldm.hub"]
@@ -85,7 +85,7 @@ def test_flags_in_the_text_exist(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page):
+def test_links_have_targets(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if target.startswith(("https://", "mailto:")):
             continue
