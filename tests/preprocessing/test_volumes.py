@@ -145,7 +145,7 @@ def _remove_one(folder: Path) -> None:
             None,
             "different directions: a localizer",
         ),
-        ({"ImagePositionPatient": [0, 0, 0]}, None, "at the same place"),
+        ({"ImagePositionPatient": [0, 0, 0]}, None, "at the same position"),
         ({"SeriesInstanceUID": lambda k: f"1.2.{k % 2 + 1}"}, None, "2 DICOM series"),
         ({"NumberOfFrames": 4}, None, "several frames"),
         ({"PixelData": b"\0" * 100}, None, "cannot be read"),
