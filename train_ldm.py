@@ -26,6 +26,7 @@ from adni_ldm.generation import generate_images, image_seed
 from adni_ldm.loading import load_autoencoder, load_pipeline
 from adni_ldm.models import ClassEmbedding, ConditionalDenoiser, build_denoiser, latent_shape
 from adni_ldm.pipeline import ClassConditionalLDMPipeline, normalize_latents
+from adni_ldm.training.batch_sampling import BatchRandom
 from adni_ldm.training.finetuning import add_lora, check_start, freeze, merge_lora, save_lora, set_latent_size
 from adni_ldm.training.latents import LatentBatch, LatentPosteriors, encode_posteriors
 from adni_ldm.training.losses import diffusion_loss
@@ -105,7 +106,7 @@ def main() -> None:
 def denoising_loss(
     model: torch.nn.Module,
     batch: LatentBatch,
-    rng: BatchRandom,  # noqa: F821
+    rng: BatchRandom,
     vae: AutoencoderKL,
     scheduler: DDPMScheduler,
     null_label: int,
