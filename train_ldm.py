@@ -11,7 +11,7 @@ are also saved alone, as pytorch_lora_weights.safetensors. `python train_ldm.py 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from adni_ldm.models import ClassEmbedding, ConditionalDenoiser, build_denoiser,
 from adni_ldm.pipeline import ClassConditionalLDMPipeline, normalize_latents
 from adni_ldm.training.batch_sampling import BatchRandom
 from adni_ldm.training.finetuning import add_lora, check_start, freeze, merge_lora, save_lora, set_latent_size
-from adni_ldm.training.latents import LatentBatch, LatentPosteriors, encode_posteriors
+from adni_ldm.training.latents import LatentBatch, encode_posteriors
 from adni_ldm.training.losses import diffusion_loss
 from adni_ldm.training.run import TrainingRun
 
@@ -84,7 +84,8 @@ def main() -> None:
                 pipeline = build_pipeline(run, vae, denoiser, scheduler)
                 if run.is_main:  # the other processes continue, and wait at the next gradient
                     save_samples(pipeline, run.output_dir / "samples.png", cfg)
-                    run.log(val_loss=validation_loss(run, pipeline, val_latents, loss_of))
+                    batches = run.validation_batches(val_latents, count=256)
+                    run.log(val_loss=validation_loss(pipeline, batches, loss_of))
         if run.every(cfg.evaluation_steps):
             with run.ema_weights(), run.accelerator.autocast():
                 pipeline = build_pipeline(run, vae, denoiser, scheduler)
@@ -174,13 +175,10 @@ def build_pipeline(
 
 
 @torch.no_grad()
-def validation_loss(
-    run: TrainingRun, pipeline: ClassConditionalLDMPipeline, latents: LatentPosteriors, loss_of: Callable
-) -> float:
-    """Mean loss of held-out latents, with the same noise and timesteps each time and no label dropped."""
+def validation_loss(pipeline: ClassConditionalLDMPipeline, batches: Iterable, loss_of: Callable) -> float:
+    """Mean loss of batches of held-out latents with their random numbers, no label dropped."""
     model = ConditionalDenoiser(pipeline.unet, pipeline.class_embedding)
-    losses = [loss_of(model, batch, rng)[0] for batch, rng in run.validation_batches(latents, count=256)]
-    return torch.stack(losses).mean().item()
+    return torch.stack([loss_of(model, batch, rng)[0] for batch, rng in batches]).mean().item()
 
 
 def save_samples(
