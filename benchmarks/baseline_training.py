@@ -32,11 +32,11 @@ def batches(train: ImageSet, batch_size: int, seconds: float) -> Iterator[tuple]
     started = time.perf_counter()
     while True:
         for rows in torch.randperm(len(train)).split(batch_size):
-            elapsed = (time.perf_counter() - started) / seconds
-            if elapsed >= 1:
+            elapsed = time.perf_counter() - started
+            if elapsed >= seconds:  # also where no time is left at all
                 return
             labels = torch.from_numpy(train.labels[rows.numpy()])
-            yield train.floats(rows).to(DEVICE), labels.to(DEVICE), elapsed
+            yield train.floats(rows).to(DEVICE), labels.to(DEVICE), elapsed / seconds
 
 
 def in_half(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -20,7 +20,7 @@ import scaling  # noqa: E402
 import throughput  # noqa: E402
 from baseline_monai import train_monai  # noqa: E402
 from baseline_small import train_small  # noqa: E402
-from baseline_training import Trained  # noqa: E402
+from baseline_training import Trained, batches  # noqa: E402
 from held_out import HeldOutMetrics  # noqa: E402
 from phantoms import read_test_set, render_again  # noqa: E402
 
@@ -85,6 +85,10 @@ def test_baseline_stops_in_time_and_generates(name, splits):
         assert trained.reconstruct(held_out.floats()).shape == held_out.images.shape
     samples = trained.sample(torch.tensor([0, 1, 0]))
     assert samples.shape == (3, 1, 32, 32) and samples.isfinite().all()
+
+
+def test_no_time_left_gives_no_batches(splits):
+    assert not list(batches(splits[0], 4, -1.0)), "an autoencoder that overran leaves less than no time"
 
 
 def test_method_is_evaluated_against_held_out_slices(phantom_dir):
