@@ -94,7 +94,7 @@ def class_in_metadata(image: Path) -> str:
 def write_morph(
     output_dir: Path, pipeline: ClassConditionalLDMPipeline, source: str, target: str, **options
 ) -> None:
-    """Write a class interpolation from `source` to `target`: its frames side by side, and forth and back.
+    """Write a class interpolation from `source` to `target`: its frames side by side and back and forth.
 
     Args:
         options: further arguments of `interpolate_classes`.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """A problem of the data, the flags or the machine: one line that says what is wrong and what to do."""
+    """A problem of the data, the flags or the machine: one line with the problem and the remedy."""
 
 
 def run_recipe(main: Callable[[], int | None]) -> None:

@@ -78,5 +78,5 @@ def phantom_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def pipeline():
-    """A pipeline of random weights that draws 16 x 16 pixels in milliseconds."""
+    """A pipeline with random weights that samples 16 x 16 pixels in milliseconds."""
     return make_pipeline()

@@ -1,4 +1,4 @@
-"""Settings: the YAML first, flags over it, and what is wrong said by name."""
+"""Settings: flags take precedence over the YAML file, and errors name the setting."""
 
 import json
 from dataclasses import is_dataclass

@@ -69,7 +69,7 @@ def test_inversion_undoes_ddim_of_the_scheduler(pipeline):
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
 def test_a_perfect_denoiser_is_walked_exactly(pipeline, prediction_type):
-    """Where every prediction leads to one clean latent, every walk down ends there."""
+    """If every prediction leads to one clean latent, DDIM ends there from any noise."""
     clean = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     options = {"prediction_type": prediction_type, "rescale_betas_zero_snr": False}
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **options)

@@ -27,7 +27,7 @@ def run_python(code, *path):
 
 
 def test_torchvision_of_another_torch_is_told_in_one_line(tmp_path):
-    """A CPU-only torch beside the usual torchvision names both versions and the command that mends it."""
+    """For a CPU-only torch and the usual torchvision: both versions, and the command that fixes it."""
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision" / "__init__.py").write_text(
         'raise RuntimeError("operator torchvision::nms\\ndoes not exist")'

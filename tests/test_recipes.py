@@ -83,7 +83,7 @@ def test_train_ldm_leaves_a_whole_pipeline(ldm_dir):
 
 
 def test_the_best_pipeline_is_kept_while_training(presets, vae_dir, tmp_path):
-    """On two processes, of which one judges; and the same weights come out as without judging."""
+    """On two processes, of which one evaluates; the weights are the same as without evaluation."""
     words = ("train_ldm.py", "--config", presets / "ldm.yaml", "--vae", vae_dir, "--batch_size", 2)
     judged = ("--evaluation_steps", 3, "--evaluate_images", 4, "--classifier_steps", 3)
     run(*words, *judged, "--output_dir", tmp_path / "judged", launcher=TWO_PROCESSES)
@@ -165,7 +165,7 @@ def test_two_processes_take_the_step_of_one_ldm(presets, vae_dir, tmp_path):
 
 
 def test_a_resumed_run_repeats_the_uninterrupted_one(presets, vae_dir, tmp_path):
-    """Mid-epoch, with accumulation, EMA, augmented variants and latents drawn anew: bit for bit.
+    """Mid-epoch, with accumulation, EMA, augmented variants and newly sampled latents: bit for bit.
 
     From the cache that the first run left, and from one that is made anew.
     """

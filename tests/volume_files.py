@@ -24,7 +24,7 @@ def template_head() -> tuple[np.ndarray, np.ndarray]:
 
 
 def head(seed: int = 0) -> nibabel.Nifti1Image:
-    """A head of a person of their own: the template, brighter here and there, with the noise of `seed`."""
+    """A head unlike others: the template with a bias field and noise, both from `seed`."""
     voxels, affine = template_head()
     rng = np.random.default_rng(seed)
     slope = 1 + 0.2 * rng.uniform(-1, 1) * np.linspace(-1, 1, voxels.shape[1])[:, None]

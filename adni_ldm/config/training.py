@@ -20,8 +20,8 @@ MayChange = Annotated[T, "free"]
 # ... and what changes the rounding and not the method: a resume warns that they differ, and continues.
 RoundingOnly = Annotated[T, "should"]
 EMA_HELP = (
-    "Half-life of the EMA, images: an update so long ago has half the weight of the present one. At first it "
-    "is 8 %% of the images seen."
+    "Half-life of the EMA, in images: after this many images the weight of an update in the average has "
+    "halved. Early in training the half-life is 8 %% of the images seen."
 )
 
 
@@ -214,7 +214,7 @@ class TrainLDMConfig(TrainingConfig):
         default=0,
         help="Augmented variants cached with each slice: rotated by up to 5 degrees, shifted by up to "
         "3 %% of the side, intensity scaled by up to 10 %%; never flipped. Each variant takes as "
-        "much disk as the slices.",
+        "much disk space as the slices.",
     )
     unet_widths: list[int] = HfArg(
         default_factory=lambda: [128, 256, 384, 512], help="Channels per level of the U-Net, fine to coarse."
@@ -248,7 +248,7 @@ class TrainLDMConfig(TrainingConfig):
     freeze: list[str] = HfArg(
         default_factory=list,
         help="With --init_from: parts that are not trained, by the beginning of their weights' names: "
-        "unet.down unet.mid class_embedding. The VAE never is.",
+        "unet.down unet.mid class_embedding. The VAE is never trained.",
     )
     lora_rank: int = HfArg(
         default=0,

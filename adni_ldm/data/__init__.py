@@ -1,1 +1,1 @@
-"""Slices, how they are split, and a cohort made of nothing but a template."""
+"""Slices to tensors: data folders, splits, study table, manifest, provenance, QC, duplicates."""

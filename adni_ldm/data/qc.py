@@ -31,7 +31,7 @@ class QCReport:
     table: list[tuple[str, ...]] = field(default_factory=list)  # cells as printed, see _count
     sizes: Counter[str] = field(default_factory=Counter)  # "256 x 240" (width x height): images
     modes: Counter[str] = field(default_factory=Counter)  # PIL's name of the pixel type, "L": images
-    problems: list[str] = field(default_factory=list)  # each names a path and says what to do
+    problems: list[str] = field(default_factory=list)  # each names a path and what to do
     notes: list[str] = field(default_factory=list)  # these do not prevent training
     class_names: Sequence[str] = ()
     files: list[SliceFile] = field(default_factory=list)  # those that can be decoded

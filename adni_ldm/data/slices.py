@@ -60,7 +60,8 @@ def load_slices(
         data_dir: the folder that holds train/, a parent of it, or a zip of either, which is unpacked into the
             Hugging Face cache.
         val_fraction: of the subjects of train, for validation without a val/ folder; always the same
-        subjects. table: the study table in which image IDs are looked up to find their subjects.
+            subjects.
+        table: the study table in which image IDs are looked up to find their subjects.
 
     Returns:
         columns image (datasets.Image, decoded to PIL), label (ClassLabel: index into `class_names`), subject,

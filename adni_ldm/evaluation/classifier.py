@@ -94,7 +94,7 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def probabilities(model: nn.Module, images: ImageSet, batch_size: int = 256) -> np.ndarray:
     """Probability of each class for each slice, (N, K) float32, in the order of `class_names`.
 
-    Computed in float32, whatever autocast the caller is in.
+    Computed in float32, regardless of the caller's autocast.
     """
     device = next(model.parameters()).device
     with torch.autocast(device.type, enabled=False):

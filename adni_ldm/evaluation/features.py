@@ -35,7 +35,7 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images: ImageSet, batch_size: int = 64) -> np.ndarray:
-        """Features (N, D), float32; computed in float32, whatever autocast the caller is in."""
+        """Features (N, D), float32; computed in float32, regardless of the caller's autocast."""
         starts = tqdm(range(0, len(images), batch_size), desc=f"Features ({self.name})", leave=False)
         with torch.autocast(self.device.type, enabled=False):
             features = [self.network(images.images[first : first + batch_size]).cpu() for first in starts]

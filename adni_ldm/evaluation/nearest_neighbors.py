@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-SIDE = 64  # pixels a side that images are compared at; copies need not share finer detail
+SIDE = 64  # pixels per side at which images are compared; copies need not share finer detail
 FINE, COARSE = 1 / 48, 1 / 16  # standard deviations of the two Gaussians, as shares of the side
 NEXT_SUBJECTS = 5  # whose nearest images the distance is compared with
 _CHUNK = 64  # rows that are searched at once
@@ -39,7 +39,7 @@ class Neighbors:
         return len(self.rows)
 
 
-@torch.autocast("cpu", enabled=False)  # float32, whatever autocast the caller is in
+@torch.autocast("cpu", enabled=False)  # float32, regardless of the caller's autocast
 def nearest_in_pixels(images: torch.Tensor, train: torch.Tensor, train_subjects: np.ndarray) -> Neighbors:
     """Nearest training image after alignment by shifts of up to 1/16 of the side, at least 3 pixels.
 

@@ -18,8 +18,8 @@ from adni_ldm.files import write_text
 LABELS = {
     "kid": "KID: kernel inception distance (0: same distribution; lower is better)",
     "fid": "FID: Fréchet inception distance (lower is better; biased by the number of slices)",
-    "precision": "Precision: share of samples that lie among real slices",
-    "recall": "Recall: share of real slices that lie among samples",
+    "precision": "Precision: share of samples within the distribution of real slices",
+    "recall": "Recall: share of real slices within the distribution of samples",
     "density": "Density: number of real neighborhoods around a sample (about 1 for real slices)",
     "coverage": "Coverage: share of real slices with a sample in their neighborhood",
     "ms_ssim": "MS-SSIM between samples of one class (at the reference: as diverse as real slices)",

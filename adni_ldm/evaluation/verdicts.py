@@ -36,15 +36,18 @@ def _fidelity(estimates: Mapping[str, Estimate]) -> dict:
     near = [one.value >= NEAR_REFERENCE * one.reference for one in (precision, recall)]
     text = (
         f"KID is {_with_interval(kid, '.3f')}, its reference {kid.reference:.3f}. Precision, the share of "
-        f"samples among real slices, is {precision.value:.0%} (reference {precision.reference:.0%}). Recall, "
-        f"the share of real slices among samples, is {recall.value:.0%} (reference {recall.reference:.0%}). "
+        f"samples within the distribution of real slices, is {precision.value:.0%} (reference "
+        f"{precision.reference:.0%}). Recall, the share of real slices within the distribution of samples, "
+        f"is {recall.value:.0%} (reference {recall.reference:.0%}). "
     )
     if all(near):
-        text += "In these features samples are as close to the real slices as slices of other subjects are."
+        text += (
+            "In these features samples are about as close to the real slices as slices of other subjects are."
+        )
     elif near[0]:
         text += "The samples are realistic, but cover only part of the real distribution."
     else:
-        text += "Some samples resemble no real slice: do not use them as real ones."
+        text += "Some samples resemble no real slice: do not use them in place of real slices."
     return {"good": all(near), "text": text + " Differences outside these features are not measured."}
 
 

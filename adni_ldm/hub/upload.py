@@ -63,7 +63,7 @@ def upload_folder(
 
     Raises:
         UserError: no network, an invalid token, no write access, a repository that is taken, or one that is
-            public although a private one was asked for.
+            public although a private one was requested.
     """
     api = api or HfApi()
     check_login(repo_id, api)

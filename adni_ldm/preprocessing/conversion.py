@@ -113,7 +113,7 @@ def _start_worker(job: _Job) -> None:
 
 
 def _end_with_parent() -> None:
-    """End a worker whose main process was killed, before it writes on."""
+    """End a worker whose main process was killed, before it writes anything more."""
     wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 

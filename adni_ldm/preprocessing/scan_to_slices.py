@@ -31,7 +31,7 @@ class SlicingSettings:
     plane: str = "sagittal"
     slices: int = 20
     spacing_mm: float = 2.0  # from slice to slice
-    image_size: int = 256  # pixels a side
+    image_size: int = 256  # pixels per side
     field_of_view_mm: float = 256.0  # side of a slice
     register: str = "none"  # or mni: the slices are in the template's space
     brain_mask: str = "none"  # or mni, or a pattern of files beside the scan: {name}_mask.nii.gz

@@ -34,7 +34,7 @@ class SliceGrid:
 
     plane: str
     positions_mm: tuple[float, ...]
-    image_size: int  # pixels a side
+    image_size: int  # pixels per side
     field_of_view_mm: float  # side of a slice
 
     @property

@@ -15,7 +15,7 @@ from adni_ldm.errors import UserError
 
 
 class PatchDiscriminator(nn.Module):
-    """MONAI's PatchGAN discriminator: slices (B, 1, H, W) in [-1, 1] to one score a patch, (B, 1, h, w).
+    """MONAI's PatchGAN discriminator: slices (B, 1, H, W) in [-1, 1] to one score per patch, (B, 1, h, w).
 
     GroupNorm replaces its BatchNorm, with which a score depends on the other slices of the process: two
     processes of batch b would not take the step of one of 2b.

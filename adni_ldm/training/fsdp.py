@@ -10,7 +10,7 @@ def gather_full_weights(network: ModelMixin) -> ModelMixin:
     """Return the network itself; under FSDP a copy of it with full weights. Every process calls it.
 
     The copy can be used by one process alone, where a forward pass of the sharded network would wait for the
-    other processes for ever.
+    other processes forever.
     """
     parameters = dict(network.named_parameters())
     if not any(isinstance(parameter, DTensor) for parameter in parameters.values()):

@@ -1,4 +1,4 @@
-"""TrainingRun: what every training run has and no method needs to know about.
+"""TrainingRun: the parts of a training run that do not depend on the method.
 
     run = TrainingRun(cfg, "LDM", metrics=("loss", "val_loss"))     # processes, seed, output folder
     train, val = run.load_slices()                                  # refuses data leakage between splits
@@ -10,7 +10,7 @@
     run.apply_ema()
     run.save(model)
 
-It never sees a loss function, a noise schedule or an architecture: those are the recipe's.
+Loss function, noise schedule and architecture are defined in the recipe.
 """
 
 from __future__ import annotations

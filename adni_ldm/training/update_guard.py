@@ -16,7 +16,7 @@ from adni_ldm.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# What a cluster sends before it takes the machine: Slurm's pre-emption, and its --signal=USR1@120.
+# What a cluster sends before it takes the machine: Slurm's preemption, and its option --signal.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 

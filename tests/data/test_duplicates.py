@@ -1,4 +1,4 @@
-"""The same picture under two names is found, through another format, JPEG and gain; other people are not."""
+"""Duplicates under two names are found in any format, after JPEG and gain; other subjects are not."""
 
 from __future__ import annotations
 

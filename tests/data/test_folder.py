@@ -1,4 +1,4 @@
-"""The gate: with the study table a person is the subject, without it nobody claims to know."""
+"""Data leakage: the study table assigns scans to subjects; without it, shared subjects cannot be excluded."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write_table(path: Path, persons: dict[str, str], prefix: str = "I") -> Path:
 
 @pytest.mark.parametrize("prefix", ["I", ""])
 def test_the_person_of_the_table_is_the_subject(ad_nc_folder, tmp_path, prefix):
-    """Val is carved by person: two scans of one person never come apart."""
+    """Validation is split off by subject: two scans of a subject are never in two splits."""
     folder, table = ad_nc_folder(), write_table(tmp_path / "study.csv", PERSONS, prefix)
     for fraction in (0.2, 0.4, 0.6):
         slices = load_slices(folder, val_fraction=fraction, table=table)
@@ -89,7 +89,7 @@ def test_what_is_no_study_table(ad_nc_folder, tmp_path, text, said):
 
 
 def test_three_classes_in_the_order_asked_for_and_two_of_three(ad_nc_folder):
-    """A class that is not asked for is left out, and so are its rows of metadata.csv."""
+    """A class that is not requested is left out, and so are its rows of metadata.csv."""
     names = {"AD": ["1", "2"], "MCI": ["3", "4"], "NC": ["5", "6"]}
     folder = ad_nc_folder({f"train/{cls}": subjects for cls, subjects in names.items()}, slices=(1,))
     rows = [f"{cls}/{name}_1.jpeg,p{name}" for cls, subjects in names.items() for name in subjects]

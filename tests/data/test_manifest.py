@@ -1,4 +1,4 @@
-"""manifest.json tells what the data are, wherever they lie, and changes when they do."""
+"""manifest.json identifies the data independently of their location, and changes when they do."""
 
 from __future__ import annotations
 

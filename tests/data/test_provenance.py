@@ -1,4 +1,4 @@
-"""A model says whom it was trained on, without naming them, and is refused where they are held out."""
+"""A model records its training subjects as hashes, and is refused where these subjects are held out."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_fine_tuning_does_not_forget_the_first_training():
 
 
 def test_a_model_trained_without_the_table_is_caught_by_its_scans(ad_nc_folder, tmp_path):
-    """It knows the scan 1001; with the table, 1001 is a scan of a person in test."""
+    """It records the scan 1001; with the table, 1001 is a scan of a test subject."""
     first, second = ad_nc_folder(), {"train/AD": ["1002", "1003"], "train/NC": ["2001", "2002"]}
     second = ad_nc_folder(second | {"test/AD": ["1001"], "test/NC": ["4001"]}, name="second")
     rows = [f"I{n},person {n}" for n in (1001, 1002, 1003, 2001, 2002, 4001)]

@@ -76,7 +76,7 @@ def metadata(text: str):
     ],
 )
 def test_what_the_check_finds_loading_refuses(ad_nc_folder, damage, said):
-    """One line each, with the path and what to do, and nothing of it is a traceback."""
+    """Each problem is one line with the path and what to do, without a traceback."""
     folder = ad_nc_folder()
     culprit = damage(folder)
     report = check_folder(folder)
@@ -117,7 +117,7 @@ def test_what_is_no_data_folder(tmp_path, name):
 
 
 def test_other_classes_and_files_are_mentioned(ad_nc_folder):
-    """MCI beside AD and NC does not hinder training, and is not passed over in silence."""
+    """MCI beside AD and NC does not prevent training, and is reported."""
     folder = ad_nc_folder()
     (folder / "train/MCI").mkdir()
     (folder / "train/AD/Thumbs.db").write_bytes(b"x")

@@ -1,4 +1,4 @@
-"""load_slices, prepare_image, to_arrays: what the recipes train on is what lies in the folder."""
+"""load_slices, prepare_image, to_arrays: what the recipes train on is what the folder contains."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_ad_nc_folder_gives_label_subject_and_slice(ad_nc_folder):
 
 
 def test_every_row_has_the_picture_of_its_own_file(ad_nc_folder):
-    """Pictures stay beside their subjects, through the carving of val and through to_arrays."""
+    """Images stay with their subjects when validation is split off, and in to_arrays."""
     folder = ad_nc_folder(suffix=".png")
     for split, dataset in load_slices(folder).items():
         for row in to_arrays(dataset, 256).with_format("numpy"):
@@ -80,7 +80,7 @@ def test_parent_folder_cn_upper_case_and_litter(ad_nc_folder, tmp_path):
 
 
 def test_metadata_goes_before_the_file_name(ad_nc_folder):
-    """Two scans of one person are one subject; a subject keeps its leading zeros."""
+    """Two scans of a subject count as one subject; subject names keep leading zeros."""
     folder = ad_nc_folder({"train/AD": ["1", "2"], "train/NC": ["3", "4"]}, slices=(78,))
     person = {"AD/1_78.jpeg": "007", "AD/2_78.jpeg": "008", "NC/3_78.jpeg": "009"}
     with (folder / "train/metadata.csv").open("w", newline="") as file:
@@ -108,7 +108,7 @@ def test_phantom_cohort_loads_with_its_own_splits(phantom_dir):
 
 
 def test_val_has_whole_subjects_of_both_classes_and_stays_put(ad_nc_folder):
-    """No subject is in train and val, and a subject does not change side when others arrive."""
+    """No subject is in train and val, and none changes its split when others are added."""
     few = {"train/AD": [str(n) for n in range(1, 13)], "train/NC": [str(n) for n in range(101, 113)]}
     more = {place: [*names, *(str(int(n) + 50) for n in names)] for place, names in few.items()}
     before = load_slices(ad_nc_folder(few, name="few", slices=(1, 2)), val_fraction=0.3)
@@ -121,7 +121,7 @@ def test_val_has_whole_subjects_of_both_classes_and_stays_put(ad_nc_folder):
 
 
 def test_choosing_val_subjects():
-    """The share is near what was asked; chance empties neither side; the numbers are the same for ever."""
+    """The fraction is near the requested one; no split is empty by chance; the numbers never change."""
     names = [f"S{n}" for n in range(2000)]
     assert len(choose_val_subjects({0: names[:1000], 1: names[1000:]}, 0.1)) == pytest.approx(200, abs=40)
     for fraction in (1e-9, 1 - 1e-9):
@@ -191,7 +191,7 @@ def test_padding_does_not_resample():
 
 
 def test_resizing_keeps_the_aspect_and_does_not_alias():
-    """A disc in a 256 x 240 picture is as wide as it is high at 64 px; fine stripes turn grey."""
+    """A disc in a 256 x 240 image is as wide as it is high at 64 px; fine stripes become grey."""
     y, x = np.mgrid[:240, :256]
     disc = prepare_image(Image.fromarray(np.uint8(255 * ((x - 128) ** 2 + (y - 120) ** 2 < 80**2))), 64) > 127
     assert abs(int(disc.any(0).sum()) - 40) <= 1 and abs(int(disc.any(1).sum()) - 40) <= 1
@@ -200,7 +200,7 @@ def test_resizing_keeps_the_aspect_and_does_not_alias():
 
 
 def test_every_pixel_type_becomes_the_same_grey(tmp_path):
-    """Grey, RGB, RGBA, palette, CMYK and 16-bit files of one picture give one array."""
+    """Grey, RGB, RGBA, palette, CMYK and 16-bit files of one image give one array."""
     ramp = np.tile(np.arange(256, dtype=np.uint8), (256, 1))
     grey = Image.fromarray(ramp)
     versions = {mode: grey.convert(mode) for mode in ("RGB", "RGBA", "LA")} | {"P": grey.quantize(256)}
@@ -239,7 +239,7 @@ def test_arrays_are_made_once_and_anew_when_a_file_changes(ad_nc_folder, monkeyp
 
 
 def test_tensors_and_batches(ad_nc_folder):
-    """Black is -1, white is 1, and a loader's batch is those very images, in the order asked for."""
+    """Black is -1, white is 1, and a loader's batch is exactly those images, in the requested order."""
     folder = ad_nc_folder(slices=(78,))
     extremes = Image.new("L", (256, 256), 0)
     extremes.paste(255, (128, 0, 256, 256))

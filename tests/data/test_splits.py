@@ -1,4 +1,4 @@
-"""assign_splits: whole subjects, every class its share, sexes and ages alike, and nobody moves."""
+"""assign_splits: whole subjects, fractions by class, balanced sex and age, and no subject changes split."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FRACTIONS = {"train": 0.7, "val": 0.15, "test": 0.15}
 
 
 def draw_people(count: int, seed: int = 0) -> pd.DataFrame:
-    """People of three classes whose ages and sexes differ between the classes; some ages are unknown."""
+    """Subjects of three classes with different ages and sexes; some ages are unknown."""
     rng = np.random.default_rng(seed)
     label = rng.choice(["AD", "MCI", "NC"], count, p=[0.2, 0.3, 0.5])
     age = np.where(label == "AD", 76, 72) + rng.normal(0, 7, count)
@@ -64,7 +64,7 @@ def test_small_classes_have_one_subject_a_split_and_train_comes_first():
 
 
 def test_a_test_set_that_someone_else_chose_is_kept():
-    """Those of the list are the test set, all of it: the others go to train and val."""
+    """The listed subjects are exactly the test set; the others are assigned to train and val."""
     people = draw_people(100)
     chosen = dict.fromkeys(people.subject[:30], "test")
     splits = assign_splits(people, {"train": 0.8, "val": 0.2}, chosen)

@@ -1,4 +1,4 @@
-"""Archives, NIfTI and DICOM of anybody's: paths and links that leave the folder, and bombs."""
+"""Untrusted archives, NIfTI and DICOM: paths and links that leave the folder, and decompression bombs."""
 
 import gzip
 import io
@@ -60,7 +60,7 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path):
 
 
 def test_what_only_ends_as_a_zip_is_refused(tmp_path):
-    """The library that unpacks looks at the first bytes: it would take the gzip, of whatever size."""
+    """The library that unpacks reads the first bytes: it would accept the gzip, of any size."""
     packed = zip_of(tmp_path / "inner.zip", {}).read_bytes()
     (tmp_path / "set.zip").write_bytes(gzip.compress(bytes(10_000_000)) + packed)
     with pytest.raises(DataError, match="does not begin like a zip file"):
@@ -110,7 +110,7 @@ def test_a_nifti_that_only_says_that_it_is_huge_is_refused_by_its_header(tmp_pat
 
 
 def test_a_pipe_is_no_scan(tmp_path):
-    """Reading it would wait for ever."""
+    """Reading it would block forever."""
     os.mkfifo(tmp_path / "a.nii")
     with pytest.raises(VolumeError, match="not a file"):
         read_volume(tmp_path / "a.nii")

@@ -1,4 +1,4 @@
-"""Break training in every way we know, resume it, and hold its weights against the undisturbed run's.
+"""Interrupt and damage training in every known way, resume it, and compare with an undisturbed run.
 
     python tests/faults/run_faults.py            # 20 kills and the rest: minutes; `make faults`
     python tests/faults/run_faults.py --short    # a part of it, for `make test`
@@ -71,7 +71,7 @@ class Faults:
         return Run(recipe, self.words(recipe, folder), folder / "log", **options), folder
 
     def resume(self, fault: str, recipe: str, folder: Path) -> str:
-        """Start the broken run again, and note whether it ends as the undisturbed one; what it said."""
+        """Resume the broken run, and record whether it ends like the undisturbed one; returns its output."""
         done = steps_done(folder)
         said = finish(recipe, self.words(recipe, folder), folder / "log").said()
         self.note(fault, weights_of(recipe, folder) == self.whole[recipe], done - resumed_at(folder))
@@ -235,7 +235,7 @@ class Faults:
         return folder, process
 
     def slurm(self, recipe: str) -> None:
-        """examples/slurm.sh, with a Slurm that starts what it is told to and notes who queues again."""
+        """examples/slurm.sh, with a stand-in for Slurm that starts its command and records requeueing."""
         bin_folder, folder = self.work / "bin", self.work / "slurm"
         bin_folder.mkdir()
         folder.mkdir()

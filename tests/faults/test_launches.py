@@ -26,7 +26,7 @@ CPU = [*LAUNCH, "configs/accelerate/cpu.yaml"]
 
 
 def run(*words, status=0, **environment):
-    """What a command says; it must end with `status`."""
+    """Output of a command, which must end with `status`."""
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | environment
     result = subprocess.run(
         list(map(str, words)), cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment
@@ -94,7 +94,7 @@ def test_bf16_by_its_launch_file(slices, on_one_host, tmp_path):
 
 
 def test_fsdp_ends_as_two_whole_copies_do(slices, on_one_host, tmp_path):
-    """Ours of it on CPU: gathered for looking and saving, an average by shards, resumed bit for bit."""
+    """Our part of it on CPU: gathered for validation and saving, EMA by shards, resumed bit for bit."""
     script = [*LAUNCH, "configs/accelerate/fsdp.yaml", "--mixed_precision", "no"]
     words = vae_words(slices, tmp_path / "vae", checkpointing_steps=2, checkpoints_total_limit=1)
     run(*script, "tests/faults/fsdp_on_cpu.py", "train_vae", *words)
@@ -159,7 +159,7 @@ def two_namespaces():
 
 
 def start_two_machines(prefixes, address, slices, folder, port, **environment):
-    """`accelerate launch --num_machines 2` on each; what they said."""
+    """`accelerate launch --num_machines 2` on each; returns their output."""
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", "configs/accelerate/multi_node.yaml", "--num_machines", "2"]
     command += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_ip", address]
@@ -191,7 +191,7 @@ def test_two_hosts_end_as_two_processes_of_one(two_namespaces, slices, on_one_ho
 
 
 def test_fsdp_without_a_gpu_is_refused(tmp_path, monkeypatch):
-    """accelerate would train whole copies and not say so."""
+    """accelerate would train whole copies without a message."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     AcceleratorState._reset_state(True)
     with pytest.raises(UserError, match="FSDP needs GPUs"):

@@ -129,7 +129,7 @@ class Run:
             time.sleep(0.001)
 
     def said(self) -> str:
-        """What it printed, and those before it with the same log."""
+        """Its output, and that of earlier runs with the same log."""
         return self.log.read_text(errors="replace") if self.log.is_file() else ""
 
 

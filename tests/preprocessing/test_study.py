@@ -1,4 +1,4 @@
-"""Files joined with a study's table: three layouts, many words for a group, and nothing that gets lost."""
+"""Files joined with a study's table: three layouts, synonyms of a group, every file accounted for."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Scans as they come: however a head is stored, the same upright pictures; what is no head is refused."""
+"""Scans in any storage order give the same upright slices; what is not a head is refused."""
 
 import gzip
 from pathlib import Path
@@ -24,7 +24,7 @@ def save(image, path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def upright(tmp_path_factory) -> np.ndarray:
-    """The pictures of head 0, stored as RAS."""
+    """The slices of head 0, stored as RAS."""
     return slice_scan(save(head(), tmp_path_factory.mktemp("ras") / "head.nii"), SMALL)
 
 
@@ -45,7 +45,7 @@ def test_sagittal_pictures_have_anterior_left_and_superior_up(upright):
 
 @pytest.mark.parametrize("plane", PLANES)
 def test_layout_of_each_plane(tmp_path, plane):
-    """A ball 12 mm right, 28 in front, 45 above: the right is left, but anterior is in sagittal pictures."""
+    """A ball 12 mm right, 28 anterior, 45 superior: right is shown left; in sagittal slices anterior is."""
     voxels, affine = template_head()
     offset = np.array([12, 28, 45])
     mm = np.moveaxis(np.indices(voxels.shape), 0, -1) @ affine[:3, :3] + affine[:3, 3]
@@ -264,7 +264,7 @@ def test_real_dicom_of_nibabels_own_is_refused(tmp_path):
 
 
 def test_the_real_template_file_is_cut_in_its_middle():
-    """A real NIfTI of 1 mm, uint8: the mid-sagittal slice shows the whole brain, about the middle."""
+    """A real NIfTI of 1 mm, uint8: the mid-sagittal slice shows the whole brain, centred."""
     nilearn = pytest.importorskip("nilearn")
     folder = Path(nilearn.__file__).parent / "datasets" / "data"
     path = folder / "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"

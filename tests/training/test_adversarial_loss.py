@@ -1,4 +1,4 @@
-"""The adaptive weight by hand, and what each side of the game learns from."""
+"""The adaptive weight, computed by hand, and the gradients of generator and discriminator."""
 
 import pytest
 import torch

@@ -97,7 +97,7 @@ def test_a_missing_and_a_truncated_file_are_damage(prepared, tmp_path):
 
 
 def test_nothing_is_unpickled_but_weights(prepared, tmp_path):
-    """A checkpoint that somebody gives away cannot run code, also where its checksums are right."""
+    """A checkpoint from elsewhere cannot run code, even with correct checksums."""
     accelerator, *_ = prepared
     flag = tmp_path / "code-ran"
 

@@ -1,4 +1,4 @@
-"""Learning rate and averaged weights."""
+"""Learning-rate schedule and EMA."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Training that goes on from another model: of colour, with other classes, in parts, or by a LoRA."""
+"""Fine-tuning: RGB autoencoders, other classes, frozen parts, and LoRA."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""The latent set: posterior kept, statistics right, and the cache never stale, half-written or damaged."""
+"""The latent cache: posteriors and statistics are correct, and no stale, partial or damaged file is read."""
 
 import numpy as np
 import pytest
@@ -68,7 +68,7 @@ def test_every_slice_is_encoded_in_order(vae, accelerator, tmp_path, monkeypatch
 
 
 def test_drawn_latents_keep_the_posteriors_spread(vae, accelerator, tmp_path):
-    """A cached draw would have no spread at all."""
+    """A cached sample would have no spread at all."""
     latents = encode_posteriors(vae, Slices(), accelerator, tmp_path, "slices")
     batch = latents[[3, 5]]
     draws = torch.stack([batch.sample(BatchRandom(0, number, 2, 0, 1, "cpu")) for number in range(1000)])
@@ -219,7 +219,7 @@ def test_encoding_with_a_vae_in_training_keeps_no_graph_of_the_slices(vae, accel
 
 
 def test_slices_with_a_manifest_are_known_without_their_pixels(accelerator, monkeypatch):
-    """Slices has no `arrays` to read pixels of: without a manifest that is what is asked for."""
+    """Slices has no `arrays` to read pixels of: without a manifest they would be requested."""
     record = {"class_names": ("AD", "NC"), "subjects_known": True, "subjects": {"train": {"a": {"1"}}}}
     known = DataRecord(hash="1" * 64, hash_of=CONTENT, **record)
     found = hash_slices(accelerator, known, 16, train=Slices())

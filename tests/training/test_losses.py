@@ -1,4 +1,4 @@
-"""Losses against values worked out by hand."""
+"""Losses against values computed by hand."""
 
 import math
 
@@ -78,7 +78,7 @@ def test_min_snr_is_finite_at_zero_terminal_snr(prediction_type):
 
 
 def test_spectral_loss_is_monais_and_has_a_gradient_where_that_has_none():
-    """A picture with an even border has frequencies of no amplitude, where the root has no slope."""
+    """An image with a uniform border has frequencies of zero amplitude, where the root has no derivative."""
     from monai.losses.spectral_loss import JukeboxLoss
 
     images = torch.rand(2, 1, 16, 16) * 2 - 1

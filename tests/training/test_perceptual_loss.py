@@ -1,4 +1,4 @@
-"""The perceptual distance, with random weights: its gradient, whose weights it reads, and what it refuses."""
+"""The perceptual loss with random weights: its gradient, and which files of weights it accepts."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def write_resnet50(folder):
 
 @pytest.mark.parametrize("write", [write_vgg, write_resnet50])
 def test_the_gradient_reaches_the_reconstruction(write, tmp_path):
-    """Computed under no_grad, as a usual example script does, it would be a number that teaches nothing."""
+    """Computed under no_grad, as a usual example script does, it would have no gradient."""
     perceptual_loss = load_perceptual_loss(str(write(tmp_path)))
     images, reconstruction = slices(0), slices(1).requires_grad_()
     distance = perceptual_loss(reconstruction, images)

@@ -70,7 +70,7 @@ def test_the_rows_of_a_process_alone_give_other_gradients(one_process):
 
 
 def test_latents_encoded_by_two_processes_are_those_of_one(two_processes, one_process, tmp_path):
-    """Bit for bit: in order, each once, whoever encoded it."""
+    """Bit for bit: in order, each once, whichever process encoded it."""
     ranks.cached(one_process, tmp_path)
     (one,), (two,) = (
         list(folder.glob("*/posteriors.npy")) for folder in (tmp_path, two_processes / "latents")

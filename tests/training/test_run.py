@@ -123,7 +123,7 @@ def test_no_value_of_an_update_is_read_before_the_next_one(train, monkeypatch):
 
 
 def test_deepspeed_is_given_what_it_would_guess():
-    """Its own `auto` clips at 1.0, and asks a DataLoader that is not prepared for the size of a batch."""
+    """Its own `auto` clips at 1.0, and reads the batch size from a DataLoader, of which none is prepared."""
     config = {"gradient_clipping": "auto", "train_micro_batch_size_per_gpu": "auto"}
     fill_deepspeed_config(config, batch_size=8, max_grad_norm=0.25)
     assert config == {"gradient_clipping": 0.25, "train_micro_batch_size_per_gpu": 8}
