@@ -1,4 +1,4 @@
-"""Architecture: recipes that are read on two screens, and imports that point down."""
+"""Architecture: length of the recipes, and the direction of imports between packages."""
 
 import ast
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ("train_vae.py", "train_ldm.py")
-# What a room may import of the package beside itself; the files at the top are rooms of their own.
+# What each subpackage, or module at the top level, may import of the package beside itself.
 SMALL = {"errors", "files", "environment", "precision", "figures"}
 ROOMS = {
     "models": SMALL,

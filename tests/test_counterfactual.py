@@ -152,7 +152,7 @@ def test_sample_writes_a_counterfactual(model, phantom_dir, tmp_path):
     with Image.open(tmp_path / "out/counterfactual.png") as image:
         assert (image.mode, image.size) == ("L", (16, 16))
     row = pd.read_csv(tmp_path / "out/metadata.csv").iloc[0]
-    assert row["from"] == "NC", "as metadata.csv beside the slice says"
+    assert row["from"] == "NC", "from metadata.csv beside the slice"
     assert row.to == "AD" and 0 < row.round_trip_error <= row.round_trip_error_max <= 1
 
     colours = np.asarray(Image.open(tmp_path / "out/difference.png")).astype(int)

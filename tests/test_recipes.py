@@ -112,7 +112,7 @@ def test_sample_writes_a_folder_that_load_dataset_reads(ldm_dir, tmp_path):
     assert Image.open(folder / "AD/000000.png").size == (32, 32)
     assert all((folder / name).is_file() for name in ("grid.png", "trajectory.png"))
 
-    # One class by its number, another batch size: the same pictures up to rounding.
+    # One class by its number, another batch size: the same images up to rounding.
     run("sample.py", "--class", 1, *options, "--batch_size", 2, "--output_dir", tmp_path / "nc")
     made = sorted(path.name for path in (tmp_path / "nc").iterdir())
     assert made == [".settings.json", "NC", "grid.png", "metadata.csv"]

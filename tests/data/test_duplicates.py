@@ -20,7 +20,7 @@ def test_one_picture_in_two_splits_is_a_problem_in_any_format(ad_nc_folder):
     report = check_folder(folder)
     (problem,) = report.problems
     assert "test/AD/3009_12.bmp and train/AD/1001_78.png: the same image twice" in problem
-    assert not any("3009" in pair.first.path + pair.second.path for pair in report.near), "said once"
+    assert not any("3009" in pair.first.path + pair.second.path for pair in report.near), "reported once"
 
 
 def test_slices_of_one_subject_may_be_alike(ad_nc_folder):
@@ -37,7 +37,7 @@ def test_nearly_the_same_picture_of_two_subjects_is_mentioned_once_and_drawn(pha
             (folder / split / cls).mkdir(parents=True)
             for path in (phantom_dir / split / cls).glob("*.png"):
                 Image.open(path).resize((256, 256)).save(folder / split / cls / path.name)
-    assert not check_folder(folder).near, "brains of different people"
+    assert not check_folder(folder).near, "brains of different subjects"
     originals = sorted((folder / "train/AD").glob("*.png"))[:3]  # one subject's
     for number, path in enumerate(originals):
         Image.fromarray(altered(np.asarray(Image.open(path)), change)).save(
@@ -78,7 +78,7 @@ def test_every_pair_of_ten_thousand_pictures_in_seconds():
     hashes = np.random.default_rng(0).integers(0, 2**63, (10_000, 9), dtype=np.uint64)
     start = time.process_time()
     assert not len(near_pairs(hashes))
-    assert time.process_time() - start < 5, "30,520 pictures are nine times as many pairs"
+    assert time.process_time() - start < 5, "30,520 images are nine times as many pairs"
 
 
 def test_a_hash_does_not_depend_on_noise_in_the_background():

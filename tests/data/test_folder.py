@@ -41,7 +41,7 @@ def test_the_person_of_the_table_is_the_subject(ad_nc_folder, tmp_path, prefix):
     cells = [line.split() for line in str(report).splitlines()]
     assert (
         report.ok and ["train", "AD", "8", "3", "2", "to", "4"] in cells
-    )  # images, persons, slices a person
+    )  # images, subjects, slices per subject
     assert not any("cannot be known" in note for note in report.notes)
 
 

@@ -198,7 +198,7 @@ class Faults:
         assert process.wait(240) == 0, (folder / "log").read_text()[-4000:]
         self.note("one of two ranks killed", weights_of(recipe, folder) == whole, done - resumed_at(folder))
 
-        # One rank alone is told: both stop at the same step. The launcher starts them again by itself.
+        # One rank alone gets the signal: both stop at the same step. The launcher restarts them by itself.
         folder, process = self.launch(recipe, "one-told")
         os.kill(rank_of(process.pid, 1), signal.SIGTERM)
         assert process.wait(240) == 0, (folder / "log").read_text()[-4000:]
@@ -207,7 +207,7 @@ class Faults:
         lost = int(stopped[1]) - resumed_at(folder)
         self.note("SIGTERM to one of two ranks", weights_of(recipe, folder) == whole, lost)
 
-        # The launcher is told: it tells its ranks, waits for their checkpoint, and ends.
+        # The launcher gets the signal: it forwards it to its ranks, waits for their checkpoint, and ends.
         folder, process = self.launch(recipe, "launcher-told")
         process.terminate()
         assert process.wait(60) != 0

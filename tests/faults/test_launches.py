@@ -86,7 +86,7 @@ def test_a_resume_with_another_number_of_processes_is_refused(slices, on_one_hos
 def test_bf16_by_its_launch_file(slices, on_one_host, tmp_path):
     words = vae_words(slices, tmp_path)
     place = words.index("--mixed_precision")
-    del words[place : place + 2]  # the launch file says it
+    del words[place : place + 2]  # set by the launch file
     said = run(*LAUNCH, "configs/accelerate/bf16.yaml", "--num_processes", 2, "train_vae.py", *words)
     assert "2 processes on cpu, bf16" in said
     assert load_file(tmp_path / WEIGHTS["train_vae"])["encoder.conv_in.weight"].dtype == torch.float32

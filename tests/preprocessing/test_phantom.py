@@ -49,7 +49,7 @@ def test_other_seed_gives_other_pictures(tiny, tmp_path):
         for folder in (tiny, tmp_path / "other")
     )
     assert len(first) == len(second) and not set(first.values()) & set(second.values())
-    assert not first.keys() & second.keys(), "nobody of one cohort has the name of somebody of another"
+    assert not first.keys() & second.keys(), "no subject name occurs in two cohorts"
 
 
 def test_a_subject_is_the_same_in_a_larger_cohort(tiny, tmp_path):

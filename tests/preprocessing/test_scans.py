@@ -225,7 +225,7 @@ def test_bad_scans_are_listed_and_the_rest_is_done(archive, undisturbed, tmp_pat
     mine, other = digests(output), digests(undisturbed)
     pictures = {name for name in mine if name.endswith(".png")}
     assert len(pictures) == 4 * (SUBJECTS + 2 - 4)
-    assert all(mine[name] == other[name] for name in pictures), "a picture or its split changed"
+    assert all(mine[name] == other[name] for name in pictures), "a slice or its split changed"
 
     for number in (100, 101, 103, 104):  # mended: the same command does what is missing
         source = archive / "ADNI" / files[number].relative_to(copy / "ADNI")

@@ -103,7 +103,7 @@ def test_an_autoencoder_of_colour_is_folded_to_what_it_does_to_grey(place, colou
         decoded, pictures = folded.decode(expected.mean).sample, colour.decode(expected.mean).sample
     assert decoded.shape == (2, 1, 16, 16)
     assert torch.allclose(decoded, pictures.mean(dim=1, keepdim=True), atol=1e-5)
-    assert pictures.std(dim=1).max() > 1e-2, "it was of colour"
+    assert pictures.std(dim=1).max() > 1e-2, "the original decodes to colour"
     folded.save_pretrained(tmp_path / "folded")
     assert weights_equal(AutoencoderKL.from_pretrained(tmp_path / "folded"), folded), "and is saved as grey"
 
@@ -287,7 +287,7 @@ def test_a_lora_is_a_small_file_that_the_pipeline_takes(base, lora_words, run, t
     with pytest.raises(ValueError, match="unknown class 'MCI'"):
         draw(pipeline, "MCI")
 
-    # The merged folder is drawn from where neither this package nor peft is.
+    # The merged folder can be sampled from where neither this package nor peft is installed.
     words = [str(tmp_path / name) for name in ("tuned", "images.pt")]
     command = [sys.executable, "-c", WITHOUT_PEFT, *words]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -323,5 +323,5 @@ def test_online_evaluation_of_a_part_that_is_trained(part, run, base, phantom_di
     words += ("--evaluation_steps", 2, "--evaluate_images", 20, "--classifier_steps", 2)
     run(train_ldm, *words, "--num_inference_steps", 2)
     best, last = load(tmp_path / "tuned/best"), load(tmp_path / "tuned")
-    assert hash_pipeline(best) == hash_pipeline(last), "judged after the last update"
+    assert hash_pipeline(best) == hash_pipeline(last), "evaluated after the last update"
     assert draw(best, "AD").isfinite().all()
