@@ -29,7 +29,7 @@ class SampleConfig:
     guidance_interval: list[float] = HfArg(
         default_factory=lambda: [0.0, 1.0],
         help="LOW HIGH: guidance interval as fractions of the noise schedule, 0 the clean image and 1 pure "
-        "noise. Steps outside it take half the time; without guidance at high noise samples are more diverse.",
+        "noise. Steps outside it take half the time; without guidance at high noise, diversity is higher.",
     )
     eta: float = HfArg(default=0.0, help="Stochasticity of DDIM: 0 is deterministic, 1 is that of DDPM.")
     scheduler: str = HfArg(
