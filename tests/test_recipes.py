@@ -233,7 +233,7 @@ def test_a_resumed_vae_repeats_the_uninterrupted_one_with_its_discriminator(pres
     first, second, third = (weights("whole", step, "model_1.safetensors") for step in (1, 2, 3))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(second["network.final_conv.conv.weight"], third["network.final_conv.conv.weight"])
-    assert third["balance"] > 0
+    assert third["d_weight"] > 0
     table = pd.read_csv(tmp_path / "whole/metrics.csv")
     assert table.discriminator_loss.dropna().tolist()[0] == 0 < table.discriminator_loss.dropna().iloc[-1]
 

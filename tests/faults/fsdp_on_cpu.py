@@ -15,20 +15,21 @@ from accelerate import FullyShardedDataParallelPlugin, PartialState  # noqa: E40
 from accelerate.utils import DistributedType  # noqa: E402
 
 from adni_ldm.errors import run_recipe  # noqa: E402
+from adni_ldm.training import run  # noqa: E402
 
 recipe = importlib.import_module(sys.argv.pop(1))
-start = recipe.start_accelerator
+start = run.start_accelerator
 
 
-def start_sharded(*arguments):
-    accelerator = start(*arguments)
+def start_sharded(**settings):
+    accelerator = start(**settings)
     # both, since every new AcceleratorState takes up what PartialState holds
     PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
     return accelerator
 
 
-recipe.start_accelerator = start_sharded
+run.start_accelerator = start_sharded
 try:
     run_recipe(recipe.main)
 except SystemExit as end:

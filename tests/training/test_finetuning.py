@@ -142,7 +142,7 @@ def test_what_is_no_autoencoder_of_slices_is_refused(phantom_dir, base, run, tmp
     build_autoencoder(16, widths=(16, 32)).save_pretrained(tmp_path / "vae")
     config = json.loads((tmp_path / "vae/config.json").read_text())
     AutoencoderKL.from_config(config | {"in_channels": 2}).save_pretrained(tmp_path / "two")
-    with pytest.raises(UserError, match="2 channels in, 1 out"):
+    with pytest.raises(UserError, match="2 input and 1 output channels"):
         load_autoencoder(str(tmp_path / "two"))
     with pytest.raises(UserError, match="not an autoencoder"):
         load_autoencoder(str(base / "unet"))
