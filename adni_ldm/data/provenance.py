@@ -14,12 +14,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 
 from adni_ldm.data.folder import FolderListing
 from adni_ldm.data.manifest import data_hash
 from adni_ldm.data.splits import DataError
+from adni_ldm.files import read_json
+
+PARTS = ("vae", "unet", "class_embedding")  # of a pipeline; each may have a history of its own
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,36 @@ def training_records(data: DataRecord, earlier: Iterable[Mapping] | None = None)
     ids = " ".join(sorted(_hashed(name, data.hash) for name in names))  # in one string: one line of JSON
     record = {"hash": data.hash, "hash_of": data.hash_of, "ids": ids}
     return [*(dict(entry) for entry in earlier or () if entry != record), record]
+
+
+def records_by_part(model: str | Path | Mapping[str, Any]) -> dict[str, list[dict]]:
+    """Read the records of each part of a model, {} of a folder without a model.
+
+    A pipeline's parts differ where --vae or --init_from brought one in that was trained on other data.
+
+    Args:
+        model: folder of a pipeline or of an autoencoder; or the components of a loaded one, by name
+            (`pipeline.components`), which serves models from the Hub too.
+    """
+    if isinstance(model, Mapping):
+        configs = {part: model[part].config for part in PARTS if model.get(part) is not None}
+    else:
+        files = {part: Path(model, part, "config.json") for part in PARTS}
+        files = {part: file for part, file in files.items() if file.is_file()}
+        if not files and (alone := Path(model, "config.json")).is_file():
+            files = {"vae": alone}
+        configs = {part: read_json(file) for part, file in files.items()}
+    return {
+        part: [dict(entry) for entry in config.get("_trained_on") or ()] for part, config in configs.items()
+    }
+
+
+def model_records(model: str | Path | Mapping[str, Any]) -> list[dict]:
+    """The records of all parts of a model (see `records_by_part`), each once, in the order of training."""
+    found: list[dict] = []
+    for records in records_by_part(model).values():
+        found += [record for record in records if record not in found]
+    return found
 
 
 def check_leakage(model: str, records: Sequence[Mapping] | None, data: DataRecord) -> None:

@@ -8,7 +8,14 @@ import pytest
 from diffusers import AutoencoderKL
 from diffusers.utils import logging
 
-from adni_ldm.data.provenance import DataRecord, check_leakage, describe_data, training_records
+from adni_ldm.data.provenance import (
+    DataRecord,
+    check_leakage,
+    describe_data,
+    model_records,
+    records_by_part,
+    training_records,
+)
 from adni_ldm.data.slices import open_folder, read_slices
 from adni_ldm.data.splits import DataError
 from adni_ldm.models.autoencoder import build_autoencoder
@@ -68,3 +75,16 @@ def test_the_record_travels_with_the_config_in_silence_and_names_nobody(tmp_path
     text = (tmp_path / "two/config.json").read_text()
     assert json.loads(text)["_trained_on"] == training_records(record(train=["002_S_0413"]))
     assert "0413" not in text
+
+
+def test_the_history_of_a_model_is_that_of_all_its_parts(pipeline, tmp_path):
+    """A VAE may be trained on other data than the U-Net; from a folder, and from what was loaded."""
+    adni, phantom = (training_records(record(digit * 64, train=["ann"])) for digit in "12")
+    pipeline.vae.register_to_config(_trained_on=adni + phantom)
+    pipeline.unet.register_to_config(_trained_on=phantom)
+    pipeline.save_pretrained(tmp_path)
+    for model in (tmp_path, str(tmp_path), pipeline.components):
+        assert model_records(model) == adni + phantom, "each record once"
+        assert records_by_part(model) == {"vae": adni + phantom, "unet": phantom, "class_embedding": []}
+    assert model_records(tmp_path / "vae") == adni + phantom, "of an autoencoder's own folder"
+    assert records_by_part(tmp_path / "nothing") == {}
