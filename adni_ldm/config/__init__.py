@@ -18,22 +18,3 @@ from adni_ldm.config.training import (
     save_config,
     settings_to_keep,
 )
-
-__all__ = [
-    "AppConfig",
-    "CheckConfig",
-    "EvaluateConfig",
-    "PhantomConfig",
-    "PushConfig",
-    "PushSamplesConfig",
-    "SampleConfig",
-    "ScansConfig",
-    "TrainLDMConfig",
-    "TrainingConfig",
-    "TrainVAEConfig",
-    "class_names",
-    "parse_config",
-    "run_command",
-    "save_config",
-    "settings_to_keep",
-]

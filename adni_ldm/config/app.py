@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from transformers.hf_argparser import HfArg
 
+from adni_ldm.config.parsing import check_at_least
 from adni_ldm.errors import UserError
 
 
@@ -15,14 +16,10 @@ class AppConfig:
 
     model: str = HfArg(default="runs/ldm", help="Folder or Hub name of the pipeline that train_ldm.py wrote.")
     report: str | None = HfArg(
-        default=None,
-        help="Folder of the report of evaluate.py on the model. Default: report/ in the model's folder or "
-        "beside it.",
+        default=None, help="Folder of evaluate.py's report. Default: report/ in the model's folder or beside."
     )
     host: str | None = HfArg(
-        default=None,
-        help="Address to listen on; 0.0.0.0 for all addresses of this machine. Default: accessible from this "
-        "machine only.",
+        default=None, help="Address to listen on; 0.0.0.0 for all. Default: this machine only."
     )
     port: int = HfArg(default=7860, help="Port to listen on; 0 for any free port.")
     max_images: int = HfArg(default=16, help="Largest number of slices per request.")
@@ -31,13 +28,12 @@ class AppConfig:
     max_upload_mb: int = HfArg(default=10, help="Largest size of an uploaded file, MB.")
     push_space: str | None = HfArg(
         default=None,
-        help="Create a Hugging Face Space ME/NAME of this page, for a model that is on the Hub, and exit.",
+        help="Create a Hugging Face Space ME/NAME of this page, for a model on the Hub, and exit.",
     )
     public: bool = HfArg(default=False, help="Make the Space public; by default it is private.")
 
     def __post_init__(self):
-        for name in ("max_images", "queue_size", "max_upload_mb"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)} must be at least 1")
-        if self.max_steps < 2 or not 0 <= self.port < 65536:
-            raise UserError(f"--max_steps {self.max_steps} must be at least 2, --port {self.port} 0 to 65535")
+        check_at_least(1, self, "max_images", "queue_size", "max_upload_mb")
+        check_at_least(2, self, "max_steps")
+        if not 0 <= self.port < 65536:
+            raise UserError(f"--port {self.port} must be 0 to 65535")

@@ -5,16 +5,13 @@ from __future__ import annotations
 from adni_ldm.errors import UserError
 
 CLASSES_HELP = "Classes by folder name, in the order of their labels: AD,NC or AD,MCI,NC."
-TABLE_HELP = (
-    "The archive's study table (CSV), for files named by image ID: it gives the subject of each image."
-)
+TABLE_HELP = "Study table (CSV) that gives the subject of each image, for files named by image ID."
 
 
 def class_names(classes: str) -> tuple[str, ...]:
     """Split "AD,NC" into ("AD", "NC"); CN, the archive's name for NC, is read as NC.
 
-    Raises:
-        UserError: fewer than two classes, or duplicates.
+    Raises UserError for fewer than two classes, or duplicates.
     """
     names = tuple({"CN": "NC"}.get(name.strip(), name.strip()) for name in classes.split(","))
     if len(names) < 2 or not all(names) or len(set(names)) < len(names):

@@ -20,11 +20,7 @@ class PhantomConfig:
     plane: str = HfArg(
         default="sagittal", help="Plane of the slices.", metadata={"choices": ["sagittal", "coronal"]}
     )
-    contrast: str = HfArg(
-        default="t1",
-        help="Image contrast: t1, or t2 with bright fluid and dark white matter.",
-        metadata={"choices": ["t1", "t2"]},
-    )
+    contrast: str = HfArg(default="t1", help="Image contrast.", metadata={"choices": ["t1", "t2"]})
     image_size: int = HfArg(default=64, help="Side of the square slice, pixels.")
     seed: int = HfArg(default=0, help="Random seed; the cohort does not depend on the number of workers.")
     workers: int | None = HfArg(default=None, help="Number of processes. Default: one per core.")
@@ -38,8 +34,7 @@ class CheckConfig:
     classes: str = HfArg(default="AD,NC", help=CLASSES_HELP)
     table: str | None = HfArg(default=None, help=TABLE_HELP)
     figures: str | None = HfArg(
-        default=None,
-        help="Output folder of the figures; `none` saves none. Default: check/ in the current folder.",
+        default=None, help="Output folder of the figures, or none. Default: check/ in the current folder."
     )
 
     def __post_init__(self):
@@ -51,18 +46,16 @@ class ScansConfig:
     """Settings of prepare_data.py scans."""
 
     input_dir: str = HfArg(
-        default="ADNI",
-        help="Folder of scans: an archive's tree, BIDS, or any other with paths in the study table.",
+        default="ADNI", help="Folder of scans: an archive's tree, BIDS, or with paths in the study table."
     )
     table: str | None = HfArg(
-        default=None,
-        help="Study table, .csv or .tsv. Default: participants.tsv of a BIDS folder.",
+        default=None, help="Study table, CSV or TSV. Default: participants.tsv of BIDS."
     )
     output_dir: str = HfArg(default="data/adni", help="Output folder.")
     columns: list[str] = HfArg(
         default_factory=list,
-        help="Columns of the table that are not found by name, such as subject=PTID group=DX_bl; of path, "
-        "image_id, subject, group, session, age, sex, modality.",
+        help="Columns that are not found by name, such as group=DX_bl: path, image_id, subject, group, "
+        "session, age, sex, modality.",
     )
     classes: str = HfArg(default="AD,NC", help=CLASSES_HELP)
     plane: str = HfArg(
@@ -74,7 +67,7 @@ class ScansConfig:
     spacing_mm: float = HfArg(default=2.0, help="Distance between slices, mm.")
     image_size: int = HfArg(default=256, help="Side of the square slice, pixels.")
     field_of_view_mm: float = HfArg(
-        default=256.0, help="Side of the square slice, mm; beyond the scan it is black."
+        default=256.0, help="Side of the square slice, mm; black beyond the scan."
     )
     register: str = HfArg(
         default="none",
@@ -82,20 +75,16 @@ class ScansConfig:
         metadata={"choices": ["none", "mni"]},
     )
     brain_mask: str = HfArg(
-        default="none",
-        help="Brain mask: none; mni for the template's; or files beside the scans, "
-        "such as '{name}_mask.nii.gz'.",
+        default="none", help="none, mni for the template's, or files beside the scans: '{name}_mask.nii.gz'."
     )
     percentiles: list[float] = HfArg(
-        default_factory=lambda: [0.5, 99.5],
-        help="Percentiles of the brain's intensity that become black and white.",
+        default_factory=lambda: [0.5, 99.5], help="Percentiles of the brain that become black and white."
     )
     bits: int = HfArg(default=8, help="Bits per pixel of the PNG.", metadata={"choices": [8, 16]})
     val_fraction: float = HfArg(default=0.15, help="Fraction of the subjects for validation.")
     test_fraction: float = HfArg(default=0.15, help="Fraction of the subjects for testing.")
     test_subjects: str | None = HfArg(
-        default=None,
-        help="File with one subject per line: exactly these are the test set, instead of a fraction.",
+        default=None, help="File of the subjects of the test set, one per line, instead of a fraction."
     )
     workers: int | None = HfArg(default=None, help="Number of processes. Default: one per core.")
 

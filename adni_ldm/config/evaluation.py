@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from transformers.hf_argparser import HfArg
 
 from adni_ldm.config.classes import CLASSES_HELP, TABLE_HELP, class_names
+from adni_ldm.config.parsing import check_at_least
 from adni_ldm.errors import UserError
 
 
@@ -15,12 +16,8 @@ class EvaluateConfig:
     """Settings of evaluate.py."""
 
     real: str = HfArg(default="data/phantom", help="Folder of real slices, AD_NC folder, or its zip.")
-    samples: str = HfArg(
-        default="samples", help="Folder of samples, one subfolder per class, as sample.py writes it."
-    )
-    output_dir: str = HfArg(
-        default="report", help="Output folder for report.html, metrics.json and figures/."
-    )
+    samples: str = HfArg(default="samples", help="Folder of samples, one subfolder per class.")
+    output_dir: str = HfArg(default="report", help="Output folder: report.html, metrics.json, figures/.")
     model: str | None = HfArg(
         default=None,
         help="Pipeline that generated the samples. Adds class-conditioning accuracy by guidance scale, "
@@ -35,13 +32,10 @@ class EvaluateConfig:
     table: str | None = HfArg(default=None, help=TABLE_HELP)
     val_fraction: float = HfArg(default=0.1, help="As in training, if the data have no val folder.")
     pixel_mm: float | None = HfArg(
-        default=None,
-        help="Side of a pixel, mm. Default: from the data's metadata.csv, else 256 mm over the slice's side.",
+        default=None, help="Side of a pixel, mm. Default: that of metadata.csv, else 256 mm over the side."
     )
     max_slices: int = HfArg(
-        default=5000,
-        help="Maximum number of real slices of a split, the same share of every subject's, and of samples of "
-        "a class.",
+        default=5000, help="Most real slices of a split, evenly of its subjects, and most samples of a class."
     )
     classifier_steps: int = HfArg(
         default=200, help="Training steps of each of the report's three classifiers, in batches of 64 slices."
@@ -50,9 +44,7 @@ class EvaluateConfig:
         default_factory=lambda: [1.0, 1.5, 2.5, 4.0],
         help="Guidance scales at which the class-conditioning accuracy of --model is measured.",
     )
-    curve_images: int = HfArg(
-        default=24, help="Samples of each class at each of these guidance scales; 0 for none."
-    )
+    curve_images: int = HfArg(default=24, help="Samples of each class at each of these scales; 0 for none.")
     curve_steps: int = HfArg(default=20, help="Number of denoising steps of these samples.")
     seed: int = HfArg(default=0, help="The same seed gives the same metrics on the same machine.")
 
@@ -60,5 +52,5 @@ class EvaluateConfig:
         class_names(self.classes)
         if self.pixel_mm is not None and not self.pixel_mm > 0:
             raise UserError(f"--pixel_mm {self.pixel_mm} must be above 0")
-        if self.max_slices < 1 or self.curve_images < 0 or self.curve_steps < 1:
-            raise UserError("--max_slices and --curve_steps must be at least 1, --curve_images at least 0")
+        check_at_least(1, self, "max_slices", "curve_steps")
+        check_at_least(0, self, "curve_images")

@@ -13,34 +13,27 @@ from adni_ldm.config.classes import TABLE_HELP
 class SharedConfig:
     """Settings of both commands."""
 
-    repo_id: str | None = HfArg(
-        default=None, help="Repository on the Hub, ME/NAME; created if it does not exist."
-    )
+    repo_id: str | None = HfArg(default=None, help="Repository on the Hub, ME/NAME; created if missing.")
     data_dir: list[str] = HfArg(
         default_factory=list,
-        help="Folders of the training data, which the leak scan compares with what is pushed. Default: the "
-        "folder recorded in training_config.json.",
+        help="Folders of the training data, for the leak scan. Default: that of training_config.json.",
     )
     table: str | None = HfArg(default=None, help=TABLE_HELP)
     report: str | None = HfArg(
-        default=None,
-        help="Folder of the report of evaluate.py on the model. Default: report/ in the model's folder.",
+        default=None, help="Folder of evaluate.py's report on the model. Default: report/ in its folder."
     )
     public: bool = HfArg(default=False, help="Make the repository public; by default it is private.")
     accept_privacy_risk: bool = HfArg(
         default=False, help="Push although the verdict on privacy is unfavourable, or there is none."
     )
-    overwrite: bool = HfArg(
-        default=False, help="Replace all content of a repository that contains something else."
-    )
+    overwrite: bool = HfArg(default=False, help="Replace all content of a repository of something else.")
     license: str | None = HfArg(
         default=None,
         help="License, by its identifier on the Hub. Default: apache-2.0 for the phantom cohort, else "
         "`other` with the data use agreement of ADNI, which covers derived data.",
     )
     dry_run: str | None = HfArg(
-        default=None,
-        help="Folder to write what would be pushed to; runs the leak scan and uploads nothing.",
+        default=None, help="Run the leak scan, write what would be pushed to this folder, upload nothing."
     )
 
 
@@ -51,8 +44,8 @@ class PushConfig(SharedConfig):
     folder: str = HfArg(default="runs/ldm", help="Folder that train_ldm.py wrote; the flag may be omitted.")
     allow_real_images: bool = HfArg(
         default=False,
-        help="Push the report's page and figures as well, which show real scans. Images are then not "
-        "compared with the training data.",
+        help="Push the report's page and figures as well, which show real scans; no image is then compared "
+        "with the training data.",
     )
 
 

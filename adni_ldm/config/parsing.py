@@ -30,13 +30,8 @@ def parse_config(
 ) -> Config:
     """Settings from `--config FILE.yaml` and from flags, which override it.
 
-    An unknown flag ends the program with argparse's usage message.
-
-    Args:
-        positional: the setting that a first argument without a flag sets.
-
-    Raises:
-        UserError: the file is missing, is not a mapping, or names an unknown setting.
+    `positional` is the setting that a first argument without a flag sets. An unknown flag ends with
+    argparse's usage message. Raises UserError for a missing file, no mapping or an unknown setting.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if positional and arguments and not arguments[0].startswith("-"):
@@ -58,13 +53,17 @@ def parse_config(
     return config_class(**values)
 
 
+def check_at_least(least: float, config, *names: str) -> None:
+    """Raise UserError if one of these settings is below `least`."""
+    for name in names:
+        if getattr(config, name) < least:
+            raise UserError(f"--{name} {getattr(config, name)} must be at least {least}")
+
+
 def run_command(description: str, commands: Mapping[str, Callable[[list[str]], int | None]]) -> int | None:
     """Run the command that the first argument names with the remaining arguments; returns its exit status.
 
-    Without a command, and with --help, prints `description`.
-
-    Raises:
-        UserError: there is no such command.
+    Without a command, and with --help, prints `description`. Raises UserError for an unknown command.
     """
     command, *arguments = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help"):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from transformers.hf_argparser import HfArg
 
+from adni_ldm.config.parsing import check_at_least
 from adni_ldm.errors import UserError
 
 
@@ -17,9 +18,7 @@ class SampleConfig:
         default="all", help="Class to sample: AD, NC, 0, 1, a comma list, or all.", aliases=["--class"]
     )
     model: str = HfArg(default="runs/ldm", help="Folder or Hub name of a pipeline of train_ldm.py.")
-    output_dir: str = HfArg(
-        default="samples", help="Folder that the slices are written to, one subfolder per class."
-    )
+    output_dir: str = HfArg(default="samples", help="Output folder, with one subfolder per class.")
     num_images: int = HfArg(default=16, help="Number of slices per class.")
     num_inference_steps: int = HfArg(default=50, help="Denoising steps.")
     guidance_scale: float = HfArg(
@@ -29,7 +28,7 @@ class SampleConfig:
     guidance_interval: list[float] = HfArg(
         default_factory=lambda: [0.0, 1.0],
         help="LOW HIGH: guidance interval as fractions of the noise schedule, 0 the clean image and 1 pure "
-        "noise. Steps outside it take half the time; without guidance at high noise, diversity is higher.",
+        "noise. Steps outside it take half the time.",
     )
     eta: float = HfArg(default=0.0, help="Stochasticity of DDIM: 0 is deterministic, 1 is that of DDPM.")
     scheduler: str = HfArg(
@@ -37,9 +36,7 @@ class SampleConfig:
         help="Scheduler of the sampling steps.",
         metadata={"choices": ["ddim", "ddpm", "dpm++", "dpm++_sde", "euler", "heun", "unipc"]},
     )
-    seed: int = HfArg(
-        default=0, help="Random seed; slice k of a seed is the same at every batch size, up to rounding."
-    )
+    seed: int = HfArg(default=0, help="Random seed; slice k depends on the batch size up to rounding only.")
     batch_size: int = HfArg(default=16, help="Slices per batch and process.")
     mixed_precision: str | None = HfArg(
         default=None,
@@ -50,24 +47,18 @@ class SampleConfig:
         default=False, help="Also save trajectory.png: the denoising trajectory of one slice of each class."
     )
     from_image: str | None = HfArg(
-        default=None,
-        help="Image file of a slice: generate its counterfactual in the class --to instead of samples.",
+        default=None, help="Image file of a slice: write its counterfactual in the class --to, not samples."
     )
     morph: int = HfArg(
-        default=0,
-        help="Number of frames: generate a class interpolation from --from to --to, PNG and GIF, instead of "
-        "samples.",
+        default=0, help="Number of frames of a class interpolation from --from to --to, instead of samples."
     )
     source: str | None = HfArg(
         default=None,
-        help="Class of the slice, or the first class of the interpolation. Default: from the slice's "
-        "metadata.csv.",
+        help="Class of the slice (default: in its metadata.csv), or the interpolation's first class.",
         aliases=["--from"],
     )
     target: str | None = HfArg(
-        default=None,
-        help="Class of the counterfactual, or the last class of the interpolation.",
-        aliases=["--to"],
+        default=None, help="Class of the counterfactual, or the interpolation's last class.", aliases=["--to"]
     )
     strength: float = HfArg(
         default=0.8,
@@ -76,9 +67,7 @@ class SampleConfig:
     )
 
     def __post_init__(self):
-        for name in ("num_images", "num_inference_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)} must be at least 1")
+        check_at_least(1, self, "num_images", "num_inference_steps", "batch_size")
         interval = self.guidance_interval
         if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
             values = " ".join(map(str, interval))

@@ -10,6 +10,7 @@ from typing import Annotated, TypeVar, get_type_hints
 from transformers.hf_argparser import HfArg
 
 from adni_ldm.config.classes import CLASSES_HELP, TABLE_HELP, class_names
+from adni_ldm.config.parsing import check_at_least
 from adni_ldm.errors import UserError
 from adni_ldm.files import write_json
 
@@ -19,10 +20,7 @@ T = TypeVar("T")
 MayChange = Annotated[T, "free"]
 # ... and what changes the rounding and not the method: a resume warns that they differ, and continues.
 RoundingOnly = Annotated[T, "should"]
-EMA_HELP = (
-    "Half-life of the EMA, in images: after this many images the weight of an update in the average has "
-    "halved. Early in training the half-life is 8 %% of the images seen."
-)
+EMA_HELP = "Half-life of an update's weight in the EMA, images; early in training 8 %% of the images seen."
 
 
 @dataclass(frozen=True)
@@ -43,35 +41,26 @@ class TrainingConfig:
     )
     val_fraction: MayChange[float] = HfArg(
         default=0.1,
-        help="Fraction of the training subjects held out for validation if the data has no val folder, "
-        "between 0 and 1.",
+        help="Fraction of the training subjects for validation, between 0 and 1, if there is no val folder.",
     )
     max_steps: int = HfArg(default=10_000, help="Number of optimizer updates.")
     batch_size: int = HfArg(default=16, help="Slices per process and batch.")
-    gradient_accumulation_steps: int = HfArg(
-        default=1, help="Batches whose gradients are averaged into one update."
-    )
+    gradient_accumulation_steps: int = HfArg(default=1, help="Batches averaged into one update.")
     learning_rate: float = HfArg(default=1e-4, help="Peak learning rate of AdamW.")
     warmup_steps: int = HfArg(default=500, help="Updates of linear warm-up, before the cosine decay to zero.")
     weight_decay: float = HfArg(default=0.01, help="AdamW's weight decay.")
     max_grad_norm: float = HfArg(default=1.0, help="Gradients are clipped to this L2 norm.")
-    seed: int = HfArg(
-        default=0, help="Seed of weights, data order and noise. The same seed and settings repeat the run."
-    )
+    seed: int = HfArg(default=0, help="Seed of weights, data order and noise; it repeats the run.")
     mixed_precision: MayChange[str | None] = HfArg(
         default=None,
-        help="Mixed precision: precision of the forward pass; weights stay float32. Default: that of "
-        "accelerate launch, else bf16 if the hardware supports it, else no.",
+        help="Precision of the forward pass. Default: accelerate launch's, else bf16 if supported, else no.",
         metadata={"choices": ["no", "fp16", "bf16"]},
     )
     channels_last: RoundingOnly[bool | None] = HfArg(
-        default=None,
-        help="Keep images and weights in channels-last memory format: faster in half precision on a "
-        "GPU, half as fast on a CPU. Default: on a GPU.",
+        default=None, help="Channels-last memory format; half as fast on a CPU. Default: on a GPU."
     )
     gradient_checkpointing: RoundingOnly[bool] = HfArg(
-        default=False,
-        help="Recompute activations in the backward pass: less memory, about a third slower.",
+        default=False, help="Recompute activations in the backward pass: less memory, a third slower."
     )
     attention: RoundingOnly[str] = HfArg(
         default="sdpa",
@@ -88,24 +77,17 @@ class TrainingConfig:
     )
     offload_ema: RoundingOnly[bool] = HfArg(default=False, help="Keep the EMA of the weights in host memory.")
     deterministic: RoundingOnly[bool] = HfArg(
-        default=False,
-        help="Use deterministic kernels only, which are slower: a resumed run on a GPU then repeats "
-        "the uninterrupted run bit for bit, as it does on a CPU without this.",
+        default=False, help="Slower deterministic kernels: a resume on a GPU is bit-identical, as on a CPU."
     )
     max_nonfinite: MayChange[int] = HfArg(
-        default=20,
-        help="Consecutive updates that may be skipped because of a non-finite loss or gradient before "
-        "the run ends.",
+        default=20, help="Skipped updates in a row, of non-finite loss or gradient, that end the run."
     )
     init_from: MayChange[str | None] = HfArg(
         default=None,
-        help="Fine-tune a model: folder or Hub name of what this recipe writes; for train_vae.py any "
-        "diffusers AutoencoderKL, those of colour images included.",
+        help="Fine-tune this recipe's model, by folder or Hub name; for train_vae.py any AutoencoderKL.",
     )
     resume_from_checkpoint: MayChange[str | None] = HfArg(
-        default=None,
-        help="Resume from a checkpoint folder, or from the `latest` one of --output_dir (if there is "
-        "none, start from the beginning).",
+        default=None, help="Checkpoint folder to resume from; `latest` of --output_dir, if there is one."
     )
     checkpointing_steps: MayChange[int] = HfArg(
         default=1000, help="Updates between checkpoints; 0 disables them."
@@ -116,16 +98,12 @@ class TrainingConfig:
         default="tensorboard", help="Tracker of accelerate: tensorboard, wandb, …, or none."
     )
     num_workers: MayChange[int | None] = HfArg(
-        default=None,
-        help="Processes per training process that load slices. Default: 2 with a GPU; 0 on a CPU, "
-        "where they would compete with training for its cores.",
+        default=None, help="Data-loading processes per training process. Default: 2 with a GPU, 0 on a CPU."
     )
 
     def __post_init__(self):
         counts = ("max_steps", "batch_size", "gradient_accumulation_steps", "log_steps", "image_size")
-        for name in (*counts, "checkpoints_total_limit", "max_nonfinite"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)} must be at least 1")
+        check_at_least(1, self, *counts, "checkpoints_total_limit", "max_nonfinite")
         if not 0 < self.val_fraction < 1:
             raise UserError(f"--val_fraction {self.val_fraction} must be between 0 and 1")
         class_names(self.classes)
@@ -153,12 +131,9 @@ class TrainVAEConfig(TrainingConfig):
     reconstruction_loss: str = HfArg(
         default="l1", help="Pixel-wise reconstruction loss.", metadata={"choices": ["l1", "l2"]}
     )
-    kl_weight: float = HfArg(
-        default=1e-4, help="Weight of the KL divergence (mean over the latent's elements, nats)."
-    )
+    kl_weight: float = HfArg(default=1e-4, help="Weight of the KL divergence, nats per latent element.")
     spectral_weight: float = HfArg(
-        default=0.0,
-        help="Weight of the spectral loss, on the amplitudes of spatial frequencies (arXiv:2005.00341).",
+        default=0.0, help="Weight of the loss on amplitudes of spatial frequencies (arXiv:2005.00341)."
     )
     perceptual: MayChange[str] = HfArg(
         default="none",
@@ -167,8 +142,8 @@ class TrainVAEConfig(TrainingConfig):
     perceptual_weight: float = HfArg(default=0.1, help="Weight of the perceptual loss.")
     discriminator_weight: float = HfArg(
         default=0.0,
-        help="Adversarial loss of a PatchGAN discriminator: its gradient as a fraction of that of the "
-        "reconstruction loss (VQGAN's adaptive weight, arXiv:2012.09841); 0 disables it.",
+        help="Gradient of the PatchGAN adversarial loss as a fraction of that of the reconstruction loss "
+        "(VQGAN's adaptive weight, arXiv:2012.09841); 0 disables it.",
     )
     discriminator_start: int | None = HfArg(
         default=None, help="Updates before the adversarial loss starts. Default: half of --max_steps."
@@ -182,9 +157,8 @@ class TrainVAEConfig(TrainingConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("kl_weight", "spectral_weight", "perceptual_weight", "discriminator_weight"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} {getattr(self, name)} must be at least 0")
+        weights = ("kl_weight", "spectral_weight", "perceptual_weight", "discriminator_weight")
+        check_at_least(0, self, *weights)
         if self.discriminator_weight and self.image_size < 32:
             raise UserError(
                 f"--image_size {self.image_size}: a discriminator needs slices of 32 pixels or more"
@@ -201,20 +175,17 @@ class TrainLDMConfig(TrainingConfig):
         default="runs/ldm", help="Folder for the pipeline, its metrics and figures."
     )
     vae: MayChange[str | None] = HfArg(
-        default=None,
-        help="Folder or Hub name of the VAE that train_vae.py wrote. Default: that of --init_from, "
-        "else runs/vae.",
+        default=None, help="Folder or Hub name of the VAE. Default: that of --init_from, else runs/vae."
     )
     latent_cache: MayChange[str | None] = HfArg(
         default=None,
-        help="Folder of the latent cache, which resumed runs and other runs on the same VAE and slices "
-        "share. Default: adni_ldm/latents in the Hugging Face cache.",
+        help="Folder of cached latents, which other runs on the same VAE and slices share. Default: "
+        "adni_ldm/latents in the Hugging Face cache.",
     )
     latent_variants: int = HfArg(
         default=0,
         help="Augmented variants cached with each slice: rotated by up to 5 degrees, shifted by up to "
-        "3 %% of the side, intensity scaled by up to 10 %%; never flipped. Each variant takes as "
-        "much disk space as the slices.",
+        "3 %% of the side, intensity scaled by up to 10 %%; never flipped.",
     )
     unet_widths: list[int] = HfArg(
         default_factory=lambda: [128, 256, 384, 512], help="Channels per level of the U-Net, fine to coarse."
@@ -223,7 +194,7 @@ class TrainLDMConfig(TrainingConfig):
     token_dim: int = HfArg(default=256, help="Width of a class token.")
     prediction_type: str = HfArg(
         default="v_prediction",
-        help="What the U-Net predicts: the noise (epsilon) or the velocity.",
+        help="What the U-Net predicts: the noise or the velocity.",
         metadata={"choices": ["epsilon", "v_prediction"]},
     )
     num_train_timesteps: int = HfArg(default=1000, help="Timesteps of the noise schedule.")
@@ -233,13 +204,10 @@ class TrainLDMConfig(TrainingConfig):
         "requires v_prediction.",
     )
     snr_gamma: float = HfArg(
-        default=5.0,
-        help="γ of min-SNR loss weighting (Hang et al. 2023, arXiv:2303.09556); 0 weights all "
-        "timesteps equally.",
+        default=5.0, help="γ of min-SNR loss weighting (Hang et al. 2023, arXiv:2303.09556); 0 disables it."
     )
     label_dropout: float = HfArg(
-        default=0.1,
-        help="Fraction of labels replaced by the null class, for classifier-free guidance; 0 to 1.",
+        default=0.1, help="Fraction of labels replaced by the null class, for classifier-free guidance."
     )
     use_ema: bool = HfArg(
         default=True, help="Sample from, and save, the exponential moving average (EMA) of the weights."
@@ -252,28 +220,23 @@ class TrainLDMConfig(TrainingConfig):
     )
     lora_rank: int = HfArg(
         default=0,
-        help="With --init_from: train LoRA matrices of this rank beside the U-Net's weights, and the "
-        "class tokens; also saved alone, as pytorch_lora_weights.safetensors. 0 trains the "
-        "weights themselves.",
+        help="With --init_from: train LoRA of this rank on the U-Net, and the class tokens, and save "
+        "pytorch_lora_weights.safetensors as well. 0 trains the weights themselves.",
     )
     validation_steps: MayChange[int] = HfArg(
-        default=1000,
-        help="Updates between validations: held-out loss and an image of samples; 0 disables them.",
+        default=1000, help="Updates between validations (held-out loss, image of samples); 0 disables them."
     )
     evaluation_steps: MayChange[int] = HfArg(
         default=0,
-        help="Updates between online evaluations: KID against held-out slices, class-conditioning "
-        "accuracy, and the fraction of copies. The pipeline with the lowest KID is kept in "
-        "OUTPUT_DIR/best. 0 disables them.",
+        help="Updates between online evaluations: KID, class-conditioning accuracy, fraction of copies; 0 "
+        "disables them. The pipeline with the lowest KID is kept in OUTPUT_DIR/best.",
     )
     evaluate_images: MayChange[int] = HfArg(default=64, help="Samples of each class per online evaluation.")
     evaluate_slices: MayChange[int] = HfArg(
-        default=5000,
-        help="Maximum number of training slices, and of held-out slices, that samples are compared with.",
+        default=5000, help="Most training slices, and held-out slices, that samples are compared with."
     )
     classifier_steps: MayChange[int] = HfArg(
-        default=200,
-        help="Training steps, of 64 slices each, of the classifier that online evaluation uses.",
+        default=200, help="Training steps, of 64 slices each, of online evaluation's classifier."
     )
     num_inference_steps: MayChange[int] = HfArg(default=50, help="DDIM steps of these samples.")
     guidance_scale: MayChange[float] = HfArg(
@@ -286,9 +249,7 @@ class TrainLDMConfig(TrainingConfig):
         default=None, help="Hub repository, ME/NAME; created if it does not exist."
     )
     accept_privacy_risk: MayChange[bool] = HfArg(
-        default=False,
-        help="Push although privacy has not been evaluated: a memorized scan may be published with the "
-        "model.",
+        default=False, help="Push although privacy is not evaluated: a memorized scan may be published."
     )
 
     def __post_init__(self):
@@ -305,10 +266,7 @@ class TrainLDMConfig(TrainingConfig):
                 "--prediction_type epsilon cannot be learned at zero terminal SNR, where the last timestep "
                 "is pure noise: add --rescale_betas_zero_snr false, or use v_prediction"
             )
-        if self.lora_rank < 0:
-            raise UserError(f"--lora_rank {self.lora_rank} must be at least 0")
-        if self.latent_variants < 0:
-            raise UserError(f"--latent_variants {self.latent_variants} must be at least 0")
+        check_at_least(0, self, "lora_rank", "latent_variants")
         if not 0 <= self.label_dropout < 1:
             raise UserError(f"--label_dropout {self.label_dropout} must be in [0, 1)")
 

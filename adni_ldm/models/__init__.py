@@ -3,12 +3,3 @@
 from adni_ldm.models.autoencoder import ReconstructingVAE, build_autoencoder, latent_shape
 from adni_ldm.models.class_embedding import ClassEmbedding
 from adni_ldm.models.denoiser import ConditionalDenoiser, build_denoiser
-
-__all__ = [
-    "ClassEmbedding",
-    "ConditionalDenoiser",
-    "ReconstructingVAE",
-    "build_autoencoder",
-    "build_denoiser",
-    "latent_shape",
-]
