@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 from adni_ldm.config import SampleConfig, parse_config
 from adni_ldm.counterfactual import write_counterfactual, write_morph
+from adni_ldm.data.provenance import model_records
 from adni_ldm.environment import processes_without_gpu
 from adni_ldm.errors import UserError, run_recipe
 from adni_ldm.figures import save_rows, to_pil
@@ -78,7 +79,7 @@ def main() -> None:
         "precision": precision,
         "model": cfg.model,
         "model_hash": hash_pipeline(pipeline),
-        "data_hash": "+".join(data["hash"] for data in pipeline.unet.config.get("_trained_on", ())),
+        "data_hash": "+".join(dict.fromkeys(data["hash"] for data in model_records(pipeline.components))),
         "guidance_interval": " ".join(map(str, cfg.guidance_interval)),
     }
     settings = {name: value for name, value in columns.items() if name != "model"}

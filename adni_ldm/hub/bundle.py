@@ -70,17 +70,10 @@ def bundle_samples(
     report: Report,
     license: str | None,
 ) -> None:
-    """Write what is pushed of the slices that sample.py wrote to `samples` into the new `folder`.
-
-    Raises:
-        UserError: metadata.csv names a file that does not exist, or is outside of the folder.
-    """
+    """Write what is pushed of the slices that sample.py wrote to `samples` into the new `folder`."""
     table = read_samples(samples)
     for name in table.file_name:
-        source = (samples / name).resolve()
-        if not source.is_relative_to(samples.resolve()) or not source.is_file():
-            raise UserError(f"{samples / 'metadata.csv'}: there is no {name} in the folder; sample again")
-        _copy(source, folder / name)
+        _copy(samples / name, folder / name)
     table.drop(columns="model", errors="ignore").to_csv(folder / "metadata.csv", index=False)
     _write_metrics(folder, report)
     settings = table.drop(columns=["file_name", "label", "seed", "model"], errors="ignore").iloc[0].to_dict()
@@ -89,13 +82,33 @@ def bundle_samples(
 
 
 def read_samples(samples: Path) -> pd.DataFrame:
-    """The metadata.csv that sample.py wrote, all columns as text. Raises UserError if there is none."""
+    """The metadata.csv that sample.py wrote, all columns as text.
+
+    Raises:
+        UserError: there is none, its slices are of several models or of one without a record of its training
+            data, or it names a file that is no PNG in the folder.
+    """
     path = samples / "metadata.csv"
     if not path.is_file():
         raise UserError(f"{samples}: contains no metadata.csv; give a folder that sample.py wrote")
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
     if table.empty or not {"file_name", "label", "seed", "model_hash", "data_hash"} <= set(table):
         raise UserError(f"{path}: not written by sample.py; give a folder that it wrote")
+    if len(models := sorted(set(table.model_hash))) > 1:
+        raise UserError(
+            f"{path}: slices of {len(models)} models, of which a report evaluates one; push those of each "
+            f"model_hash on their own ({', '.join(models)})"
+        )
+    if unknown := list(table.file_name[table.data_hash == ""]):
+        raise UserError(
+            f"{path}: no data_hash of {unknown[0]}, so it cannot be compared with the training data "
+            f"({len(unknown)} such slices); sample again from a model that train_ldm.py wrote"
+        )
+    for name in table.file_name:
+        source = samples / name
+        inside = ".." not in Path(name).parts and source.resolve().is_relative_to(samples.resolve())
+        if not inside or source.suffix != ".png" or not source.is_file():
+            raise UserError(f"{path}: there is no PNG {name} in the folder; sample again")
     return table
 
 

@@ -68,7 +68,7 @@ class TrainingIndex:
 
 def index_training_data(listings: Sequence[FolderListing], size: int) -> TrainingIndex:
     """Index every image of the data folders, each prepared at `size` px as training prepares it."""
-    files = [file for listing in listings for file in listing.files]
+    files = list({file.path: file for listing in listings for file in listing.files}.values())
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(lambda file: _hash_image(file.path, size), files)
         hashed = list(tqdm(results, total=len(files), desc="hashing training images", unit="slice"))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
-from adni_ldm.data.folder import FolderListing
-from adni_ldm.data.manifest import data_hash
-from adni_ldm.data.slices import open_folder
+from adni_ldm.data.folder import FolderListing, classes_in
+from adni_ldm.data.manifest import data_hash, manifest_problems
+from adni_ldm.data.provenance import model_records, records_by_part
+from adni_ldm.data.slices import open_data_dir, open_folder
 from adni_ldm.errors import UserError
 from adni_ldm.files import check_empty_dir
 from adni_ldm.generation import hash_pipeline
@@ -49,9 +51,9 @@ def push_model(
     report_dir = Path(report or run / "report")
     evaluated = read_report(report_dir, hash_pipeline(pipeline))
     check_privacy(evaluated, accept_privacy_risk)
-    hashes = [record["hash"] for record in pipeline.unet.config.get("_trained_on") or ()]
+    hashes = training_hashes(str(run), pipeline.components)
     class_names = pipeline.class_embedding.config.class_names
-    listings = _open_training_data(data_dir, table, read_settings(run), class_names, hashes)
+    listings = open_training_data(data_dir, table, read_settings(run), class_names, hashes)
     if torch.accelerator.is_available():
         pipeline.to(torch.accelerator.current_accelerator())
 
@@ -86,13 +88,13 @@ def push_dataset(
     samples = Path(folder)
     images = read_samples(samples)
     first = images.iloc[0]
+    hashes = sorted({value for row in images.data_hash for value in row.split("+")})
     model = Path(first.model)
     evaluated = read_report(Path(report or model / "report"), first.model_hash)
     check_privacy(evaluated, accept_privacy_risk)
     settings = read_settings(model)
     classes = settings.get("classes") or ",".join(sorted(set(images.label)))
-    hashes = [value for value in first.data_hash.split("+") if value]
-    listings = _open_training_data(data_dir, table, settings, classes.split(","), hashes)
+    listings = open_training_data(data_dir, table, settings, classes.split(","), hashes)
 
     def bundle(target: Path) -> None:
         bundle_samples(target, samples, repo_id, listings, evaluated, license)
@@ -104,32 +106,58 @@ def push_dataset(
         print(f"pushed {len(images)} slices to {url}: load_dataset({repo_id!r}, split='train')")
 
 
-def _open_training_data(
+def training_hashes(name: str, parts: Mapping[str, Any]) -> list[str]:
+    """Hashes of all data that a model's `parts` (`pipeline.components`) were trained on, the U-Net's last at
+    the end.
+
+    Raises:
+        UserError: the U-Net has no record of its training data.
+    """
+    own = records_by_part(parts)["unet"]
+    if not own:
+        raise UserError(
+            f"{name}: its U-Net has no record of its training data, so nothing can be compared with them; "
+            "push a model that train_ldm.py wrote"
+        )
+    hashes = dict.fromkeys(record["hash"] for record in model_records(parts))
+    return [value for value in hashes if value != own[-1]["hash"]] + [own[-1]["hash"]]
+
+
+def open_training_data(
     data_dirs: Sequence[str],
     table: str | None,
-    settings: dict,
+    settings: Mapping,
     class_names: Sequence[str],
     hashes: Sequence[str],
 ) -> list[FolderListing]:
-    """The folders of data that the model was trained on, one for each of `hashes`.
+    """The folders of data that the model was trained on, complete, each with all its classes; at the end,
+    that of the last of `hashes` with the classes of the model.
 
     Args:
         data_dirs, table: as given; by default those of `settings`, the run's training_config.json.
 
     Raises:
-        UserError: a folder is missing, or contains other data.
+        UserError: a folder is missing, contains other data, or has changed since it was prepared.
     """
     recorded = settings.get("data_dir")
     data_dirs = data_dirs or ([recorded] if recorded and Path(recorded).exists() else [])
-    listings = [open_folder(folder, class_names, table or settings.get("table")) for folder in data_dirs]
-    found = {data_hash(listing)[0] for listing in listings}
+    table, listings, found = table or settings.get("table"), [], {}
+    for folder in data_dirs:
+        root = open_data_dir(folder)
+        # Without a manifest the hash is of the listed classes, and a model may know fewer than there are.
+        whole, own = open_folder(root, classes_in(root), table), open_folder(root, class_names, table)
+        found |= {data_hash(whole)[0]: own, data_hash(own)[0]: own}
+        listings.append(whole)
     if missing := [value for value in hashes if value not in found]:
         given = ", ".join(map(str, data_dirs)) or "none"
         raise UserError(
             f"--data_dir {given}: the model was trained on data with the hash {missing[0][:16]}, which is "
             "not among them; give every folder that it was trained on (and --table): the leak scan needs them"
         )
-    return listings
+    for listing in listings:
+        listing.problems += manifest_problems(listing, content=True)
+        listing.raise_problems()
+    return [*listings, found[hashes[-1]]]
 
 
 def _scan_and_upload(
