@@ -27,6 +27,7 @@ except ImportError:
 
 from adni_ldm.config import AppConfig, parse_config
 from adni_ldm.counterfactual import make_counterfactual
+from adni_ldm.data.provenance import model_records
 from adni_ldm.errors import UserError, run_recipe
 from adni_ldm.figures import colour_limit, difference_image, to_pil
 from adni_ldm.generation import generate_progressively, hash_pipeline, image_seed
@@ -113,7 +114,7 @@ def build_page(cfg: AppConfig) -> gr.Blocks:
             upload.upload(model.accept, upload, [upload, pixels, accepted], **quiet)
             on_click(button, model.counterfactual, inputs)
         with gr.Tab("Evaluation"):
-            gr.HTML(components.verdict_list(find_report(cfg.model, cfg.report, model.hash)))
+            gr.HTML(components.verdict_list(find_report(cfg.model, cfg.report, model.hash, model.data)))
     return page
 
 
@@ -150,6 +151,7 @@ class Model:
         self.classes = list(self.pipeline.class_embedding.config.class_names)
         self.side = self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
         self.hash = hash_pipeline(self.pipeline)
+        self.data = {record["hash"] for record in model_records(self.pipeline.components)}
         self.precision = choose_precision(None)
 
     def sample(

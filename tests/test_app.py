@@ -48,9 +48,10 @@ VERDICTS = {
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("app") / "ldm"
     pipeline = make_pipeline()
+    pipeline.unet.register_to_config(_trained_on=[{"hash": "d" * 64, "hash_of": "all files", "ids": ""}])
     pipeline.save_pretrained(folder)
     (folder / "report").mkdir()
-    metrics = {"model_hash": hash_pipeline(pipeline), "verdicts": VERDICTS}
+    metrics = {"model_hash": hash_pipeline(pipeline), "data_hash": "d" * 64, "verdicts": VERDICTS}
     (folder / "report/metrics.json").write_text(json.dumps(metrics))
     return folder
 
@@ -385,16 +386,17 @@ def test_a_slice_in_any_mode_is_accepted(tmp_path, mode):
 
 
 def test_which_report_is_shown(tmp_path, model):
-    own = hash_pipeline(make_pipeline())
-    report = find_report(str(model), None, own)
-    assert report == find_report("anywhere", str(model / "report"), own)
+    own, data = hash_pipeline(make_pipeline()), {"d" * 64}
+    report = find_report(str(model), None, own, data)
+    assert report == find_report("anywhere", str(model / "report"), own, data)
     assert [verdict.good for verdict in report.verdicts] == [True, None, True, False]
-    assert "evaluates another model" in verdict_list(find_report(str(model), None, "other"))
-    assert "there is no report" in verdict_list(find_report(str(tmp_path), None, own))
-    assert "contains no report" in verdict_list(find_report("me/model", None, own))
+    assert "evaluates another model" in verdict_list(find_report(str(model), None, "other", data))
+    assert "was not trained on" in verdict_list(find_report(str(model), None, own, {"e" * 64}))
+    assert "there is no report" in verdict_list(find_report(str(tmp_path), None, own, data))
+    assert "contains no report" in verdict_list(find_report("me/model", None, own, data))
     assert "<li>" not in verdict_list(Report(missing="none"))
     with pytest.raises(UserError, match="contains no metrics.json"):
-        find_report(str(model), str(tmp_path), own)
+        find_report(str(model), str(tmp_path), own, data)
 
 
 def test_sampling_ends_when_the_visitor_leaves(pipeline):

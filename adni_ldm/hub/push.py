@@ -49,9 +49,9 @@ def push_model(
     run = Path(folder)
     pipeline = load_pipeline(str(run))
     report_dir = Path(report or run / "report")
-    evaluated = read_report(report_dir, hash_pipeline(pipeline))
-    check_privacy(evaluated, accept_privacy_risk)
     hashes = training_hashes(str(run), pipeline.components)
+    evaluated = read_report(report_dir, hash_pipeline(pipeline), hashes)
+    check_privacy(evaluated, accept_privacy_risk)
     class_names = pipeline.class_embedding.config.class_names
     listings = open_training_data(data_dir, table, read_settings(run), class_names, hashes)
     if torch.accelerator.is_available():
@@ -90,7 +90,7 @@ def push_dataset(
     first = images.iloc[0]
     hashes = sorted({value for row in images.data_hash for value in row.split("+")})
     model = Path(first.model)
-    evaluated = read_report(Path(report or model / "report"), first.model_hash)
+    evaluated = read_report(Path(report or model / "report"), first.model_hash, hashes)
     check_privacy(evaluated, accept_privacy_risk)
     settings = read_settings(model)
     classes = settings.get("classes") or ",".join(sorted(set(images.label)))

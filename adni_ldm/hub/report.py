@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,8 +27,12 @@ class Report:
         return list(list_verdicts(self.metrics))
 
 
-def read_report(folder: Path, model_hash: str) -> Report:
-    """The report in a folder, if it evaluates the model whose weights have this hash.
+def read_report(folder: Path, model_hash: str, data_hashes: Collection[str]) -> Report:
+    """The report in a folder, if it evaluates the model whose weights have this hash on its own data.
+
+    Args:
+        data_hashes: of the data that the model was trained on. Whether it memorized them cannot be seen in a
+            comparison with other data.
 
     Raises:
         UserError: metrics.json cannot be read.
@@ -38,16 +42,19 @@ def read_report(folder: Path, model_hash: str) -> Report:
         return Report(missing="there is no report: run evaluate.py, and give its folder with --report")
     try:
         metrics = read_json(path)
-        evaluated = metrics["model_hash"]
+        evaluated, data = metrics["model_hash"], metrics["data_hash"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a report of evaluate.py ({error!r}); run it again") from error
     if evaluated != model_hash:
         missing = f"the report evaluates another model ({evaluated}, this is {model_hash}): run evaluate.py"
         return Report(missing=missing)
+    if data not in data_hashes:
+        missing = f"the report compares with data that the model was not trained on (hash {data}): run "
+        return Report(missing=missing + "evaluate.py with the training data as --real")
     return Report(metrics)
 
 
-def find_report(model: str, report: str | None, model_hash: str) -> Report:
+def find_report(model: str, report: str | None, model_hash: str, data_hashes: Collection[str]) -> Report:
     """The report in the folder `report`; by default in report/ of the model's folder, in the folder itself,
     in report/ beside it, or in the model's repository on the Hub.
 
@@ -65,7 +72,7 @@ def find_report(model: str, report: str | None, model_hash: str) -> Report:
     found = [folder for folder in folders if (folder / "metrics.json").is_file()]
     if report and not found:
         raise UserError(f"--report {report}: contains no metrics.json; evaluate.py writes one")
-    return read_report((found or folders)[0], model_hash)
+    return read_report((found or folders)[0], model_hash, data_hashes)
 
 
 def check_privacy(report: Report, accept_risk: bool) -> None:

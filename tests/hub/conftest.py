@@ -11,10 +11,15 @@ from adni_ldm.generation import hash_pipeline
 
 
 def write_report(
-    run, model_hash, good=True, text="no slice is nearer to a training image than held-out ones are"
+    run,
+    model_hash,
+    data_hash,
+    good=True,
+    text="no slice is nearer to a training image than held-out ones are",
 ):
     figure = {"value": 12.3, "low": 10.1, "high": 14.9, "reference": 9.8, "note": "lower is better"}
     metrics = {"fidelity": {"fid": figure}, "privacy": {"nearest": figure}, "model_hash": model_hash}
+    metrics["data_hash"] = data_hash
     verdicts = {
         name: {"good": True, "text": f"{name} is well"} for name in ("fidelity", "usefulness", "faithfulness")
     }
@@ -46,7 +51,7 @@ def write_run(run, data_dir):
     )
     (run / "secret.txt").write_text("not of the model")
     (run / "samples.png").write_bytes(b"not of the push")
-    write_report(run, hash_pipeline(pipeline))
+    write_report(run, hash_pipeline(pipeline), records[-1]["hash"])
     return run
 
 

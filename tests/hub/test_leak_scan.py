@@ -165,6 +165,10 @@ def change_report(run, change):
         (lambda m: m["verdicts"]["privacy"].update(good=None), "no verdict on privacy"),
         (lambda m: m.pop("verdicts"), "no verdict on privacy"),
         (lambda m: m.update(model_hash="0123"), "evaluates another model"),
+        (
+            lambda m: m.update(data_hash="0123"),
+            "was not trained on .hash 0123.: run evaluate.py with the train",
+        ),
     ],
 )
 def test_an_unfavourable_or_missing_privacy_verdict_is_refused(own_run, tmp_path, change, message):

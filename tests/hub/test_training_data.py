@@ -102,6 +102,14 @@ def test_samples_of_several_models_are_refused(samples, own_data, tmp_path):
         push_dataset(samples, "me/slices", [str(own_data)], dry_run=str(tmp_path / "out"))
 
 
+@pytest.mark.parametrize("name", ["model_hash", "data_hash"])
+def test_a_report_on_another_model_or_other_data_opens_no_gate(samples, own_run, own_data, tmp_path, name):
+    path = own_run / "report/metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: "0123"}))
+    with pytest.raises(UserError, match="there is no verdict on privacy .*0123.*: run evaluate.py"):
+        push_dataset(samples, "me/slices", [str(own_data)], dry_run=str(tmp_path / "out"))
+
+
 @pytest.mark.parametrize("name", ["AD/gone.png", "../outside.png", "notes.txt", "AD/../AD/000000.png"])
 def test_only_pictures_in_the_folder_are_samples(samples, own_data, tmp_path, name):
     (samples / "notes.txt").write_text("notes")
