@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from functools import reduce
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,7 +24,7 @@ if missing := [name for name in ("scipy", "umap") if find_spec(name) is None]:
     sys.exit(f"evaluate.py: error: {missing[0]} is not installed: pip install 'adni-ldm[eval]'")
 
 from adni_ldm.config import EvaluateConfig, class_names, parse_config
-from adni_ldm.data.provenance import DataRecord, check_leakage, describe_data
+from adni_ldm.data.provenance import describe_data
 from adni_ldm.data.slices import evenly_spaced, open_folder, read_slices
 from adni_ldm.environment import installed_versions
 from adni_ldm.errors import UserError, run_recipe
@@ -37,6 +38,14 @@ from adni_ldm.evaluation.conditioning import (
 from adni_ldm.evaluation.effects import compare_anatomy
 from adni_ldm.evaluation.features import load_extractor
 from adni_ldm.evaluation.fidelity import fidelity
+from adni_ldm.evaluation.history import (
+    History,
+    check_held_out,
+    find_model,
+    open_cohorts,
+    read_history,
+    read_metadata,
+)
 from adni_ldm.evaluation.image_sets import ImageSet, generate_image_set, join, load_samples, real_set, thin
 from adni_ldm.evaluation.model_outputs import bottleneck_features, reconstruct
 from adni_ldm.evaluation.privacy import measure_memorization
@@ -66,16 +75,24 @@ def main() -> None:
     listing = open_folder(cfg.real, names, cfg.table)
     splits = read_slices(listing, cfg.val_fraction)
     data, metadata = describe_data(listing, splits), read_metadata(cfg.samples)
-    check_held_out(cfg.model, metadata, data)
     pipeline = open_pipeline(cfg.model, metadata, names, size)
+    history = find_history(cfg.model, pipeline, metadata, cfg.samples)
+    others = open_cohorts(cfg.also_trained_on, history, names, cfg.table, cfg.val_fraction, size)
+    check_held_out(history, data, others)
+    unseen = history.unseen({data.hash, *(cohort.data.hash for cohort in others)})
+    print(f"the model's training data: {history.describe(unseen)}")
     if pipeline:
         pipeline.to(device)
     real = {split: real_set(slices, size) for split, slices in splits.items()}
-    all_train = real["train"]  # memorization is searched for in every training slice
+    # Memorization is searched for in every training slice of the model that is at hand.
+    all_train = [cohort.train for cohort in others]
+    if not others or data.hash in history.hashes or history.unknown:
+        all_train = [real["train"], *all_train]
+    all_train = reduce(join, all_train)
     test = real.get("test", real["val"])
     held_out = join(real["val"], test) if "test" in real else test
     train, test, held_out = (
-        part.take(thin(part.subjects, cfg.max_slices, cfg.seed)) for part in (all_train, test, held_out)
+        part.take(thin(part.subjects, cfg.max_slices, cfg.seed)) for part in (real["train"], test, held_out)
     )
     print(f"{len(samples)} samples; {len(train)} training and {len(held_out)} held-out real slices")
 
@@ -106,7 +123,7 @@ def main() -> None:
         "tstr": train_on_synthetic_test_on_real(classifier, train, samples, test, **training),
         "conditioning": conditioning,
         "anatomy": compare_anatomy(held_out, anatomy[0], samples, anatomy[1], cfg.seed),
-        "privacy": memorization.metrics,
+        "privacy": {**memorization.metrics, "unseen_cohorts": unseen},
     }
 
     # ---- Figures -------------------------------------------------------------------------------------------
@@ -123,6 +140,7 @@ def main() -> None:
     facts = {
         "model_hash": hash_pipeline(pipeline) if pipeline else metadata.get("model_hash"),
         "data_hash": data.hash,
+        "training_data": history.describe(unseen),
         "features": {"name": extract.name, "hash": extract.hash},
         "copy_rule": str(memorization.rule) if memorization.rule else None,
         "pixel_mm": pixel_mm,
@@ -140,29 +158,27 @@ def main() -> None:
     print(f"report: {output_dir}/report.html")
 
 
-def read_metadata(folder: str) -> dict[str, str]:
-    """Model, data and settings in the samples' metadata.csv, a column's values joined; {} without one."""
-    path = Path(folder) / "metadata.csv"
-    if not path.is_file():
-        return {}
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as a table ({error}); sample.py writes it") from error
-    columns = ("model", "model_hash", "data_hash", "guidance_scale", "num_inference_steps", "scheduler")
-    return {name: ", ".join(sorted(set(table[name]))) for name in columns if name in table}
+def find_history(
+    name: str | None,
+    pipeline: ClassConditionalLDMPipeline | None,
+    metadata: Mapping[str, str],
+    samples: str,
+) -> History:
+    """What is known of the data that the samples' model was trained on.
 
-
-def check_held_out(model: str | None, metadata: Mapping[str, str], data: DataRecord) -> None:
-    """Raise UserError if the model was trained on a subject that is held out in `data`.
-
-    Reads the configs of --model, else of the folder that the samples' metadata.csv names, if it exists.
+    Without --model it is the pipeline that metadata.csv names, if that exists and has the weights that
+    generated the samples.
     """
-    folder = Path(model or metadata.get("model", ""))
-    for part in ("vae", "unet"):
-        config = folder / part / "config.json"
-        if config.is_file():
-            check_leakage(str(folder), read_json(config).get("_trained_on"), data)
+    if name:
+        return read_history(name, pipeline)
+    named = metadata.get("model", "")
+    if not (folder := find_model(named, samples)):
+        missing = "the model that metadata.csv names was not found" if named else "the samples name no model"
+        return read_history(named, None, f"{missing}; give --model")
+    found = load_pipeline(str(folder))
+    if metadata.get("model_hash") != hash_pipeline(found):
+        return read_history(named, None, "the model that metadata.csv names has changed; give --model")
+    return read_history(str(folder), found)
 
 
 def open_pipeline(
@@ -287,6 +303,7 @@ def describe(facts: Mapping) -> dict[str, str]:
     return {
         "Real slices": f"{counts}; data hash {facts['data_hash'][:16]}",
         "Samples": ", ".join([str(facts["slices"]["samples"]), *(settings or ["no metadata.csv"])]),
+        "Model's training data": facts["training_data"],
         "Features": f"{features['name']}, hash of the weights {features['hash']}; metrics of different "
         "features are not comparable",
         "Definition of a copy": facts["copy_rule"] or "no threshold could be set",

@@ -1,5 +1,6 @@
 """evaluate.py by its command line, on good samples, bad ones, and too few of them."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -9,9 +10,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from stand_ins import make_pipeline
 
 import evaluate
+from adni_ldm.data.provenance import DataRecord, describe_data, training_records
+from adni_ldm.data.slices import open_folder, read_slices
 from adni_ldm.errors import UserError
+from adni_ldm.generation import hash_pipeline
+from adni_ldm.loading import load_pipeline
 from adni_ldm.preprocessing.phantom import write_phantom_cohort
 
 SECTIONS = ("fidelity", "tstr", "conditioning", "anatomy", "privacy")
@@ -180,22 +186,81 @@ def test_invalid_inputs_are_rejected(real, perfect, others, tmp_path, monkeypatc
     assert (tmp_path / "taken/thesis.txt").read_text() == "mine"
 
 
-def test_training_subjects_among_the_held_out_are_rejected(real, perfect, tmp_path, monkeypatch):
-    """The samples' metadata.csv names the model, whose config lists its training subjects."""
-    from adni_ldm.data.provenance import describe_data, training_records
-    from adni_ldm.data.slices import open_folder, read_slices
+def generated_by(model: Path, samples: Path, name: str | None = None) -> Path:
+    """Write the samples' metadata.csv as sample.py does, with the model under the path `name`."""
+    names = [f"{path.parent.name}/{path.name}" for path in sorted(samples.glob("*/*.png"))]
+    found = hash_pipeline(load_pipeline(str(model)))
+    table = pd.DataFrame({"file_name": names}).assign(model=name or str(model), model_hash=found)
+    table.to_csv(samples / "metadata.csv", index=False)
+    return samples
 
-    listing = open_folder(real)
-    splits = read_slices(listing)
-    swapped = {"train": splits["test"], "test": splits["train"]}
-    records = training_records(describe_data(listing, swapped))
-    (tmp_path / "model/unet").mkdir(parents=True)
-    (tmp_path / "model/unet/config.json").write_text(json.dumps({"_trained_on": records}))
-    folder = shutil.copytree(perfect, tmp_path / "samples")
-    names = [f"{path.parent.name}/{path.name}" for path in sorted(folder.glob("*/*.png"))]
-    table = pd.DataFrame({"file_name": names}).assign(model=str(tmp_path / "model"), model_hash="0")
-    table.to_csv(folder / "metadata.csv", index=False)
-    # Without the check the missing features end the run, after one step of the classifier's training.
-    options = ("--output_dir", tmp_path / "out", "--classifier_steps", 1, "--features", tmp_path / "none")
+
+def describe(folder: Path) -> DataRecord:
+    listing = open_folder(folder)
+    return describe_data(listing, read_slices(listing))
+
+
+def save_model(folder: Path, unet: list[dict], vae: list[dict] | None = None) -> Path:
+    """A pipeline with random weights and the given records of its training data."""
+    pipeline = make_pipeline(32)
+    pipeline.unet.register_to_config(_trained_on=unet)
+    pipeline.vae.register_to_config(_trained_on=vae or [])
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+# Without the check under test the missing features end the run, after one step of the classifier's training.
+SHORT = ("--classifier_steps", 1, "--features", "/nonexistent")
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_training_subjects_among_the_held_out_are_rejected(part, real, perfect, tmp_path, monkeypatch):
+    """The samples' metadata.csv names the model by a path that held in another working folder."""
+    data = describe(real)
+    swapped = {"train": data.subjects["test"], "test": data.subjects["train"]}
+    leaking = training_records(dataclasses.replace(data, subjects=swapped))
+    records = {"unet": training_records(describe(real)), "vae": []} | {part: leaking}
+    model = save_model(tmp_path / "project/runs/ldm", **records)
+    folder = generated_by(model, shutil.copytree(perfect, tmp_path / "project/out/samples"), "runs/ldm")
     with pytest.raises(UserError, match="was trained on 10 of the test subjects"):
-        run(monkeypatch, "--real", real, "--samples", folder, *options)
+        run(monkeypatch, "--real", real, "--samples", folder, "--output_dir", tmp_path / "out", *SHORT)
+
+
+def test_a_model_of_the_hub_is_checked_too(real, perfect, tmp_path, monkeypatch):
+    """What --model names is loaded, and the loaded parts' records are compared."""
+    data = describe(real)
+    swapped = {"train": data.subjects["test"], "test": data.subjects["train"]}
+    model = save_model(tmp_path / "m", training_records(dataclasses.replace(data, subjects=swapped)))
+    pipeline = load_pipeline(str(model))
+    monkeypatch.setattr(evaluate, "load_pipeline", {"someone/model": pipeline}.__getitem__)
+    words = ("--real", real, "--samples", perfect, "--output_dir", tmp_path / "out", *SHORT)
+    with pytest.raises(UserError, match="someone/model: was trained on 10 of the test subjects"):
+        run(monkeypatch, *words, "--model", "someone/model")
+
+
+def test_copies_of_an_earlier_cohort_are_found_where_its_folder_is_given(real, others, tmp_path, monkeypatch):
+    """A model was trained on `others`, then on `real`, and copies the former's training slices."""
+    records = training_records(describe(real), training_records(describe(others)))
+    model = save_model(tmp_path / "model", records, records[:1])
+    folder = tmp_path / "samples"
+    for name in ("AD", "NC"):
+        shutil.copytree(others / "train" / name, folder / name)
+    words = ("--real", real, "--samples", generated_by(model, folder), *QUICK, "--output_dir")
+
+    metrics = run(monkeypatch, *words, tmp_path / "one")
+    unseen = f"{records[0]['hash'][:12]} (vae, unet)"
+    assert metrics["privacy"]["unseen_cohorts"] == [unseen]
+    assert metrics["privacy"]["copies"]["value"] < 0.1
+    assert unseen in (tmp_path / "one/report.html").read_text()
+
+    metrics = run(monkeypatch, *words, tmp_path / "both", "--also_trained_on", others)
+    assert metrics["privacy"]["unseen_cohorts"] == []
+    assert metrics["privacy"]["copies"]["value"] > 0.9
+    assert metrics["verdicts"]["privacy"]["good"] is False
+    assert "unseen_cohorts" not in (tmp_path / "both/report.html").read_text()
+
+
+def test_without_a_model_the_history_is_unknown(report):
+    metrics, folder = report
+    assert metrics["privacy"]["unseen_cohorts"] is None
+    assert "unknown: the samples name no model" in (folder / "report.html").read_text()

@@ -23,6 +23,11 @@ class EvaluateConfig:
         help="Pipeline that generated the samples. Adds class-conditioning accuracy by guidance scale, "
         "membership inference, reconstructions and U-Net bottleneck features.",
     )
+    also_trained_on: list[str] = HfArg(
+        default_factory=list,
+        help="Folders or zips of the other data that the model or its autoencoder was trained on before: "
+        "copies are searched for in their training slices too. Privacy cannot be judged without all of them.",
+    )
     features: str = HfArg(
         default="classifier",
         help="Features in which slices are compared: `classifier`, trained here on the real slices; `vae` of "

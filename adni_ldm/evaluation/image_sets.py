@@ -57,6 +57,13 @@ def join(first: ImageSet, second: ImageSet) -> ImageSet:
     )
 
 
+def relabel(images: ImageSet, class_names: Sequence[str]) -> ImageSet:
+    """The same slices with the labels of `class_names`; -1 for a class that is not among them."""
+    labels = {name: label for label, name in enumerate(class_names)}
+    new = np.array([labels.get(name, -1) for name in images.class_names])
+    return ImageSet(images.images, new[images.labels], images.subjects, tuple(class_names))
+
+
 def real_set(slices: Dataset, image_size: int, most: int | None = None, seed: int = 0) -> ImageSet:
     """A split of `load_slices` at `image_size` pixels; `most` as in `image_set`."""
     return image_set(SliceTensors(to_arrays(slices, image_size)), most, seed)

@@ -86,7 +86,8 @@ def measure_memorization(
     """Share of copies among the samples, the nearest pairs, and membership inference.
 
     Args:
-        train: every slice that the model was trained on; copies of one that is left out are not found.
+        train: every slice that the model was trained on; copies of one that is left out are not found. Label
+            -1: of a class that the model does not generate.
         held_out: real slices of subjects that it was not trained on.
         pipeline: the model that generated the samples: adds `membership_auc`.
         most: slices of either set that the model's loss is computed on, the same share of every subject's.
@@ -95,7 +96,8 @@ def measure_memorization(
     near_held_out = nearest_in_pixels(held_out.images, train.images, train.subjects)
     metrics, rule = copy_metrics(near, samples, near_held_out, held_out, train)
     if pipeline is not None:
-        chosen = [one.take(thin(one.subjects, most, seed)) for one in (train, held_out)]
+        members = train.take(train.labels >= 0)  # the model has no tokens of other classes
+        chosen = [one.take(thin(one.subjects, most, seed)) for one in (members, held_out)]
         members, others = (denoising_losses(pipeline, one, seed=seed) for one in chosen)
         metrics["membership_auc"] = membership_auc(members, chosen[0].subjects, others, chosen[1].subjects)
     return Memorization(metrics, rule, near, near_held_out, nearest_pairs(near, samples, train, rule))
