@@ -18,17 +18,16 @@ from pathlib import Path
 
 import pandas as pd
 
+from adni_ldm.data.names import image_id, parse_name
 from adni_ldm.data.splits import SPLITS, DataError, shared_subjects
 from adni_ldm.data.study_table import image_key, index_by_image, read_table
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 _ALIASES = {"val": ("val", "validation", "valid"), "NC": ("NC", "CN")}  # other names of a folder
-_NAME = re.compile(r"(?P<subject>.+)_(?P<slice>\d+)")  # 218391_78, sub-01_78, 002_S_0413_78
-_IMAGE_ID = re.compile(r"[Ii]?\d+")  # such a name before _ is an image ID of the archive, not a subject
 
 SUBJECTS_UNKNOWN = (
-    "the file names have image IDs, and a subject may have several scans: whether two splits share a subject "
-    "cannot be known from the names; give the study table with --table"
+    "the file names identify scans, and a subject may have several: whether two splits share a subject "
+    "cannot be known from the names; give the study table with --table, or a column subject in metadata.csv"
 )
 
 
@@ -53,7 +52,7 @@ class FolderListing:
     root: Path  # the folder that holds train/
     class_names: Sequence[str] = ()
     table: str | Path | None = None  # study table that the subjects are from
-    subjects_known: bool = True  # False where image IDs stand for subjects
+    subjects_known: bool = True  # False where scans stand for subjects
     files: list[SliceFile] = field(default_factory=list)
     problems: list[str] = field(
         default_factory=list
@@ -195,9 +194,9 @@ def _list_file(
         listing.problems.append(f"{path}: the file is empty (0 bytes); copy it again or remove it")
         return
 
-    match = _NAME.fullmatch(path.stem)
-    subject = row.get("subject") or (match["subject"] if match else None)
-    number = row.get("slice") or (match["slice"] if match else "")
+    name = parse_name(path.stem)
+    subject = row.get("subject") or name.subject
+    number = row.get("slice") or name.slice
     if subject is None:
         listing.problems.append(f"{path}: no subject in its name; rename it SUBJECT_SLICE, such as 218391_78")
     elif not number.isdecimal():
@@ -210,10 +209,10 @@ def _list_file(
             f"{path}: is in {where}/ but has label {written} in metadata.csv; correct one"
         )
     slice_number = int(number) if number.isdecimal() else None
-    # Two visits of a subject are two scans; without either in metadata.csv, the name before _ is the scan.
+    # Two visits of a subject are two scans; without either in metadata.csv, the name has the scan.
     visit = f"{subject}/{row['session']}" if row.get("session") else None
-    scan_id = row.get("image_id") or visit or (match["subject"] if match else subject)
-    if subject is not None and not row.get("subject") and _IMAGE_ID.fullmatch(subject):
+    scan_id = row.get("image_id") or visit or name.scan or subject
+    if subject is not None and not row.get("subject") and not name.subject_known:
         listing.subjects_known = False
     age = row.get("age") or ""
     age = float(age) if re.fullmatch(r"\d+(\.\d*)?", age) else None
@@ -228,7 +227,7 @@ def _apply_table(listing: FolderListing, rows: pd.DataFrame) -> None:
     for position, file in enumerate(listing.files):
         if file.scan is None:
             continue
-        index = by_image.get(image_key(file.scan))
+        index = by_image.get(image_key(image_id(file.scan)))
         if index is None:
             unknown.add(file.scan)
             continue

@@ -34,7 +34,7 @@ class DataRecord:
     hash: str  # 64 hex digits
     hash_of: str  # what the hash covers
     class_names: tuple[str, ...]
-    subjects_known: bool  # False: image IDs stand for subjects, and a subject may have several
+    subjects_known: bool  # False: scans stand for subjects, and a subject may have several
     subjects: Mapping[str, Mapping[str, set[str]]]  # split: subject: names of their scans
 
 

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from stand_ins import blob_image
 
+from adni_ldm.data.folder import list_folder
 from adni_ldm.data.manifest import write_manifest
 from adni_ldm.data.qc import check_folder
+from adni_ldm.data.slices import CLASS_NAMES as CLASSES
 from adni_ldm.data.slices import load_slices
 from adni_ldm.data.splits import DataError
 from adni_ldm.errors import UserError
@@ -59,6 +62,56 @@ def test_a_person_on_two_sides_is_refused_by_name(ad_nc_folder, tmp_path):
 def test_without_a_table_the_check_says_that_it_could_not_know(ad_nc_folder, phantom_dir):
     assert any("cannot be known" in note and "--table" in note for note in check_folder(ad_nc_folder()).notes)
     assert not any("cannot be known" in note for note in check_folder(phantom_dir).notes)
+
+
+def save_slices(folder: Path, *names: str) -> Path:
+    """A folder with a file of each name, "train/AD/sub-01_78.png"; no two have the same pixels."""
+    for index, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        blob_image((index,), 32, 32).save(path)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "subject"),
+    [
+        ("002_S_0413_I1001", "002_S_0413_I1002", "002_S_0413"),
+        ("ADNI_002_S_0413_MR_MPR_S12_I1001", "002_S_0413", "002_S_0413"),
+        ("sub-01_ses-01", "sub-01_ses-02_run-1_T1w", "sub-01"),
+    ],
+)
+def test_two_scans_of_a_subject_by_their_names_are_not_in_two_splits(tmp_path, first, second, subject):
+    names = [f"train/{name}_78.png" for name in (f"AD/{first}", "AD/sub-3", "NC/sub-4", "NC/sub-5")]
+    listing = list_folder(
+        save_slices(tmp_path, *names, f"test/AD/{second}_79.jpeg", "test/NC/sub-6_1.png"), CLASSES
+    )
+    assert {file.subject for file in listing.files} == {subject, "sub-3", "sub-4", "sub-5", "sub-6"}
+    assert listing.subjects_known
+    (problem,) = listing.problems
+    scans = ", ".join(sorted(name for name in (first, second) if name != subject))
+    assert f"train and test share 1 subject ({subject}: scans {scans})" in problem
+
+
+@pytest.mark.parametrize("name", ["ann_2", "OAS1_0001_MR1", "P01-V2", "218391", "I218391"])
+def test_where_a_name_may_be_that_of_a_scan_subjects_are_not_known(tmp_path, name):
+    names = [f"train/AD/{name}_78.png", "train/AD/eve_1.png", "train/NC/bob_78.png", "train/NC/cid_1.png"]
+    listing = list_folder(save_slices(tmp_path, *names), CLASSES)
+    assert not listing.problems and not listing.subjects_known
+    assert {file.subject for file in listing.files} == {name, "eve", "bob", "cid"}
+    assert any("cannot be known" in note for note in listing.notes)
+    rows = [f"{path.removeprefix('train/')},{k}" for k, path in enumerate(names)]
+    (tmp_path / "train/metadata.csv").write_text("\n".join(["file_name,subject", *rows]))
+    assert list_folder(tmp_path, CLASSES).subjects_known, "metadata.csv has the subjects"
+
+
+def test_the_image_id_in_an_adni_name_is_looked_up_in_the_table(tmp_path):
+    names = ("AD/002_S_0413_I1001", "AD/002_S_0413_I1002", "NC/003_S_0001_MR_I2001", "NC/I2002")
+    folder = save_slices(tmp_path / "data", *(f"train/{name}_78.png" for name in names))
+    persons = {"1001": "002_S_0413", "1002": "002_S_0413", "2001": "003_S_0001", "2002": "003_S_0002"}
+    listing = list_folder(folder, CLASSES, write_table(tmp_path / "study.csv", persons))
+    assert not listing.problems and listing.subjects_known
+    assert [file.subject for file in listing.files] == ["002_S_0413"] * 2 + ["003_S_0001", "003_S_0002"]
 
 
 def test_scans_that_the_table_does_not_know_are_refused(ad_nc_folder, tmp_path):
