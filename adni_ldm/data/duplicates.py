@@ -1,6 +1,6 @@
 """Duplicates and near-duplicates across subjects or splits.
 
-Near-duplicates are found by a difference hash (dHash, hackerfactor.com/blog/index.php?/archives/529): the
+Near-duplicates are found by a difference hash (dHash, N. Krawetz, hackerfactor.com): the
 image is averaged to 25 x 24 cells, and each of 576 bits is set if a cell is darker than its right neighbour
 by more than 2 of 255. The usual 64 bits are too few: slices of different subjects can agree in all of them.
 Of 576 bits, slices of two subjects of the phantom, at 256 px, differ in 110 (median; minimum 30 in 2.8

@@ -1,7 +1,7 @@
 """manifest.json: the contents of a data folder, by which a model records what it was trained on.
 
     write_manifest("data/adni", {"plane": "sagittal", "image_size": 256})   # the hash, "3f0c…"
-    manifest_splits(read_manifest("data/adni"))                             # {"002_S_0413": "train", …}
+    manifest_splits(read_manifest("data/adni"))                             # {"002_S_xxxx": "train", …}
 
 For each split and class it lists the subjects, counts scans and images, and holds two hashes: one over
 subjects and content, which identifies the data, and one over names and sizes, which is quick to compare when

@@ -1,6 +1,6 @@
 """Subject, scan and slice in the name of an image file.
 
-    002_S_0413_I1001_78.png     ADNI: subject 002_S_0413, image ID I1001
+    002_S_xxxx_I1001_78.png     ADNI: subject 002_S_xxxx, image ID I1001
     sub-01_ses-02_T1w_78.png    BIDS: subject sub-01
     218391_78.jpeg              AD_NC folder: the image ID of a scan; its subject is not in the name
     ann_78.png                  any other word: the subject
@@ -47,6 +47,6 @@ def parse_name(stem: str) -> NameParts:
 
 
 def image_id(scan: str) -> str:
-    """The image ID in the name of a scan, for a study table: 002_S_0413_I1001 has I1001; else the name."""
+    """The image ID in the name of a scan, for a study table: 002_S_xxxx_I1001 has I1001; else the name."""
     match = _IMAGE_ID_INSIDE.fullmatch(scan)
     return match["id"] if match else scan

@@ -1,8 +1,8 @@
 """The study table: the one reader of the CSV or TSV that lists a study's scans, subjects and diagnoses.
 
 `read_table` finds the columns by the names that archives use, `classify` maps diagnoses to classes, and
-`index_by_image` finds the row of an image ID. ADNI's CSV has one row per image: Image Data ID (I218391),
-Subject (002_S_0413), Group, Sex, Age, Visit, Modality.
+`index_by_image` finds the row of an image ID. ADNI's CSV has one row per image: Image Data ID (I218xxx),
+Subject (002_S_xxxx), Group, Sex, Age, Visit, Modality.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def excluded_notes(rows: pd.DataFrame, classes: Sequence[str]) -> list[str]:
 
 
 def image_key(image_id: str) -> str:
-    """Return an image ID without the prefix that file names leave out: I218391 and 218391 are the same."""
+    """Return an image ID without the prefix that file names leave out: I218xxx and 218xxx are the same."""
     return re.sub(r"^[IiDd](?=\d)", "", image_id.strip())
 
 

@@ -1,8 +1,9 @@
 """Assemble what is pushed in a folder of its own: nothing but what is listed here.
 
     model      the pipeline as `save_pretrained` writes it (safetensors, and the code for trust_remote_code),
-               samples in previews/, metrics.csv, loss.png, metrics.json of the report, README.md
-    samples    the slices listed in metadata.csv, metadata.csv without the path of the model, README.md
+               samples in previews/, metrics.csv and its curves, metrics.json of the report, README.md
+    samples    the slices listed in metadata.csv, metadata.csv with the columns of sample.py, without the path
+               of the model, metrics.json of the report, README.md
 
 The salted hashes of subject IDs in a model's config are removed: whoever hashes all possible IDs would find
 the training subjects.
@@ -19,7 +20,7 @@ import pandas as pd
 
 from adni_ldm.data.folder import FolderListing
 from adni_ldm.errors import UserError
-from adni_ldm.figures import to_pil
+from adni_ldm.figures import save_curves, to_pil
 from adni_ldm.files import read_json, write_json
 from adni_ldm.generation import generate_images, image_seed
 from adni_ldm.hub.card import write_dataset_card, write_model_card
@@ -30,6 +31,9 @@ PREVIEWS = 4  # of each class
 STEPS = 30
 _PUSHED_METRICS = ("verdicts", "fidelity", "tstr", "conditioning", "anatomy", "privacy")
 _PUSHED_METRICS += ("model_hash", "data_hash")
+_PUSHED_COLUMNS = ("file_name", "label", "seed", "num_inference_steps", "guidance_scale", "eta", "scheduler")
+_PUSHED_COLUMNS += ("precision", "model_hash", "data_hash", "guidance_interval")
+_PUSHED_PRIVATE = ("_class_name", "_diffusers_version", "_trained_on")  # keys of configs that begin with _
 
 
 def bundle_model(
@@ -52,9 +56,7 @@ def bundle_model(
     pipeline.to("cpu").save_pretrained(folder, safe_serialization=True)
     for config in folder.rglob("*.json"):
         _strip_config(config)
-    for name in ("metrics.csv", "loss.png"):
-        if (run / name).is_file():
-            shutil.copyfile(run / name, folder / name)
+    _write_losses(run / "metrics.csv", folder)
     _write_metrics(folder, report)
     if figures and report.metrics:
         for path in (figures / "report.html", *(figures / "figures").rglob("*.png")):
@@ -74,9 +76,10 @@ def bundle_samples(
     table = read_samples(samples)
     for name in table.file_name:
         _copy(samples / name, folder / name)
-    table.drop(columns="model", errors="ignore").to_csv(folder / "metadata.csv", index=False)
+    table = table[[name for name in _PUSHED_COLUMNS if name in table]]
+    table.to_csv(folder / "metadata.csv", index=False)
     _write_metrics(folder, report)
-    settings = table.drop(columns=["file_name", "label", "seed", "model"], errors="ignore").iloc[0].to_dict()
+    settings = table.drop(columns=["file_name", "label", "seed"]).iloc[0].to_dict()
     count = table.label.value_counts(sort=False).to_dict()
     write_dataset_card(folder / "README.md", repo_id, settings, count, listings, report, license)
 
@@ -127,12 +130,21 @@ def _save_previews(pipeline: ClassConditionalLDMPipeline, folder: Path) -> list[
 
 
 def _strip_config(path: Path) -> None:
-    """Remove the path and the hashes of subject IDs from a component's config."""
+    """Remove from a component's config the hashes of subject IDs, and whatever diffusers keeps unread."""
     config = read_json(path)
-    config.pop("_name_or_path", None)
-    for record in config.get("_trained_on") or ():
-        record["ids"] = ""
+    config = {name: value for name, value in config.items() if name[0] != "_" or name in _PUSHED_PRIVATE}
+    if records := config.get("_trained_on"):
+        kept = [{"hash": record["hash"], "hash_of": record["hash_of"]} for record in records]
+        config["_trained_on"] = [record | {"ids": ""} for record in kept]
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _write_losses(source: Path, folder: Path) -> None:
+    """Write the numbers of a metrics.csv, and their curves: a loss.png of the run may show something else."""
+    table = pd.read_csv(source).select_dtypes("number") if source.is_file() else pd.DataFrame()
+    if len(table) and "step" in table:
+        table.to_csv(folder / "metrics.csv", index=False)
+        save_curves(folder / "metrics.csv", folder / "loss.png")
 
 
 def _write_metrics(folder: Path, report: Report) -> None:

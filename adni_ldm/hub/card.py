@@ -11,6 +11,7 @@ from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
 
 from adni_ldm.data.folder import FolderListing
 from adni_ldm.data.manifest import read_manifest
+from adni_ldm.data.provenance import model_records
 from adni_ldm.data.slices import read_slices
 from adni_ldm.files import read_json
 from adni_ldm.generation import hash_pipeline
@@ -22,7 +23,7 @@ TAGS = ("diffusers", "latent-diffusion", "class-conditional", "medical-imaging",
 # fields, since only recipes import config.
 NOT_METHOD = {"data_dir", "output_dir", "table", "vae", "init_from", "resume_from_checkpoint", "report_to"}
 NOT_METHOD |= {"hub_model_id", "push_to_hub", "accept_privacy_risk", "num_workers", "log_steps"}
-NOT_METHOD |= {"checkpointing_steps", "checkpoints_total_limit"}
+NOT_METHOD |= {"checkpointing_steps", "checkpoints_total_limit", "latent_cache"}
 
 
 def write_model_card(
@@ -42,7 +43,7 @@ def write_model_card(
         listings: the training data; the last is what `run` was trained on.
         previews: paths of sample images, relative to the card.
     """
-    data = pipeline.unet.config.get("_trained_on") or ()
+    data = {record["hash"]: record for record in model_records(pipeline.components)}.values()
     settings = read_settings(run)
     synthetic = is_synthetic(listings)
     card_data = ModelCardData(
@@ -51,7 +52,10 @@ def write_model_card(
         pipeline_tag="unconditional-image-generation",
         tags=[*TAGS, *(["synthetic-data"] if synthetic else [])],
         model_name=repo_id.split("/")[1],
-        eval_results=[_eval_result(name, figure, data) for name, figure in list_figures(report.metrics)]
+        eval_results=[
+            _eval_result(name, figure, report.metrics["data_hash"])
+            for name, figure in list_figures(report.metrics)
+        ]
         or None,
     )
     (privacy,) = (verdict for verdict in report.verdicts if verdict.name == "privacy")
@@ -133,7 +137,7 @@ def read_settings(run: Path) -> dict:
 def last_losses(run: Path) -> dict[str, str]:
     """The last value of each column of metrics.csv, and the lowest `val_loss`; {} without a metrics.csv."""
     path = run / "metrics.csv"
-    table = pd.read_csv(path) if path.is_file() else pd.DataFrame()
+    table = pd.read_csv(path).select_dtypes("number") if path.is_file() else pd.DataFrame()
     if table.empty:
         return {}
     last = table.ffill().iloc[-1].dropna().to_dict()
@@ -149,12 +153,11 @@ def _value(figure: Mapping) -> str:
     return f"{figure['value']:.4g}{interval}"
 
 
-def _eval_result(name: str, figure: Mapping, data: Sequence[Mapping]) -> EvalResult:
-    revision = data[-1]["hash"][:16] if data else "unknown"
+def _eval_result(name: str, figure: Mapping, data_hash: str) -> EvalResult:
     return EvalResult(
         task_type="unconditional-image-generation",
         dataset_type="image-folder",
-        dataset_name=f"slices, hash {revision}",
+        dataset_name=f"slices, hash {data_hash[:16]}",
         metric_type=name,
         metric_value=figure["value"],
     )

@@ -19,12 +19,10 @@ from adni_ldm.files import check_empty_dir
 from adni_ldm.generation import hash_pipeline
 from adni_ldm.hub.bundle import bundle_model, bundle_samples, read_samples
 from adni_ldm.hub.card import read_settings
-from adni_ldm.hub.leak_scan import find_leaks, index_training_data
+from adni_ldm.hub.leak_scan import check_leaks, index_training_data
 from adni_ldm.hub.report import check_privacy, read_report
 from adni_ldm.hub.upload import check_login, upload_folder
 from adni_ldm.loading import load_pipeline
-
-MOST_FINDINGS = 20  # named in the error message
 
 
 def push_model(
@@ -182,11 +180,8 @@ def _scan_and_upload(
         target = Path(dry_run or temporary)
         target.mkdir(parents=True, exist_ok=True)
         bundle(target)
-        findings = find_leaks(target, index_training_data(listings, size), repo_id, allow_real_images)
-        if findings:
-            listed = "; ".join(findings[:MOST_FINDINGS])
-            more = f"; and {len(findings) - MOST_FINDINGS} more" if len(findings) > MOST_FINDINGS else ""
-            raise UserError(f"nothing was pushed, the leak scan found: {listed}{more}")
+        training = index_training_data(listings, size)
+        check_leaks(target, training, repo_id, allow_real_images=allow_real_images)
         if dry_run is not None:
             print(f"what would be pushed to {repo_id} is in {dry_run}; the leak scan found nothing")
             return None

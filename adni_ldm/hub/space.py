@@ -13,8 +13,10 @@ from packaging.requirements import Requirement
 
 import adni_ldm
 from adni_ldm.errors import UserError
+from adni_ldm.hub.leak_scan import check_leaks, index_training_data
 from adni_ldm.hub.upload import upload_folder
 
+PACKAGE = (".py", ".md", ".jinja")  # what the package consists of; data beside it stays here
 CARD = """---
 title: Brain MRI slices by diagnosis
 sdk: gradio
@@ -35,7 +37,7 @@ def push_space(repo_id: str, app: Path, model: str, public: bool) -> str:
     """Create the Space `repo_id` of the page `app` for a model on the Hub; returns its URL.
 
     Raises:
-        UserError: the model is a folder, or as `upload_folder`.
+        UserError: the model is a folder, the leak scan found something, or as `upload_folder`.
     """
     if Path(model).exists() or model.count("/") != 1:
         raise UserError(
@@ -44,6 +46,7 @@ def push_space(repo_id: str, app: Path, model: str, public: bool) -> str:
         )
     with tempfile.TemporaryDirectory(prefix="adni_ldm_space_") as folder:
         write_space(Path(folder), app, model)
+        check_leaks(Path(folder), index_training_data([], 1), repo_id, model)  # it has no images
         return upload_folder(Path(folder), repo_id, "space", public)
 
 
@@ -52,7 +55,11 @@ def write_space(folder: Path, app: Path, model: str) -> None:
     shutil.copyfile(app, folder / "app.py")
     (folder / "app.yaml").write_text(yaml.safe_dump({"model": model}))
     package = Path(adni_ldm.__file__).parent
-    shutil.copytree(package, folder / "adni_ldm", ignore=shutil.ignore_patterns("__pycache__"))
+    for path in package.rglob("*"):
+        if path.suffix in PACKAGE and path.is_file() and not path.is_symlink():
+            target = folder / path.relative_to(package.parent)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
     (folder / "requirements.txt").write_text("\n".join(list_requirements()) + "\n")
     (folder / "README.md").write_text(CARD.format(gradio=gradio.__version__, model=model))
 

@@ -203,7 +203,7 @@ def _find_by_image(root: Path, rows: pd.DataFrame, table: Path):
     def find(path: str) -> int | str:
         number = _image_number(root, path)
         if number not in by_image:
-            return _NO_ROW if number else "no image ID in its path, such as …/I14437/…"
+            return _NO_ROW if number else "no image ID in its path, such as …/I14xxx/…"
         subject = rows.subject[by_image[number]]
         in_path = {match[0] for match in map(_ADNI_SUBJECT.search, Path(path).parts) if match}
         if in_path and _ADNI_SUBJECT.fullmatch(subject) and subject not in in_path:
@@ -216,7 +216,7 @@ def _find_by_image(root: Path, rows: pd.DataFrame, table: Path):
 
 
 def _image_number(root: Path, path: str) -> str | None:
-    """14437 of …_I14437.nii, else of a folder I14437 or 14437. A folder S12345 is a series, not an image."""
+    """14xxx of …_I14xxx.nii, else of a folder I14xxx or 14xxx. A folder S12345 is a series, not an image."""
     full = root / path
     name = full.name if full.is_file() else next((n for n in sorted(os.listdir(full)) if n[0] != "."), "")
     if match := re.search(r"_I(\d+)(?=[._]|$)", name):

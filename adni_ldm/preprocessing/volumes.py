@@ -4,7 +4,7 @@ nibabel and pydicom are called directly. MONAI's NibabelReader adds nothing to n
 costs each worker process 8 s and 0.9 GB. MONAI's PydicomReader sorts by InstanceNumber, whose direction
 differs between scanners, and only warns where slices are missing or differ in size; here positions decide.
 
-    volume = read_volume("ADNI/002_S_0413/MPRAGE/2006-05-02/I14437")   # a folder: DICOM; a file: NIfTI
+    volume = read_volume("ADNI/002_S_xxxx/MPRAGE/2006-05-02/I14xxx")   # a folder: DICOM; a file: NIfTI
     volume.voxels, volume.affine                                      # float32 (X, Y, Z); voxel -> RAS mm
 """
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
 
@@ -16,7 +17,7 @@ from adni_ldm.config import TrainLDMConfig
 from adni_ldm.data.slices import open_folder
 from adni_ldm.errors import UserError
 from adni_ldm.hub.card import NOT_METHOD, write_model_card
-from adni_ldm.hub.leak_scan import find_leaks, index_training_data
+from adni_ldm.hub.leak_scan import check_leaks, find_leaks, index_training_data
 from adni_ldm.hub.push import push_model
 from adni_ldm.hub.report import Report
 from adni_ldm.loading import load_pipeline
@@ -34,28 +35,23 @@ def write(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
         save_file({"weight": torch.zeros(2)}, path, metadata={"note": text})
-    elif path.suffix == ".png":
-        notes = PngImagePlugin.PngInfo()
-        notes.add_text("Comment", text, zip=True)
-        Image.new("L", (32, 32)).save(path, pnginfo=notes)
-    elif path.suffix == ".jpg":
-        exif = Image.Exif()
-        exif[0x010E] = text  # ImageDescription
-        Image.new("L", (32, 32)).save(path, exif=exif)
     elif path.suffix == ".json":
         path.write_text(json.dumps({"note": text}))
+    elif path.suffix == ".yaml":
+        path.write_text(yaml.safe_dump({"data": {"notes": [{"of": text}]}}))
     else:
         path.write_text(f"some words, {text}, and more\n")
 
 
 @pytest.mark.parametrize(
-    "name", ["a.json", "README.md", "x/a.csv", "a.py", "w.safetensors", "p.png", "p.jpg"]
+    "name", ["a.json", "README.md", "x/a.csv", "a.py", "w.safetensors", "a.yaml", "a.txt"]
 )
 @pytest.mark.parametrize(
     ("text", "finding"),
     [
         (SUBJECT, f"subject or scan '{SUBJECT}'"),
         (f"{SUBJECT}_01.png", f"subject or scan '{SUBJECT}'"),
+        (SUBJECT.upper(), f"subject or scan '{SUBJECT}'"),
         ("002_S_0413", "subject or scan '002_S_0413'"),
         ("I218391", "subject or scan 'I218391'"),
         (str(Path.home() / "runs"), "path"),
@@ -84,6 +80,69 @@ def test_user_names_and_secrets_are_found(tmp_path, data, monkeypatch):
     ]
 
 
+def test_only_the_account_is_hidden_from_the_scan_and_not_in_a_path(tmp_path, data, monkeypatch):
+    monkeypatch.setenv("LOGNAME", "janedoe")
+    write(tmp_path / "a.md", "[janedoe/brains](https://huggingface.co/janedoe/brains), see janedoe/brains.")
+    write(tmp_path / "b.md", "in /home/janedoe/brains/x.png")
+    write(tmp_path / "c.md", "in runs/janedoe/brains")
+    write(tmp_path / "d.md", "in janedoe/brains/x.png")
+    assert find_leaks(tmp_path, data, "janedoe/brains") == [
+        "b.md: name of the user 'janedoe'",
+        "b.md: path '/home/janedoe/brains/x.png'",
+        "c.md: name of the user 'janedoe'",
+        "d.md: name of the user 'janedoe'",
+    ]
+    write(tmp_path / "e.md", f"from_pretrained('me/{SUBJECT}')")
+    findings = find_leaks(tmp_path, data, "janedoe/brains", f"me/{SUBJECT}")
+    assert f"e.md: subject or scan '{SUBJECT}'" in findings, "the name of the repository names a subject"
+
+
+def test_a_file_that_is_not_what_its_name_says_is_a_finding(tmp_path, data):
+    (tmp_path / "a.md").write_bytes(SUBJECT.encode("utf-16"))
+    (tmp_path / "b.py").write_bytes(b"x = 1\0PK")
+    (tmp_path / "c.json").write_text("{")
+    (tmp_path / "d.yaml").write_text("a: [")
+    findings = find_leaks(tmp_path, data, "me/brains")
+    assert [line.split(" (")[0] for line in findings] == [
+        f"{name}{suffix}: cannot be read as {suffix}"
+        for name, suffix in zip("abcd", (".md", ".py", ".json", ".yaml"))
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_an_image_leaves_as_its_pixels(tmp_path, data, suffix):
+    """Without text, EXIF, private chunks, further frames, and what follows the image."""
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32), np.uint8)
+    image, path, exif = Image.fromarray(pixels), tmp_path / f"p{suffix}", Image.Exif()
+    exif[0x9286] = b"UNICODE\0" + SUBJECT.encode("utf-16-le")  # UserComment
+    notes = PngImagePlugin.PngInfo()
+    notes.add_text("Comment", SUBJECT, zip=True)
+    notes.add_itxt("Comment", SUBJECT, lang="en", zip=True)
+    notes.add(b"suBj", SUBJECT.encode())
+    more = {"pnginfo": notes, "save_all": True, "append_images": [image]} if suffix == ".png" else {}
+    image.save(path, exif=exif, **more)
+    with path.open("ab") as file:
+        file.write(b"PK\3\4" + SUBJECT.encode())
+    check_leaks(tmp_path, data, "me/brains")
+    kept = path.read_bytes()
+    image.convert("L").save(tmp_path / f"plain{suffix}", quality=95)
+    plain = (tmp_path / f"plain{suffix}").read_bytes()
+    assert kept == plain if suffix == ".png" else len(kept) <= len(plain) + 50 and b"UNI" not in kept
+    assert SUBJECT.encode() not in kept and b"suBj" not in kept and b"acTL" not in kept
+
+
+def test_a_file_with_the_name_of_an_image_is_refused(tmp_path, data):
+    (tmp_path / "p.png").write_bytes(b"PAR1 of parquet")
+    with pytest.raises(UserError, match="p.png: not an image .*remove it"):
+        check_leaks(tmp_path, data, "me/brains")
+
+
+def test_an_image_is_refused_without_training_images_to_compare_it_with(tmp_path):
+    Image.new("L", (32, 32)).save(tmp_path / "p.png")
+    with pytest.raises(UserError, match="p.png: there are no training images to compare it with"):
+        check_leaks(tmp_path, index_training_data([], 32), "me/brains")
+
+
 def test_file_names_are_scanned_and_other_types_are_findings(tmp_path, data):
     write(tmp_path / f"{SUBJECT}_00.md", "nothing")
     (tmp_path / "weights.bin").write_bytes(b"pickle")
@@ -108,7 +167,30 @@ def test_numbers_are_ids_only_where_they_occur_as_such(tmp_path, ad_nc_folder):
     assert find_leaks(sent, data, "me/brains") == []
     (sent / "a.csv").write_text("file_name\nAD/1000_78.png\n")
     (sent / "b.csv").write_text("scan,loss\n218391,0.1\n")
-    assert [line.split(":")[0] for line in find_leaks(sent, data, "me/brains")] == ["a.csv", "b.csv"]
+    (sent / "c.csv").write_text("step,Subject\n1,1000\n")
+    (sent / "d.yaml").write_text("data:\n  subject: 1000\n")
+    assert [line.split(":")[0][0] for line in find_leaks(sent, data, "me/brains")] == list("abcd")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "file_name,of\nAD/000000.png,AB\n"),
+        ("a.csv", "AB,0.1\n"),
+        ("a.yaml", "cohort:\n  - subject: AB\n"),
+        ("a.yaml", 'note: "\\x41B"\n'),
+        ("a.json", '{"who": "\\u0041B"}'),
+        ("README.md", "| AD | AB |\n"),
+        ("a.html", "<td>AB</td>"),
+        ("a.txt", "AB\n"),
+    ],
+)
+def test_a_short_name_is_found_as_a_field(tmp_path, data, name, text):
+    data = dataclasses.replace(data, ids=frozenset(["AB"]))
+    (tmp_path / "other.md").write_text("ABOUT AB-initio, AD, NC | ABC |\n")
+    assert find_leaks(tmp_path, data, "me/brains") == []
+    (tmp_path / name).write_text(text)
+    assert find_leaks(tmp_path, data, "me/brains") == [f"{name}: subject or scan 'AB'"]
 
 
 def test_a_training_image_is_found_in_another_format(tmp_path, ad_nc_folder):
@@ -140,11 +222,10 @@ def own_run(trained, tmp_path):
 
 
 def test_findings_are_named_and_the_push_is_refused(own_run, tmp_path):
-    write(own_run / "loss.png", str(Path.home() / "runs/loss.png"))
-    (own_run / "metrics.csv").write_text("step,loss,val_loss\n1,0.5,0.5\n")
-    with pytest.raises(UserError, match=r"nothing was pushed, the leak scan found: loss.png: path"):
+    change_report(own_run, lambda m: m["verdicts"]["fidelity"].update(text="see /mnt/disk7/study/scan.nii"))
+    with pytest.raises(UserError, match=r"nothing was pushed, the leak scan found: README.md: path '/mnt"):
         push_model(own_run, "me/brains", dry_run=str(tmp_path / "out"))
-    assert (tmp_path / "out/loss.png").is_file(), "kept for inspection"
+    assert (tmp_path / "out/README.md").is_file(), "kept for inspection"
     with pytest.raises(UserError, match="out is not empty"):
         push_model(own_run, "me/brains", dry_run=str(tmp_path / "out"))
 
@@ -153,6 +234,26 @@ def change_report(run, change):
     metrics = json.loads((run / "report/metrics.json").read_text())
     change(metrics)
     (run / "report/metrics.json").write_text(json.dumps(metrics))
+
+
+def test_what_was_planted_in_a_run_does_not_leave(own_run, phantom_dir, tmp_path):
+    """A slice as loss.png, words in metrics.csv, keys that diffusers keeps unread, a path in the settings."""
+    shutil.copyfile(next((phantom_dir / "train/AD").glob("*.png")), own_run / "loss.png")
+    (own_run / "metrics.csv").write_text(f"step,loss,of\n1,0.5,{SUBJECT}\n2,0.4,{SUBJECT}\n")
+    (own_run / "notes.parquet").write_bytes(b"PAR1")
+    for part in ("unet", "vae"):
+        config = json.loads((own_run / part / "config.json").read_text())
+        config["_trained_on"][0]["subject"] = SUBJECT
+        (own_run / part / "config.json").write_text(json.dumps(config | {"_pixels": [1, 2, 3]}))
+    settings = json.loads((own_run / "training_config.json").read_text())
+    settings |= {"latent_cache": "/mnt/disk7/latents"}
+    (own_run / "training_config.json").write_text(json.dumps(settings))
+    push_model(own_run, "me/brains", dry_run=str(tmp_path / "out"))
+    assert (tmp_path / "out/metrics.csv").read_text() == "step,loss\n1,0.5\n2,0.4\n"
+    assert Image.open(tmp_path / "out/loss.png").width > 300, "the curves"
+    texts = [path.read_text() for path in (tmp_path / "out").rglob("*.*") if path.suffix in (".json", ".md")]
+    assert not any(word in text for text in texts for word in (SUBJECT, "_pixels", "disk7", "latent_cache"))
+    assert not list((tmp_path / "out").rglob("*.parquet"))
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_the_pushed_repository_is_private_and_complete(hub, trained, pushed):
     configs = {f"{p}/config.json" for p in ("vae", "unet", "class_embedding")}
     configs |= {"model_index.json", "scheduler/scheduler_config.json"}
     previews = {f"previews/{name}-{index}.png" for name in ("AD", "NC") for index in range(4)}
-    more = {"README.md", "metrics.csv", "metrics.json", ".gitattributes"}
+    more = {"README.md", "metrics.csv", "loss.png", "metrics.json", ".gitattributes"}
     assert set(repo.files) == weights | code | configs | previews | more, "and nothing else of the run"
     assert (trained / "secret.txt").is_file() and (trained / "samples.png").is_file()
     assert not any(b'"ids": "' in data and b'"ids": ""' not in data for data in repo.files.values())
@@ -120,7 +120,7 @@ def test_samples_of_a_model_on_the_hub_are_pushed_and_loaded(hub, trained, phant
     run(hub, tmp_path / "other", "-c", read, cwd=tmp_path)
     count, columns, labels = json.loads((tmp_path / "read.json").read_text())
     assert count == 4 and labels == ["AD", "AD", "NC", "NC"]
-    assert {"image", "seed", "model_hash"} <= set(columns) and "model" not in columns
+    assert set(columns) == {"image", *table.columns} - {"file_name", "model"}
     assert np.array_equal(Image.open(tmp_path / "first.png"), Image.open(samples / "AD/000000.png"))
 
 
