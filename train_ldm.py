@@ -37,10 +37,6 @@ def main() -> None:
     cfg = parse_config(TrainLDMConfig, __doc__)
     run = TrainingRun(cfg, "LDM", metrics=("loss", "val_loss", "kid", "class_accuracy", "copies"))
     check_start(cfg.init_from, cfg.freeze, cfg.lora_rank, run.accelerator.distributed_type)
-    if cfg.push_to_hub and run.is_main:
-        from adni_ldm.hub.push import check_login, push_model
-
-        check_login(cfg.hub_model_id)  # now, and not after hours of training
 
     # ---- Models, data and latents --------------------------------------------------------------------------
     start = load_pipeline(cfg.init_from) if cfg.init_from else None
@@ -51,6 +47,11 @@ def main() -> None:
     train, val = run.load_slices()
     run.check_leakage(vae_name, vae)
     denoiser, scheduler = build(run, cfg, vae, start)
+    if cfg.push_to_hub and run.is_main:
+        from adni_ldm.hub.push import check_push, push_model
+
+        parts = {"vae": vae, "unet": denoiser.unet, "class_embedding": denoiser.class_embedding}
+        check_push(cfg.hub_model_id, cfg.data_dir, cfg.table, parts)  # now, and not after hours of training
 
     # Each slice is encoded once; its posterior is sampled anew at every step.
     vae.to(run.device).requires_grad_(False).eval()

@@ -80,3 +80,12 @@ def test_what_a_run_was_started_with_can_start_it_again(preset, tmp_path):
     saved = tmp_path / "run/training_config.json"
     assert json.loads(saved.read_text())["widths"] == [16, 32]
     assert parse_config(TrainVAEConfig, "", ["--config", str(saved)]) == cfg, "JSON is YAML"
+
+
+@pytest.mark.parametrize("config", [TrainVAEConfig, TrainLDMConfig])
+def test_a_tracker_that_may_send_to_a_server_is_asked_for(config):
+    for tracker in ("wandb", "mlflow", "all"):
+        with pytest.raises(UserError, match=f"--report_to {tracker} may send.*Add --allow_remote_tracker"):
+            config(report_to=tracker)
+        assert config(report_to=tracker, allow_remote_tracker=True).report_to == tracker
+    assert config().report_to == "tensorboard" and config(report_to="none").report_to == "none"

@@ -97,6 +97,10 @@ class TrainingConfig:
     report_to: MayChange[str] = HfArg(
         default="tensorboard", help="Tracker of accelerate: tensorboard, wandb, …, or none."
     )
+    allow_remote_tracker: MayChange[bool] = HfArg(
+        default=False,
+        help="Allow a tracker other than tensorboard: metrics and what it collects itself may leave.",
+    )
     num_workers: MayChange[int | None] = HfArg(
         default=None, help="Data-loading processes per training process. Default: 2 with a GPU, 0 on a CPU."
     )
@@ -106,6 +110,13 @@ class TrainingConfig:
         check_at_least(1, self, *counts, "checkpoints_total_limit", "max_nonfinite")
         if not 0 < self.val_fraction < 1:
             raise UserError(f"--val_fraction {self.val_fraction} must be between 0 and 1")
+        if self.report_to not in ("tensorboard", "none") and not self.allow_remote_tracker:
+            raise UserError(
+                f"--report_to {self.report_to} may send to a server: the metrics and, collected by the tracker "
+                "itself, the command line with its paths, console output, host name and git state (no images, "
+                "no weights). Add --allow_remote_tracker if your data permit it, or use tensorboard, which "
+                "stays in --output_dir"
+            )
         class_names(self.classes)
 
     @property

@@ -23,7 +23,7 @@ TAGS = ("diffusers", "latent-diffusion", "class-conditional", "medical-imaging",
 # fields, since only recipes import config.
 NOT_METHOD = {"data_dir", "output_dir", "table", "vae", "init_from", "resume_from_checkpoint", "report_to"}
 NOT_METHOD |= {"hub_model_id", "push_to_hub", "accept_privacy_risk", "num_workers", "log_steps"}
-NOT_METHOD |= {"checkpointing_steps", "checkpoints_total_limit", "latent_cache"}
+NOT_METHOD |= {"checkpointing_steps", "checkpoints_total_limit", "latent_cache", "allow_remote_tracker"}
 
 
 def write_model_card(

@@ -21,7 +21,7 @@ from adni_ldm.hub.bundle import bundle_model, bundle_samples, read_samples
 from adni_ldm.hub.card import read_settings
 from adni_ldm.hub.leak_scan import check_leaks, index_training_data
 from adni_ldm.hub.report import check_privacy, read_report
-from adni_ldm.hub.upload import check_login, upload_folder
+from adni_ldm.hub.upload import check_login, check_not_public, upload_folder
 from adni_ldm.loading import load_pipeline
 
 
@@ -102,6 +102,28 @@ def push_dataset(
     url = _scan_and_upload(bundle, listings, size, repo_id, "dataset", **destination)
     if url:
         print(f"pushed {len(images)} slices to {url}: load_dataset({repo_id!r}, split='train')")
+
+
+def check_push(repo_id: str, data_dir: str, table: str | None, parts: Mapping[str, Any]) -> None:
+    """Check before training what would refuse the push after it: the login, and data that are not at hand.
+
+    Args:
+        data_dir, table: what is trained on.
+        parts: of the model to train, as in `pipeline.components`, their training data recorded.
+
+    Raises:
+        UserError: the push would be refused.
+    """
+    check_login(repo_id)
+    check_not_public(repo_id)
+    class_names = parts["class_embedding"].config.class_names
+    try:
+        open_training_data([data_dir], table, {}, class_names, training_hashes(repo_id, parts))
+    except UserError as error:
+        raise UserError(
+            f"{error}. --push_to_hub pushes with the --data_dir of this training alone: train without it, "
+            "then use python -m adni_ldm.hub push"
+        ) from error
 
 
 def training_hashes(name: str, parts: Mapping[str, Any]) -> list[str]:

@@ -33,7 +33,7 @@ _IDENTIFYING = (".safetensors", "metadata.csv")
 
 
 def check_login(repo_id: str, api: HfApi | None = None) -> None:
-    """Check that `repo_id` has the form ME/NAME, that the Hub can be reached, and that the token is valid.
+    """Check that `repo_id` has the form ME/NAME, that the Hub can be reached, and that the token may write.
 
     Raises:
         UserError: one of these does not hold.
@@ -44,7 +44,19 @@ def check_login(repo_id: str, api: HfApi | None = None) -> None:
         raise UserError(f"--repo_id {repo_id}: {' '.join(str(error).split())}") from error
     if repo_id.count("/") != 1:
         raise UserError(f"--repo_id {repo_id}: expected ME/NAME, the account and the repository")
-    _retry((api or HfApi()).whoami, repo_id)
+    token = _retry((api or HfApi()).whoami, repo_id).get("auth", {}).get("accessToken", {})
+    if token.get("role") == "read":
+        raise UserError(f"{repo_id}: the token may only read: run `hf auth login` with one that may write")
+
+
+def check_not_public(repo_id: str, repo_type: str = "model", api: HfApi | None = None) -> None:
+    """Raise UserError if the repository exists and is public: a private push would be published."""
+    api, options = api or HfApi(), {"repo_id": repo_id, "repo_type": repo_type}
+    exists = _retry(lambda: api.repo_exists(**options), repo_id)
+    if exists and _retry(lambda: api.repo_info(**options).private, repo_id) is False:
+        raise UserError(
+            f"{repo_id} exists and is public: add --public, make it private, or choose another name"
+        )
 
 
 def upload_folder(
@@ -70,10 +82,8 @@ def upload_folder(
     options = {"repo_id": repo_id, "repo_type": repo_type}
     sdk = {"space_sdk": "gradio"} if repo_type == "space" else {}
     url = _retry(lambda: api.create_repo(**options, **sdk, private=not public, exist_ok=True), repo_id)
-    if not public and _retry(lambda: api.repo_info(**options).private, repo_id) is False:
-        raise UserError(
-            f"{repo_id} exists and is public: add --public, make it private, or choose another name"
-        )
+    if not public:
+        check_not_public(repo_id, repo_type, api)
     remote = _retry(lambda: list(api.list_repo_tree(**options, recursive=True)), repo_id)
     if not overwrite:
         _check_not_taken(repo_id, folder, [file for file in remote if isinstance(file, RepoFile)])

@@ -55,6 +55,20 @@ def write_run(run, data_dir):
     return run
 
 
+@pytest.fixture
+def train_part_on():
+    """Add a folder to the data that a part of a run's model was trained on."""
+
+    def add(run, part, data_dir):
+        path = run / part / "config.json"
+        config = json.loads(path.read_text())
+        listing = open_folder(data_dir)
+        records = training_records(describe_data(listing, read_slices(listing)))
+        path.write_text(json.dumps(config | {"_trained_on": records + config["_trained_on"]}))
+
+    return add
+
+
 @pytest.fixture(scope="session")
 def trained(phantom_dir, tmp_path_factory):
     """A run folder; not to be written to."""

@@ -53,6 +53,7 @@ class HubServer(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.repos: dict[tuple[str, str], Repo] = {("model", "me/public"): Repo(private=False)}
         self.lfs: dict[str, bytes] = {}  # by SHA-256
+        self.role = "write"  # of TOKEN
         self.requests: list[str] = []  # "METHOD /path status"
         self.faults: list[list] = []  # [beginning of "METHOD /path", what, times left, headers]
         self.lock = threading.Lock()
@@ -142,8 +143,11 @@ class Handler(BaseHTTPRequestHandler):
         if parts[0] == "lfs":
             return self.lfs(parts[1])
         if parts == ["api", "whoami-v2"]:
+            auth = {"type": "access_token", "accessToken": {"role": self.server.role}}
             return (
-                self.answer(200, {"name": ME, "type": "user", "orgs": []}) if token else self.answer(401, {})
+                self.answer(200, {"name": ME, "type": "user", "orgs": [], "auth": auth})
+                if token
+                else self.answer(401, {})
             )
         if parts == ["api", "validate-yaml"]:
             return self.answer(200, {"errors": [], "warnings": []})

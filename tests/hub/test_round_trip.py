@@ -5,6 +5,7 @@ The Hub is tests/hub/hub_server.py on loopback, which serves LFS and not Xet: he
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from PIL import Image
 
 from adni_ldm.errors import UserError
 from adni_ldm.generation import hash_pipeline
+from adni_ldm.hub.push import check_push
 from adni_ldm.loading import load_pipeline
 
 ROOT = Path(__file__).parents[2]
@@ -124,7 +126,7 @@ def test_samples_of_a_model_on_the_hub_are_pushed_and_loaded(hub, trained, phant
     assert np.array_equal(Image.open(tmp_path / "first.png"), Image.open(samples / "AD/000000.png"))
 
 
-def test_training_ends_with_a_push(hub, trained, phantom_dir, pushed, tmp_path):
+def test_training_ends_with_a_push(hub, trained, phantom_dir, ad_nc_folder, train_part_on, pushed, tmp_path):
     settings = {
         "data_dir": phantom_dir,
         "vae": trained / "vae",
@@ -147,6 +149,27 @@ def test_training_ends_with_a_push(hub, trained, phantom_dir, pushed, tmp_path):
     repo = hub.repos["model", "me/trained"]
     assert repo.private and b"The verdict on privacy is: **inconclusive**" in repo.files["README.md"]
     assert {"model_index.json", "loss.png", "metrics.csv"} <= set(repo.files)
+
+    # What would refuse the push refuses it before training: here data of the autoencoder's history.
+    train_part_on(shutil.copytree(trained / "vae", tmp_path / "run/vae").parent, "vae", ad_nc_folder())
+    words[words.index("--vae") + 1] = tmp_path / "run/vae"
+    words[words.index("--output_dir") + 1] = tmp_path / "second"
+    printed = run(hub, tmp_path / "home", "train_ldm.py", *words, "--unet_widths", 32, 64, *to_hub, status=1)
+    assert "which is not among them" in printed and "--push_to_hub pushes with the --data_dir of" in printed
+    assert "training LDM" not in printed and not (tmp_path / "second/metrics.csv").exists()
+
+
+def test_what_would_refuse_a_push_is_checked_before_training(hub, trained, phantom_dir, monkeypatch):
+    for constant, value in {"HF_HUB_OFFLINE": False, "ENDPOINT": hub.url}.items():
+        monkeypatch.setattr(constants, constant, value)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    parts = load_pipeline(str(trained)).components
+    check_push("me/new", str(phantom_dir), None, parts)
+    with pytest.raises(UserError, match="me/public exists and is public"):
+        check_push("me/public", str(phantom_dir), None, parts)
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "wrong")
+    with pytest.raises(UserError, match="rejects the token"):
+        check_push("me/new", str(phantom_dir), None, parts)
 
 
 @pytest.mark.parametrize(

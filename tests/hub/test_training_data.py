@@ -9,8 +9,7 @@ from PIL import Image
 from stand_ins import blob_image
 
 from adni_ldm.data.manifest import data_hash
-from adni_ldm.data.provenance import describe_data, training_records
-from adni_ldm.data.slices import open_folder, read_slices
+from adni_ldm.data.slices import open_folder
 from adni_ldm.errors import UserError
 from adni_ldm.generation import hash_pipeline
 from adni_ldm.hub.leak_scan import index_training_data
@@ -48,15 +47,6 @@ def samples(own_run, tmp_path):
 def change(samples, **columns):
     path = samples / "metadata.csv"
     pd.read_csv(path, dtype=str).assign(**columns).to_csv(path, index=False)
-
-
-def train_part_on(run, part, data_dir):
-    """Add a folder to the data that a part of the run's model was trained on."""
-    path = run / part / "config.json"
-    config = json.loads(path.read_text())
-    listing = open_folder(data_dir)
-    records = training_records(describe_data(listing, read_slices(listing)))
-    path.write_text(json.dumps(config | {"_trained_on": records + config["_trained_on"]}))
 
 
 def test_samples_are_compared_with_the_data_that_they_name(samples, own_data, tmp_path):
@@ -128,7 +118,7 @@ def test_a_model_without_a_record_is_refused(own_run, own_data, tmp_path):
         push_model(own_run, "me/brains", [str(own_data)], dry_run=str(tmp_path / "out"))
 
 
-def test_the_history_of_the_autoencoder_counts(own_run, own_data, ad_nc_folder, tmp_path):
+def test_the_history_of_the_autoencoder_counts(own_run, own_data, ad_nc_folder, train_part_on, tmp_path):
     """Trained on real slices, under a U-Net that was trained on the phantom."""
     real = ad_nc_folder()
     train_part_on(own_run, "vae", real)

@@ -97,6 +97,13 @@ def test_a_wrong_token_is_refused_before_anything_is_created(hub, folder):
         push(hub, folder, repo_id="somebody/model")
 
 
+def test_a_token_that_may_only_read_is_refused_before_anything_is_created(hub, folder):
+    hub.role = "read"
+    with pytest.raises(UserError, match="the token may only read: run `hf auth login`"):
+        push(hub, folder)
+    assert ("model", "me/model") not in hub.repos
+
+
 def test_a_token_that_expires_during_the_upload_is_reported(hub, folder):
     hub.fail("PUT /lfs/", 401, times=10)
     with pytest.raises(UserError, match="rejects the token"):
