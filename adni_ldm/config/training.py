@@ -112,10 +112,10 @@ class TrainingConfig:
             raise UserError(f"--val_fraction {self.val_fraction} must be between 0 and 1")
         if self.report_to not in ("tensorboard", "none") and not self.allow_remote_tracker:
             raise UserError(
-                f"--report_to {self.report_to} may send to a server: the metrics and, collected by the tracker "
-                "itself, the command line with its paths, console output, host name and git state (no images, "
-                "no weights). Add --allow_remote_tracker if your data permit it, or use tensorboard, which "
-                "stays in --output_dir"
+                f"--report_to {self.report_to} may send to a server: the metrics and, collected by the "
+                "tracker, the command line with its paths, console output, host name and git state (no "
+                "images, no weights). Add --allow_remote_tracker if your data permit it, or use tensorboard, "
+                "which stays in --output_dir"
             )
         class_names(self.classes)
 
