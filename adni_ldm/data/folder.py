@@ -104,6 +104,7 @@ def list_folder(
         _apply_table(listing, rows[rows.subject != ""])
     elif not listing.subjects_known:
         listing.notes.append(f"{listing.root}: {SUBJECTS_UNKNOWN}")
+    _rename_shared_scans(listing)
     _report_shared_subjects(listing)
     return listing
 
@@ -239,6 +240,16 @@ def _apply_table(listing: FolderListing, rows: pd.DataFrame) -> None:
             f"{listing.table}: has no row for {_count(unknown, 'scan')} of {listing.root} "
             f"({_first(unknown)}); give the table of the whole study"
         )
+
+
+def _rename_shared_scans(listing: FolderListing) -> None:
+    """Let the subject stand for a scan whose name several have: all files of a folder may be img_0001.png."""
+    owners: dict[str | None, set[str | None]] = {}
+    for file in listing.files:
+        owners.setdefault(file.scan, set()).add(file.subject)
+    for position, file in enumerate(listing.files):
+        if len(owners[file.scan]) > 1:
+            listing.files[position] = dataclasses.replace(file, scan=file.subject)
 
 
 def _first(names: Iterable[str], most: int = 10) -> str:

@@ -20,6 +20,7 @@ _SUBJECTS = (  # of ADNI, anywhere in a name; of BIDS, its first entity
     re.compile(r"(?P<subject>sub-[A-Za-z0-9]+)(?:_.*)?"),
 )
 _IMAGE_ID = re.compile(r"[Ii]?\d+")  # of an archive
+_UNIQUE = re.compile(r"\d{3}_[Ss]_\d{4,5}(?!\d).*|(?:[Ii]|\d)\d{4,}")
 _ONE_WORD = re.compile(r"[^\W_]+")
 _IMAGE_ID_INSIDE = re.compile(r"(?:.*_)?(?P<id>[Ii]\d+)(?:_.*)?")
 
@@ -50,3 +51,8 @@ def image_id(scan: str) -> str:
     """The image ID in the name of a scan, for a study table: 002_S_xxxx_I1001 has I1001; else the name."""
     match = _IMAGE_ID_INSIDE.fullmatch(scan)
     return match["id"] if match else scan
+
+
+def is_unique(name: str) -> bool:
+    """Whether no other study has a subject or scan of this name: 002_S_xxxx, I218391; not 001, sub-01."""
+    return _UNIQUE.fullmatch(name) is not None

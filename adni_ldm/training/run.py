@@ -88,7 +88,7 @@ class TrainingRun:
             train, val = (
                 SliceTensors(to_arrays(splits[split], cfg.image_size)) for split in ("train", "val")
             )
-        self.data = describe_data(listing, splits)
+            self.data = describe_data(listing, splits)
         if not self.data.subjects_known:
             self.print(f"note: {SUBJECTS_UNKNOWN}")
         self.hashes |= hash_slices(self.accelerator, self.data, cfg.image_size, train=train, val=val)

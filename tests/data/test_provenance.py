@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from diffusers import AutoencoderKL
 from diffusers.utils import logging
+from PIL import Image
+from stand_ins import blob_image
 
 from adni_ldm.data.provenance import (
     DataRecord,
@@ -57,9 +61,9 @@ def test_a_model_trained_without_the_table_is_caught_by_its_scans(ad_nc_folder, 
         scan = open_folder(folder, **options)
         return describe_data(scan, read_slices(scan, 1e-9))
 
-    model = training_records(describe(first))
+    model = [record | {"slices": ""} for record in training_records(describe(first))]
     assert "1001" in describe(first).subjects["train"]
-    with pytest.raises(DataError, match="person 1001"):
+    with pytest.raises(DataError, match="person 1001.* by their names"):
         check_leakage("runs/vae", model, describe(second, table=tmp_path / "study.csv"))
 
 
@@ -88,3 +92,70 @@ def test_the_history_of_a_model_is_that_of_all_its_parts(pipeline, tmp_path):
         assert records_by_part(model) == {"vae": adni + phantom, "unet": phantom, "class_embedding": []}
     assert model_records(tmp_path / "vae") == adni + phantom, "of an autoencoder's own folder"
     assert records_by_part(tmp_path / "nothing") == {}
+
+
+def images(folder: Path, first: int = 0, prefix: str = "", subjects: int = 9) -> Path:
+    """A folder of subjects 001, 002 ... whose images depend on `first`; the last two are in test."""
+    for number in range(1, subjects + 1):
+        split = "test" if number > subjects - 2 else "train"
+        place = folder / split / ("AD", "NC")[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        for index in range(3):
+            image = blob_image((first + number, index), 24, 24)
+            image.save(place / f"{prefix}{number:03d}_{index}.png")
+    return folder
+
+
+def describe(folder: Path) -> DataRecord:
+    listing = open_folder(folder)
+    return describe_data(listing, read_slices(listing))
+
+
+def test_two_studies_that_number_their_subjects_alike_are_told_apart_by_pixels(tmp_path):
+    one, two = images(tmp_path / "one", subjects=9), images(tmp_path / "two", first=100, subjects=8)
+    model = training_records(describe(one))
+    check_leakage("runs/vae", model, describe(two))  # 007 is in train of one, in test of two
+    for incomparable in ({"slices": ""}, {"prepared": "in another way"}):
+        with pytest.raises(DataError, match=r"test subjects .*\(007\), by their names; .* prefix"):
+            check_leakage("runs/vae", [model[0] | incomparable], describe(two))
+
+
+def test_a_subject_that_got_another_name_is_found_by_pixels(tmp_path):
+    one, two = images(tmp_path / "one", subjects=9), images(tmp_path / "two", prefix="x", subjects=8)
+    with pytest.raises(DataError, match=r"1 of the test subjects .*\(x007\), by the pixels of their slices"):
+        check_leakage("runs/vae", training_records(describe(one)), describe(two))
+
+
+@pytest.mark.parametrize("name", ["002_S_0413", "I218391", "218391"])
+def test_names_that_no_two_people_have_count_without_pixels(name):
+    """The same scan prepared by other software has the same name and other pixels."""
+    slices = [{"train": {name: {digit * 32}}, "test": {name: {digit * 32}}} for digit in "12"]
+    first, second = record(train=[name]), record("1" * 64, train=["eve"], test=[name])
+    first, second = (replace(one, slices=own, prepared="a") for one, own in zip((first, second), slices))
+    with pytest.raises(DataError, match=f"{name}\\), by their names"):
+        check_leakage("runs/vae", training_records(first), second)
+
+
+def test_files_that_are_numbered_through_are_not_scans_of_one_subject(tmp_path):
+    """img_0001.png, with the subjects in metadata.csv: the autoencoder just trained on them is accepted."""
+    folder = images(tmp_path / "data")
+    for split in ("train", "test"):
+        rows = ["file_name,subject"]
+        for index, path in enumerate(sorted((folder / split).rglob("*.png"))):
+            subject = path.name[:3]
+            path = path.rename(path.with_name(f"img_{index:04d}.png"))
+            rows.append(f"{path.parent.name}/{path.name},{subject}")
+        (folder / split / "metadata.csv").write_text("\n".join(rows))
+    data = describe(folder)
+    check_leakage("runs/vae", training_records(data), data)
+    assert all(scans == {name} for names in data.subjects.values() for name, scans in names.items())
+
+
+def test_slices_without_any_structure_do_not_tell_subjects_apart(tmp_path):
+    for number in range(1, 9):
+        place = tmp_path / ("test" if number > 6 else "train") / ("AD", "NC")[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (24, 24), 0).save(place / f"{number:03d}_0.png")
+    data = describe(tmp_path)
+    assert "slices" not in training_records(data)[0]
+    check_leakage("runs/vae", training_records(data), data)

@@ -78,7 +78,7 @@ def test_a_published_model_is_checked_by_the_folder_of_its_data(pipeline, cohort
     """The records of a model on the Hub have no subjects."""
     first, second = cohorts
     records = training_records(describe(first))
-    history = history_of(pipeline, [record | {"ids": ""} for record in records])
+    history = history_of(pipeline, [record | {"ids": "", "slices": ""} for record in records])
     check_held_out(history, describe(second), [])
     with pytest.raises(UserError, match=r"also_trained_on .*1 of the test subjects .*\(1001\)"):
         check_held_out(history, describe(second), open_folders([first], history))

@@ -79,7 +79,8 @@ def test_the_pushed_repository_is_private_and_complete(hub, trained, pushed):
     more = {"README.md", "metrics.csv", "loss.png", "metrics.json", ".gitattributes"}
     assert set(repo.files) == weights | code | configs | previews | more, "and nothing else of the run"
     assert (trained / "secret.txt").is_file() and (trained / "samples.png").is_file()
-    assert not any(b'"ids": "' in data and b'"ids": ""' not in data for data in repo.files.values())
+    for key in (b'"ids": "', b'"slices": "'):
+        assert not any(key in data and key + b'"' not in data for data in repo.files.values())
 
 
 def test_plain_diffusers_generates_the_same_images(hub, trained, pushed, tmp_path):
