@@ -42,12 +42,12 @@ def scans(arguments: list[str]) -> int:
     cfg = parse_config(ScansConfig, scans.__doc__, arguments, "prepare_data.py scans")
     try:
         from adni_ldm.preprocessing.conversion import convert_scans, decide_splits, earlier_splits
-        from adni_ldm.preprocessing.scan_to_slices import SlicingSettings, mask_names
+        from adni_ldm.preprocessing.scan_to_slices import mask_names
+        from adni_ldm.preprocessing.slicing import SlicingSettings
         from adni_ldm.preprocessing.study import read_study
 
         if "mni" in (cfg.register, cfg.brain_mask):
             import nilearn  # noqa: F401
-            import SimpleITK  # noqa: F401
     except ImportError as error:
         raise UserError(f"reading scans needs {error.name}: pip install 'adni-ldm[scans]'") from error
 

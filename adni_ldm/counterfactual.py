@@ -20,11 +20,8 @@ def make_counterfactual(
 ) -> Counterfactual:
     """Generate the counterfactual of one slice (H, W), uint8, of the model's size; float32 on the CPU.
 
-    Args:
-        options: `strength`, `num_inference_steps` and `guidance_scale` of `pipeline.counterfactual`.
-
-    Raises:
-        UserError: a class that the model does not have, or an option out of range.
+    `options` are `strength`, `num_inference_steps` and `guidance_scale` of `pipeline.counterfactual`. Raises
+    UserError for a class that the model does not have, or an option out of range.
     """
     try:
         result = pipeline.counterfactual(to_float(pixels)[None, None], source, target, **options)
@@ -43,17 +40,10 @@ def write_counterfactual(
 ) -> dict[str, object]:
     """Write the counterfactual of the image file `image` in the class `target`: three PNGs and metadata.csv.
 
-    Args:
-        source: class of the slice; None takes it from the metadata.csv beside it.
-        options: as in `make_counterfactual`.
-
-    Returns:
-        the row of metadata.csv; `difference` and `round_trip_error` are means of absolute differences, as
-        fractions of the intensity range.
-
-    Raises:
-        UserError: the file is not an image, its class is unknown, the folder is not empty, or as in
-            `make_counterfactual`.
+    `source` is the class of the slice, by default that of the metadata.csv beside it. Returns the row of
+    metadata.csv; `difference` and `round_trip_error` are means of absolute differences, as fractions of the
+    intensity range. Raises UserError if the file is not an image, its class is unknown or the folder is not
+    empty, and as `make_counterfactual`.
     """
     check_empty_dir(output_dir)
     source = source or class_in_metadata(Path(image))
@@ -76,11 +66,7 @@ def write_counterfactual(
 
 
 def class_in_metadata(image: Path) -> str:
-    """Read the class of a slice from the metadata.csv of its folder, or of the folder above.
-
-    Raises:
-        UserError: neither lists the slice.
-    """
+    """Read the class of a slice from the metadata.csv of its folder or the one above, else UserError."""
     for folder in image.absolute().parents[:2]:
         if (folder / "metadata.csv").is_file():
             table = pd.read_csv(folder / "metadata.csv", dtype=str)
@@ -96,11 +82,8 @@ def write_morph(
 ) -> None:
     """Write a class interpolation from `source` to `target`: its frames side by side and back and forth.
 
-    Args:
-        options: further arguments of `interpolate_classes`.
-
-    Raises:
-        UserError: a class that the model does not have, or a folder that is not empty.
+    `options` are those of `interpolate_classes`. Raises UserError for a class that the model does not have,
+    or a folder that is not empty.
     """
     check_empty_dir(output_dir)
     try:

@@ -14,17 +14,14 @@ TESTED_PAIR = ("2.15.0", "0.29.2")
 def check_torch_pair() -> None:
     """Import torchvision; if it was built for another torch than the one installed, exit with one line.
 
-    The package calls this before it imports diffusers. Otherwise the mismatch (a CPU-only torch with the
-    usual torchvision wheel: "operator torchvision::nms does not exist") is reported as `Could not import
-    module 'BloomPreTrainedModel'` from deep inside transformers.
-
-    Raises:
-        SystemExit: with both versions, the cause, and the command that fixes it.
+    The package calls this before it imports diffusers, where the mismatch (a CPU-only torch with the usual
+    torchvision wheel) becomes `Could not import module 'BloomPreTrainedModel'`. SystemExit has both versions,
+    the cause, and the command that fixes it.
     """
     try:
         import torchvision  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:
-        found = {"torch": "(not installed)", "torchvision": "(not installed)"}
+        found = dict.fromkeys(("torch", "torchvision"), "(not installed)")
         found |= installed_versions(found)
         pip = f"pip install --force-reinstall torch=={TESTED_PAIR[0]} torchvision=={TESTED_PAIR[1]}"
         cause = " ".join(str(error).split())  # one line

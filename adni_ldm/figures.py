@@ -49,10 +49,7 @@ def save_rows(path: str | Path, rows: Mapping[str, torch.Tensor], columns: int |
 
 
 def colour_limit(difference: torch.Tensor) -> float:
-    """Return the limit of a difference map's colour scale: the largest difference, but at least 0.05.
-
-    The minimum keeps noise from being shown in saturated colours.
-    """
+    """Return the limit of a difference map's colours: the largest difference; 0.05 or more, for noise."""
     return max(0.05, float(difference.abs().max()))
 
 
@@ -63,12 +60,9 @@ def difference_image(difference: torch.Tensor, limit: float) -> Image.Image:
 
 
 def save_counterfactual(path: str | Path, given: torch.Tensor, result: Counterfactual, classes: str) -> None:
-    """Save an input slice, its round trip, its counterfactual and two difference maps on one colour scale.
+    """Save a slice `given` (1, H, W) in [-1, 1], its round trip, its counterfactual and difference maps.
 
-    Args:
-        given: the input slice (1, H, W) in [-1, 1].
-        result: its counterfactual, a batch of one.
-        classes: title of the counterfactual, such as "NC to AD".
+    `result` is a batch of one, `classes` its title, such as "NC to AD". The maps share one colour scale.
     """
     panels = {"input": given, "round trip": result.round_trip[0], classes: result.images[0]}
     error = result.round_trip[0] - given.to(result.round_trip.device)
@@ -87,8 +81,7 @@ def save_counterfactual(path: str | Path, given: torch.Tensor, result: Counterfa
 
 def save_curves(csv_path: str | Path, path: str | Path) -> None:
     """Plot each column of a metrics.csv over the step, one panel each."""
-    table = pd.read_csv(csv_path).set_index("step")
-    table = table.dropna(axis=1, how="all")
+    table = pd.read_csv(csv_path, index_col="step").dropna(axis=1, how="all")
     figure = Figure(figsize=(3.6 * len(table.columns), 3))
     axes = figure.subplots(1, len(table.columns), squeeze=False)
     for axis, column in zip(axes[0], table.columns):

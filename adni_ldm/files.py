@@ -19,11 +19,7 @@ from adni_ldm.errors import UserError
 
 
 def check_empty_dir(folder: str | Path, flag: str = "--output_dir") -> None:
-    """Check that `folder` does not exist yet, or is an empty folder.
-
-    Raises:
-        UserError: it is a file, or holds something; the message names `flag`.
-    """
+    """Raise UserError, with the name of `flag`, if `folder` is a file or not empty."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{flag} {folder}: a file of this name exists; choose another folder")
@@ -33,10 +29,7 @@ def check_empty_dir(folder: str | Path, flag: str = "--output_dir") -> None:
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; what the block writes there becomes `path` when it ends.
-
-    If the block raises, the temporary file is removed and `path` stays as it was.
-    """
+    """Yield a temporary path beside `path`, which becomes `path` when the block ends, unless it raises."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -65,11 +58,9 @@ def read_json(path: str | Path):
 
 
 def commit_folder(partial: Path, target: Path, record: str, content: Mapping[str, object]) -> None:
-    """Rename the folder `partial` to `target`, replacing an earlier one, with a record of its files.
+    """Rename the complete folder `partial` to `target` beside it, replacing an earlier one.
 
-    Args:
-        partial: a folder beside `target`, completely written.
-        record: name of the JSON file in it that holds `content` and the size and SHA-256 of every file.
+    The JSON file `record` in it gets `content`, and the size and SHA-256 of every file.
     """
     inside = sorted(partial.rglob("*"))
     files = {

@@ -34,11 +34,7 @@ _scheduler_lock = Lock()  # a scheduler holds the state of one sampling loop
 
 
 def use_scheduler(pipeline: ClassConditionalLDMPipeline, name: str) -> None:
-    """Replace the pipeline's scheduler by another one for the same noise schedule.
-
-    Args:
-        name: one of SCHEDULERS.
-    """
+    """Replace the pipeline's scheduler by another one, of SCHEDULERS, for the same noise schedule."""
     class_name, options = SCHEDULERS[name]
     scheduler_class, config = getattr(diffusers, class_name), pipeline.scheduler.config
     if "rescale_betas_zero_snr" not in inspect.signature(scheduler_class).parameters:
@@ -70,11 +66,8 @@ def generate_images(
     """Sample one image per label and seed; yields batches (B, 1, H, W) in [0, 1] on the CPU.
 
     Each image has its own generator, so that it depends on its seed and not on its batch (up to the rounding
-    of batched arithmetic).
-
-    Args:
-        precision: "no", "fp16" or "bf16", of the U-Net alone.
-        options: further arguments of the pipeline's call.
+    of batched arithmetic). `precision` is "no", "fp16" or "bf16", of the U-Net alone; `options` are further
+    arguments of the pipeline's call.
     """
     for first in range(0, len(labels), batch_size):
         batch = slice(first, first + batch_size)
@@ -96,10 +89,8 @@ def generate_progressively(
     """Sample one batch as `generate_images` does; yields (steps done, images (B, 1, H, W) in [0, 1]).
 
     Yields the decoded latents every `every` steps, and at the end the images. Sampling runs in a thread, one
-    at a time in the process; closing the iterator stops it after the present step.
-
-    Raises:
-        ValueError: as the pipeline's call.
+    at a time in the process; closing the iterator stops it after the present step. Raises ValueError as the
+    pipeline's call.
     """
     updates: Queue[tuple[int, torch.Tensor] | Exception | None] = Queue()
     closed = Event()
@@ -143,9 +134,7 @@ def denoising_trajectory(
 ) -> torch.Tensor:
     """Sample one image and decode `frames` of its latents, (frames, 1, H, W) in [0, 1], from noise to image.
 
-    Args:
-        precision: "no", "fp16" or "bf16", of the U-Net alone.
-        options: further arguments of the pipeline's call.
+    `precision` and `options` as in `generate_images`.
     """
     shape = (1, pipeline.unet.config.in_channels, *[pipeline.unet.config.sample_size] * 2)
     latents = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(pipeline.device)]
@@ -174,10 +163,8 @@ def interpolate_classes(
     """Interpolate between two classes from one initial noise: (frames, 1, H, W) in [0, 1].
 
     The class tokens are interpolated linearly; the first and the last frame are the DDIM samples of the two
-    classes from that seed.
-
-    Raises:
-        ValueError: an unknown class, or a scheduler that does not follow the training's noise schedule.
+    classes from that seed. Raises ValueError for an unknown class, or a scheduler that does not follow the
+    training's noise schedule.
     """
     check_scheduler(pipeline.scheduler)
     embedding, config = pipeline.class_embedding, pipeline.unet.config

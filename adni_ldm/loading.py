@@ -20,11 +20,8 @@ Model = TypeVar("Model")
 def load_autoencoder(name: str) -> AutoencoderKL:
     """Load an autoencoder of one-channel slices, float32 on the CPU; an RGB autoencoder is converted to grey.
 
-    Args:
-        name: folder or Hub name of any diffusers AutoencoderKL, or of a pipeline with one in `vae/`.
-
-    Raises:
-        UserError: there is none, or it does not have one channel or three, in and out.
+    `name` is a folder or Hub name of any diffusers AutoencoderKL, or of a pipeline with one in `vae/`. Raises
+    UserError if there is none, or it does not have one channel or three, in and out.
     """
 
     def from_pretrained(name: str, **options) -> AutoencoderKL:
@@ -63,11 +60,7 @@ def fold_to_grey(vae: AutoencoderKL) -> None:
 
 
 def load_pipeline(name: str) -> ClassConditionalLDMPipeline:
-    """Load a pipeline, float32 on the CPU.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Load a pipeline, float32 on the CPU. Raises UserError if there is none."""
     return _load(ClassConditionalLDMPipeline.from_pretrained, name, "a pipeline", "train_ldm.py")
 
 

@@ -53,11 +53,9 @@ def _as_channels(values: tuple[float, ...], device: torch.device) -> torch.Tenso
 def normalize_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """Normalize VAE latents (B, C, h, w) to zero mean and unit variance per channel, as the U-Net takes them.
 
-    z' = (z − μ) / σ with μ, σ the config's `latents_mean` and `latents_std` over the training set
-    (Rombach et al. 2022, arXiv:2112.10752, appendix G, per channel). Computed and returned in float32.
-
-    Raises:
-        ValueError: the statistics have not been measured yet.
+    z' = (z − μ) / σ with μ, σ the config's `latents_mean` and `latents_std` over the training set (Rombach et
+    al. 2022, arXiv:2112.10752, appendix G, per channel). Computed and returned in float32. Raises ValueError
+    if the statistics have not been measured yet.
     """
     mean, std = _latent_statistics(vae, latents)
     return (latents.float() - mean) / std
@@ -72,10 +70,8 @@ def denormalize_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tens
 def check_scheduler(scheduler: SchedulerMixin) -> None:
     """Check that a scheduler follows the noise schedule and prediction type that its config describes.
 
-    `from_config` keeps the options that a scheduler's class lacks in the config, and ignores them.
-
-    Raises:
-        ValueError: the scheduler, by name, and what it ignores.
+    `from_config` keeps the options that a scheduler's class lacks in the config, and ignores them. Raises
+    ValueError with the scheduler's name and what it ignores.
     """
     name, config = type(scheduler).__name__, scheduler.config
     options = inspect.signature(type(scheduler)).parameters
@@ -184,8 +180,7 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
             `ImagePipelineOutput` with `.images`, or a tuple with them when `return_dict` is False.
 
         Raises:
-            ValueError: an unknown class, a wrong `output_type` or interval, lists whose lengths do not
-                match, or a scheduler that does not follow the training's noise schedule.
+            ValueError: a wrong argument, or a scheduler that does not follow the training's noise schedule.
         """
         labels = self._labels(class_labels, num_images_per_prompt)  # (B,)
         low, high = guidance_interval
@@ -315,8 +310,7 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
             guidance_scale: guidance scale w of ε = ε(source) + w (ε(target) − ε(source)).
 
         Raises:
-            ValueError: an unknown class, slices of another shape or range, a number out of range, or a
-                scheduler that does not follow the training's noise schedule or scales its latents.
+            ValueError: a wrong argument, or a scheduler of another noise schedule or that scales its latents.
         """
         size, size_given = self.unet.config.sample_size * self.vae_scale_factor, tuple(image.shape)
         if image.ndim != 4 or size_given[1:] != (1, size, size) or not image.abs().max() <= 1.01:
@@ -372,9 +366,8 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         `set_adapters`, `disable_lora` and `fuse_lora` are diffusers' own and act on the U-Net alone. Of
         several LoRAs, the class tokens are the last one's; `unload_lora_weights` restores the pipeline's.
 
-        Args:
-            source: folder, file or Hub name of pytorch_lora_weights.safetensors, or its tensors.
-            kwargs: of diffusers' `lora_state_dict`, as `revision` or `token`.
+        `source` is a folder, file or Hub name of pytorch_lora_weights.safetensors, or its tensors; `kwargs`
+        are those of diffusers' `lora_state_dict`, as `revision` or `token`.
         """
         kwargs |= {"use_safetensors": True, "return_lora_metadata": True}
         weights, _, metadata = self.lora_state_dict(source, **kwargs)

@@ -23,6 +23,7 @@ from adni_ldm.evaluation.privacy import CopyRule, Pair
 from adni_ldm.figures import save_rows
 
 COLOURS = ("#d1495b", "#30638e", "#edae49", "#5b8e7d", "#7d5ba6")  # of the classes, in order
+GREY = "#888888"  # of real slices
 DPI = 110
 
 
@@ -53,20 +54,19 @@ def save_pairs(
         band, column = divmod(index, columns)
         sample, training = samples.images[pair.sample, 0], train.images[pair.training, 0]
         difference = _aligned_difference(sample.float().numpy(), training.float().numpy(), pair.shift)
-        top, middle, bottom = axes[3 * band : 3 * band + 3, column]
-        top.imshow(sample, cmap="gray", vmin=0, vmax=255)
-        middle.imshow(training, cmap="gray", vmin=0, vmax=255)
-        shown = bottom.imshow(difference / 255 * 100, cmap="RdBu_r", vmin=-40, vmax=40)
-        verdict = "copy" if pair.is_copy else "not a copy"
-        colour = "#ff6b6b" if pair.is_copy else "white"
+        column_axes = axes[3 * band : 3 * band + 3, column]
+        for axis, image in zip(column_axes, (sample, training)):
+            axis.imshow(image, cmap="gray", vmin=0, vmax=255)
+        shown = column_axes[2].imshow(difference / 255 * 100, cmap="RdBu_r", vmin=-40, vmax=40)
+        verdict, colour = ("copy", "#ff6b6b") if pair.is_copy else ("not a copy", "white")
         name = samples.class_names[pair.label]
-        top.set_title(
-            f"{index + 1}. {name} sample\n{verdict}, ratio {pair.ratio:.2f}", color=colour, fontsize=10
-        )
-        middle.set_title(
-            f"training subject {pair.subject_number}\nslice {pair.slice_number}", color="white", fontsize=10
-        )
-        bottom.set_title("difference", color="white", fontsize=10)
+        titles = {
+            f"{index + 1}. {name} sample\n{verdict}, ratio {pair.ratio:.2f}": colour,
+            f"training subject {pair.subject_number}\nslice {pair.slice_number}": "white",
+            "difference": "white",
+        }
+        for axis, (title, colour) in zip(column_axes, titles.items()):
+            axis.set_title(title, color=colour, fontsize=10)
     _bar(figure, shown, axes, "sample − training slice, aligned (% of full brightness)", colour="white")
     figure.savefig(path, dpi=DPI)
 
@@ -78,10 +78,8 @@ def save_nearest_histogram(
     figure = Figure(figsize=(8, 4), layout="constrained")
     axis = figure.subplots()
     edges = np.linspace(0, np.concatenate([samples, held_out, [1.0]]).max(), 51)
-    for ratios, title, colour in (
-        (held_out, "held-out real slices", "#888888"),
-        (samples, "samples", COLOURS[0]),
-    ):
+    shown = ((held_out, "held-out real slices", GREY), (samples, "samples", COLOURS[0]))
+    for ratios, title, colour in shown:
         if len(ratios):
             shares = np.histogram(ratios, edges)[0] / len(ratios) * 100
             axis.stairs(shares, edges, label=f"{title} ({len(ratios)})", color=colour, linewidth=1.8)
@@ -133,7 +131,7 @@ def save_anatomy(
     figure = Figure(figsize=(3.1 * len(real_values), 3.9), layout="constrained")
     for axis, measure in zip(figure.subplots(1, len(real_values), squeeze=False)[0], real_values):
         for label in range(len(real.class_names)):
-            sides = ((real, real_values, "low", "#888888"), (samples, sample_values, "high", COLOURS[0]))
+            sides = ((real, real_values, "low", GREY), (samples, sample_values, "high", COLOURS[0]))
             for images, values, side, colour in sides:
                 shown = values[measure][images.labels == label]
                 shown = shown[np.isfinite(shown)]
@@ -151,14 +149,9 @@ def save_anatomy(
         axis.set_xlim(-0.6, len(real.class_names) - 0.4)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3, axis="y")
-    patches = [Patch(color=colour, alpha=0.6) for colour in ("#888888", COLOURS[0])]
-    figure.legend(
-        patches,
-        ["held-out real slices", "samples"],
-        loc="outside lower center",
-        ncols=2,
-        frameon=False,
-    )
+    patches = [Patch(color=colour, alpha=0.6) for colour in (GREY, COLOURS[0])]
+    titles = ["held-out real slices", "samples"]
+    figure.legend(patches, titles, loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=DPI)
 
 
@@ -173,7 +166,7 @@ def save_guidance_curve(path: str | Path, curve: Mapping[float, Estimate]) -> No
         axis.errorbar(list(known), y, spread, color=COLOURS[0], marker="o", capsize=4, label="samples")
         reference = next(iter(known.values())).reference
         if reference is not None:
-            axis.axhline(100 * reference, color="#888888", linestyle="--", label="held-out real slices")
+            axis.axhline(100 * reference, color=GREY, linestyle="--", label="held-out real slices")
     axis.set(xlabel="guidance scale", ylabel="class-conditioning accuracy (%)", ylim=(0, 103))
     axis.legend(frameon=False, loc="lower right")
     axis.grid(alpha=0.3)
@@ -223,12 +216,11 @@ def save_umap(
         features.append(values[rows])
         labels.append(images.labels[rows])
     together = np.concatenate(features)
-    neighbours = max(2, min(15, len(together) - 1))
+    neighbours, init = max(2, min(15, len(together) - 1)), "random" if len(together) < 10 else "pca"
     threads = torch.get_num_threads()
     # With a seed UMAP uses one job in any case, and warns unless it is set.
-    mapped = UMAP(
-        n_neighbors=neighbours, init="random" if len(together) < 10 else "pca", random_state=seed, n_jobs=1
-    ).fit_transform(together)
+    mapping = UMAP(n_neighbors=neighbours, init=init, random_state=seed, n_jobs=1)
+    mapped = mapping.fit_transform(together)
     torch.set_num_threads(threads)  # UMAP changes it, which would change the rounding of later results
     places = np.split(mapped, [len(features[0])])
 
@@ -237,24 +229,12 @@ def save_umap(
     for place, of_rows, style in zip(places, labels, ("real", "synthetic")):
         for label, name in enumerate(real[1].class_names):
             colour = COLOURS[label % len(COLOURS)]
-            style_options = (
-                {"facecolors": "none", "edgecolors": colour, "s": 26}
-                if style == "real"
-                else {"color": colour, "s": 9}
-            )
-            axis.scatter(
-                *place[of_rows == label].T,
-                linewidths=0.9,
-                alpha=0.75,
-                label=f"{name} {style}",
-                **style_options,
-            )
-    axis.set(
-        title=title,
-        xticks=[],
-        yticks=[],
-        xlabel="neighboring points have similar features; the axes have no unit",
-    )
+            ring, dot = {"facecolors": "none", "edgecolors": colour, "s": 26}, {"color": colour, "s": 9}
+            options = {"linewidths": 0.9, "alpha": 0.75, "label": f"{name} {style}"}
+            options |= ring if style == "real" else dot
+            axis.scatter(*place[of_rows == label].T, **options)
+    axis.set(title=title, xticks=[], yticks=[])
+    axis.set_xlabel("neighboring points have similar features; the axes have no unit")
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=1.4)
     figure.savefig(path, dpi=DPI)
 

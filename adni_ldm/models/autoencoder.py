@@ -25,9 +25,7 @@ def build_autoencoder(
 
     Its latents are not normalized yet: `train_vae.py` measures `latents_mean` and `latents_std` at its end,
     and writes them into the config. `scaling_factor` stays 1, so that these two are the whole normalization.
-
-    Raises:
-        UserError: `image_size` cannot be halved once per level.
+    Raises UserError if `image_size` cannot be halved once per level.
     """
     if image_size % 2 ** (len(widths) - 1):
         raise UserError(
@@ -52,8 +50,7 @@ def build_autoencoder(
 def latent_shape(vae: AutoencoderKL, image_size: int) -> tuple[int, int, int]:
     """Return the shape (C, h, w) of the latents of slices (1, image_size, image_size).
 
-    Raises:
-        UserError: `image_size` is not a multiple of the autoencoder's downsampling factor.
+    Raises UserError if `image_size` is not a multiple of the autoencoder's downsampling factor.
     """
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if image_size % factor:
@@ -67,11 +64,8 @@ class ReconstructingVAE(nn.Module):
     """The autoencoder as a module that returns the reconstruction and the posterior, for training.
 
     `AutoencoderKL.forward` does not return the posterior, and calling its parts would bypass the wrapper that
-    averages gradients across processes.
-
-    Args:
-        vae: the autoencoder that is trained.
-        decode_in_float32: decode without autocast; required under fp16, which overflows in the decoder.
+    averages gradients across processes. `decode_in_float32`, without autocast, is required under fp16, which
+    overflows in the decoder.
     """
 
     def __init__(self, vae: AutoencoderKL, decode_in_float32: bool = False):

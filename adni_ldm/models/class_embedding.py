@@ -35,8 +35,7 @@ class ClassEmbedding(ModelMixin, ConfigMixin):
         token_dim: width D of a token, the denoiser's `cross_attention_dim`.
         tokens_per_class: number of tokens that represent a class in cross-attention.
 
-    Raises:
-        ValueError: a class name occurs twice, or cannot be the name of a folder.
+    Raises ValueError if a class name occurs twice, or cannot be the name of a folder.
     """
 
     @register_to_config
@@ -61,8 +60,7 @@ class ClassEmbedding(ModelMixin, ConfigMixin):
     def labels_of(self, classes: str | int | Iterable[str | int]) -> list[int]:
         """Convert classes, given by name or number, one or several, to labels.
 
-        Raises:
-            ValueError: an unknown class; the message lists the known ones.
+        Raises ValueError for an unknown class, with the known ones.
         """
         names = list(self.config.class_names)
         labels = []

@@ -23,10 +23,8 @@ def build_denoiser(
     """Build a U-Net for latents (B, C, h, w), after Rombach et al. 2022 (arXiv:2112.10752), section 3.3.
 
     Every level but the finest has attention: there its cost, (h·w)², is highest and convolution suffices.
-
-    Raises:
-        UserError: the latent cannot be halved once per level, or a width is not a multiple of 32 (the groups
-            of group normalization) and of `head_dim`.
+    Raises UserError if the latent cannot be halved once per level, or a width is not a multiple of 32 (the
+    groups of group normalization) and of `head_dim`.
     """
     halvings = len(widths) - 1
     if latent_size % 2**halvings:

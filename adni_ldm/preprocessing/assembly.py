@@ -18,7 +18,7 @@ from adni_ldm.data.manifest import MANIFEST, write_manifest
 from adni_ldm.data.splits import SPLITS
 from adni_ldm.errors import UserError
 from adni_ldm.files import atomic_file, read_json
-from adni_ldm.preprocessing.scan_to_slices import SlicingSettings
+from adni_ldm.preprocessing.slicing import CENTRE_MM, PLANES, SlicingSettings
 from adni_ldm.preprocessing.study import Study, StudyScan
 
 METADATA = (
@@ -43,7 +43,6 @@ class DataFolder:
 
     table: pd.DataFrame
     rejected: pd.DataFrame  # columns of REJECTED; also in rejected.csv, if there are any
-    hash: str  # of the manifest
 
 
 def assemble(
@@ -51,9 +50,7 @@ def assemble(
 ) -> DataFolder:
     """Replace {train,val,test} beside `store` by folders of its slices; `settings` go to manifest.json.
 
-    Raises:
-        UserError: no scan could be used.
-        OSError: the folder cannot be written.
+    Raises UserError if no scan could be used, and OSError if the folder cannot be written.
     """
     output_dir = store.parent
     reasons = {}
@@ -68,42 +65,30 @@ def assemble(
     ]
     rejected = pd.DataFrame(rejected, columns=REJECTED).sort_values(list(REJECTED), ignore_index=True)
     rows = [row for scan in study.scans if scan.key not in reasons for row in _rows(scan, splits, slicing)]
-    _write_rejected(output_dir / "rejected.csv", rejected)
+    (output_dir / "rejected.csv").unlink(missing_ok=True)
+    if len(rejected):
+        with atomic_file(output_dir / "rejected.csv") as partial:
+            rejected.to_csv(partial, index=False)
     if not rows:
         raise UserError(f"{output_dir}: no scan could be used; rejected.csv there has the reasons")
     table = pd.DataFrame(rows)
     _link_slices(store, table)
     _replace_splits(output_dir, store)
-    digest = write_manifest(output_dir, slicing.as_dict() | dict(settings))
-    return DataFolder(table.drop(columns=["key"]), rejected, digest)
+    write_manifest(output_dir, slicing.as_dict() | dict(settings))
+    return DataFolder(table[[*METADATA, "split"]], rejected)
 
 
 def _rows(scan: StudyScan, splits: Mapping[str, str], slicing: SlicingSettings) -> list[dict]:
     """The rows of metadata.csv of one scan, with its split and key."""
+    origin_mm = CENTRE_MM[PLANES[slicing.plane][0]] if slicing.register == "mni" else 0.0
+    common = dataclasses.asdict(scan) | {"plane": slicing.plane, "pixel_mm": slicing.pixel_mm}
+    common["split"] = splits[scan.subject]
     return [
-        {
-            "file_name": f"{scan.label}/{scan.key}_{number:02d}.png",
-            **{
-                name: getattr(scan, name)
-                for name in ("label", "subject", "session", "image_id", "age", "sex")
-            },
-            "slice": number,
-            "slice_mm": round(slice_mm, 2),
-            "plane": slicing.plane,
-            "pixel_mm": slicing.grid.pixel_mm,
-            "split": splits[scan.subject],
-            "key": scan.key,
-        }
-        for number, slice_mm in enumerate(slicing.slices_mm)
+        common
+        | {"file_name": f"{scan.label}/{scan.key}_{number:02d}.png"}
+        | {"slice": number, "slice_mm": round(float(origin_mm + position), 2)}
+        for number, position in enumerate(slicing.positions_mm)
     ]
-
-
-def _write_rejected(path: Path, rejected: pd.DataFrame) -> None:
-    if rejected.empty:
-        path.unlink(missing_ok=True)
-        return
-    with atomic_file(path) as partial:
-        rejected.to_csv(partial, index=False)
 
 
 def _link_slices(store: Path, table: pd.DataFrame) -> None:
@@ -114,10 +99,8 @@ def _link_slices(store: Path, table: pd.DataFrame) -> None:
         for label in sorted(set(part.label)):
             (merged / split / label).mkdir(parents=True)
         for row in part.itertuples():
-            source, target = (
-                store / "volumes" / row.key / f"{row.slice:02d}.png",
-                merged / split / row.file_name,
-            )
+            source = store / "volumes" / row.key / f"{row.slice:02d}.png"
+            target = merged / split / row.file_name
             try:
                 os.link(source, target)
             except OSError:  # a file system without hard links

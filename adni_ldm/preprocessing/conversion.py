@@ -10,21 +10,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Collection, Mapping
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait
 from pathlib import Path
 
 import pandas as pd
 from PIL import Image
-from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from adni_ldm.data.splits import assign_splits
@@ -32,9 +25,11 @@ from adni_ldm.errors import UserError
 from adni_ldm.files import commit_folder, read_json, write_json
 from adni_ldm.preprocessing.assembly import DataFolder, assemble
 from adni_ldm.preprocessing.registration import Template, load_template
-from adni_ldm.preprocessing.scan_to_slices import SlicingSettings, slice_scan
+from adni_ldm.preprocessing.scan_to_slices import slice_scan
+from adni_ldm.preprocessing.slicing import SlicingSettings
 from adni_ldm.preprocessing.study import Study, StudyScan
 from adni_ldm.preprocessing.volumes import VolumeError
+from adni_ldm.preprocessing.workers import run_tasks
 
 STORE = ".scans"
 FORMAT = 1  # of the store; increase it when the same settings come to give other slices
@@ -44,11 +39,7 @@ FORMAT = 1  # of the store; increase it when the same settings come to give othe
 
 
 def earlier_splits(output_dir: str | Path) -> dict[str, str]:
-    """Return {subject: split} of earlier runs, {} before the first.
-
-    Raises:
-        UserError: the folder holds something else.
-    """
+    """Return {subject: split} of earlier runs, {} before the first. Raises UserError for another folder."""
     output_dir = Path(output_dir)
     plan = output_dir / STORE / "plan.json"
     if plan.is_file():
@@ -68,8 +59,7 @@ def decide_splits(
 ) -> dict[str, str]:
     """Return {subject: split} of all subjects; no subject leaves the split of an earlier run.
 
-    Raises:
-        UserError: the fractions leave no training set, or `test_subjects` contradict `earlier`.
+    Raises UserError if the fractions leave no training set, or `test_subjects` contradict `earlier`.
     """
     if not (0 <= val_fraction and 0 <= test_fraction and val_fraction + test_fraction < 1):
         raise UserError(
@@ -101,26 +91,8 @@ class _Job:
     template: Template | None
 
 
-_job: _Job | None = None  # of a worker process
-
-
-def _start_worker(job: _Job) -> None:
-    global _job
-    _job = job
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the workers, after the current scans
-    threadpool_limits(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """End a worker whose main process was killed, before it writes anything more."""
-    wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
-
-
-def _convert(scan: StudyScan, job: _Job | None = None) -> None:
+def _convert(scan: StudyScan, job: _Job) -> None:
     """Store the slices of one scan, or the reason why it has none."""
-    job = job or _job
     source = job.input_dir / scan.path
     rejection = job.store / "rejected" / f"{scan.key}.json"
     try:
@@ -160,9 +132,8 @@ def convert_scans(
 ) -> DataFolder:
     """Convert the scans that have no slices yet, and make the data folder of all.
 
-    Raises:
-        UserError: the folder cannot be written, was made with other settings or is left without any slice, or
-            a worker was killed. What is done by then stays, and the same call resumes.
+    Raises UserError if the folder cannot be written, was made with other settings or is left without any
+    slice, or a worker was killed. What is done by then stays, and the same call resumes.
     """
     store = Path(output_dir) / STORE
     workers = os.cpu_count() if workers is None else workers
@@ -175,7 +146,8 @@ def convert_scans(
         scans = [scan for scan in study.scans if not _is_done(store, Path(input_dir), scan)]
         template = load_template() if scans and slicing.needs_template else None
         job = _Job(Path(input_dir), store, slicing, template)
-        for _ in tqdm(_run(scans, job, workers), total=len(scans), desc="scans", unit="scan"):
+        converted = run_tasks(_convert, scans, job, workers)
+        for _ in tqdm(converted, total=len(scans), desc="scans", unit="scan"):
             pass
         shutil.rmtree(store / "partial", ignore_errors=True)
         return assemble(store, study, splits, slicing, settings or {})
@@ -189,15 +161,6 @@ def convert_scans(
             "a worker process was killed, perhaps for lack of memory: run the same command again, with fewer "
             "--workers, to resume"
         ) from error
-
-
-def _run(scans: Sequence[StudyScan], job: _Job, workers: int) -> Iterator[None]:
-    if workers == 1 or len(scans) < 2:
-        yield from map(functools.partial(_convert, job=job), scans)
-        return
-    spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads can hang
-    with ProcessPoolExecutor(min(workers, len(scans)), spawn, _start_worker, (job,)) as pool:
-        yield from pool.map(_convert, scans)
 
 
 def _write_plan(store: Path, splits: Mapping[str, str], slicing: SlicingSettings) -> None:
@@ -216,9 +179,5 @@ def _write_plan(store: Path, splits: Mapping[str, str], slicing: SlicingSettings
 
 def _is_done(store: Path, input_dir: Path, scan: StudyScan) -> bool:
     """Whether the store has the slices of the scan as it is now. A rejected scan is tried again."""
-    try:
-        return read_json(store / "volumes" / scan.key / "record.json")["bytes"] == _size(
-            input_dir / scan.path
-        )
-    except FileNotFoundError:
-        return False
+    record = store / "volumes" / scan.key / "record.json"
+    return record.is_file() and read_json(record)["bytes"] == _size(input_dir / scan.path)

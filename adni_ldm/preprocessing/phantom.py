@@ -17,18 +17,16 @@ sagittal plane, the subject's right is left in the coronal plane.
 """
 
 import dataclasses
-import functools
-import multiprocessing
+import math
 import os
 import shutil
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 from scipy import ndimage
-from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from adni_ldm.data.manifest import write_manifest
@@ -37,6 +35,7 @@ from adni_ldm.errors import UserError
 from adni_ldm.files import check_empty_dir
 from adni_ldm.preprocessing import slicing
 from adni_ldm.preprocessing.phantom_atlas import Atlas, load_atlas
+from adni_ldm.preprocessing.workers import run_tasks
 
 CLASSES = ("AD", "NC")
 NORMAL_AXIS = {plane: slicing.PLANES[plane][0] for plane in ("sagittal", "coronal")}
@@ -208,38 +207,20 @@ def slice_positions(slices: int) -> np.ndarray:
     return ((np.arange(slices) + 0.5) / slices * 2 - 1) * HALF_SPAN_MM
 
 
-_worker_atlas: Atlas | None = None  # of a worker process: sent once, not with every subject
-
-
-def _start_worker(atlas: Atlas) -> None:
-    global _worker_atlas
-    _worker_atlas = atlas
-    threadpool_limits(1)  # a process per core and threads in each would slow each other down
-
-
-def _write_subject(
-    task: tuple[int, str],  # index, split
-    root: Path,
-    name_width: int,
-    slices: int,
-    image_size: int,
-    seed: int,
-    plane: str,
-    contrast: str,
-    atlas: Atlas | None = None,
-) -> list[dict]:
-    """Write one subject's slices below root. Returns their rows of metadata.csv, with the split added."""
-    index, split = task
-    atlas = atlas or _worker_atlas
+def _write_subject(task: tuple[int, str], shared: tuple[Path, Mapping, Atlas]) -> list[dict]:
+    """Write the slices of subject `index` in `split`. Returns rows of metadata.csv, with the split added."""
+    (index, split), (root, settings, atlas) = task, shared
+    seed, plane, image_size = settings["seed"], settings["plane"], settings["image_size"]
     subject = sample_subject(seed, index)
     field = disease_field(subject, atlas)
-    name = f"s{seed}p{index:0{name_width}d}"  # unique across cohorts
+    digits = max(4, len(str(settings["subjects"] - 1)))
+    name = f"s{seed}p{index:0{digits}d}"  # unique across cohorts
     rows = []
-    for number, position in enumerate(slice_positions(slices)):
+    for number, position in enumerate(slice_positions(settings["slices"])):
         rng = np.random.default_rng(np.random.SeedSequence([seed, index, number]))
         position_mm = float(CENTRE_MM[NORMAL_AXIS[plane]] + position) + subject.x_offset
         pixels, ventricle, brain = render_slice(
-            subject, field, position_mm, image_size, rng, atlas, plane, contrast
+            subject, field, position_mm, image_size, rng, atlas, plane, settings["contrast"]
         )
         file_name = f"{subject.label}/{name}_{number:02d}.png"
         Image.fromarray(pixels).save(root / split / file_name, compress_level=1)
@@ -278,6 +259,25 @@ def split_subjects(subjects: int, seed: int) -> list[str]:
     return splits
 
 
+LIMITS = {
+    "subjects": (6, math.inf),  # three splits of two classes
+    "slices": (1, 100),  # two digits in a file's name
+    "image_size": (16, 1024),
+    "seed": (0, math.inf),
+    "workers": (1, math.inf),
+}
+
+
+def _check_settings(settings: Mapping[str, int | str]) -> None:
+    for name, (low, high) in LIMITS.items():
+        if not low <= settings[name] <= high:
+            most = f", at most {high}" if high < math.inf else ""
+            raise UserError(f"{name}={settings[name]}: choose {low} or more{most}")
+    for name, choices in (("plane", NORMAL_AXIS), ("contrast", CONTRASTS)):
+        if settings[name] not in choices:
+            raise UserError(f"{name}={settings[name]}: choose from {', '.join(choices)}")
+
+
 def write_phantom_cohort(
     output_dir: Path,
     subjects: int = 200,
@@ -295,29 +295,15 @@ def write_phantom_cohort(
     coronal: y), age, sex, pixel_mm, and the ground truth ventricle_mm2 and brain_mm2. The bytes depend on the
     seed and the sizes, not on `workers` (None: one per CPU). A killed run leaves .NAME.partial alone.
 
-    Returns:
-        the rows of all splits, with a column `split`.
-
-    Raises:
-        UserError: a size is out of range, or output_dir is not empty; nothing is written then.
+    Returns the rows of all splits, with a column `split`. Raises UserError if a size is out of range, or
+    output_dir is not empty; nothing is written then.
     """
     workers = os.cpu_count() if workers is None else workers
-    for name, value, low, high in (
-        ("subjects", subjects, 6, None),  # three splits of two classes
-        ("slices", slices, 1, 100),  # two digits in a file's name
-        ("image_size", image_size, 16, 1024),
-        ("seed", seed, 0, None),
-        ("workers", workers, 1, None),
-    ):
-        if value < low or (high is not None and value > high):
-            raise UserError(f"{name}={value}: choose {low} or more" + (f", at most {high}" if high else ""))
-    if plane not in NORMAL_AXIS or contrast not in CONTRASTS:
-        raise UserError(
-            f"plane={plane}, contrast={contrast}: choose from {', '.join((*NORMAL_AXIS, *CONTRASTS))}"
-        )
+    settings = {"subjects": subjects, "slices": slices, "image_size": image_size}
+    settings |= {"plane": plane, "contrast": contrast, "seed": seed}
+    _check_settings(settings | {"workers": workers})
     output_dir = Path(output_dir)
     check_empty_dir(output_dir)
-
     atlas = load_atlas()
     building = output_dir.with_name(f".{output_dir.name}.partial")
     shutil.rmtree(building, ignore_errors=True)
@@ -325,31 +311,13 @@ def write_phantom_cohort(
         for label in CLASSES:
             (building / split / label).mkdir(parents=True)
     tasks = list(enumerate(split_subjects(subjects, seed)))
-    write = functools.partial(
-        _write_subject,
-        root=building,
-        name_width=max(4, len(str(subjects - 1))),
-        slices=slices,
-        image_size=image_size,
-        seed=seed,
-        plane=plane,
-        contrast=contrast,
-    )
-    progress = functools.partial(tqdm, total=subjects, desc="phantom", unit="subject")
-    if workers == 1:
-        rows = [row for task in progress(tasks) for row in write(task, atlas=atlas)]
-    else:
-        spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads can hang
-        with ProcessPoolExecutor(min(workers, subjects), spawn, _start_worker, (atlas,)) as pool:
-            rows = [row for some in progress(pool.map(write, tasks)) for row in some]
-
-    table = pd.DataFrame(rows)
+    written = run_tasks(_write_subject, tasks, (building, settings, atlas), workers)
+    progress = tqdm(written, total=subjects, desc="phantom", unit="subject")
+    table = pd.DataFrame([row for rows in progress for row in rows])
     for split in SPLITS:
         rows_of_split = table[table.split == split].drop(columns="split")
         rows_of_split.to_csv(building / split / "metadata.csv", index=False)
-    settings = {"source": "phantom", "subjects": subjects, "slices": slices, "image_size": image_size}
-    settings |= {"plane": plane, "contrast": contrast, "seed": seed}
-    write_manifest(building, settings)
+    write_manifest(building, {"source": "phantom", **settings})
     if output_dir.exists():
         output_dir.rmdir()
     building.rename(output_dir)

@@ -11,6 +11,7 @@ import itertools
 from dataclasses import dataclass
 
 import numpy as np
+import SimpleITK as sitk
 from scipy import ndimage
 
 from adni_ldm.preprocessing.slicing import CENTRE_MM
@@ -57,28 +58,21 @@ def load_template() -> Template:
 def register(volume: Volume, centre_mm: np.ndarray, template: Template) -> np.ndarray:
     """Return the affine map (4, 4) from the template's mm to the scan's, RAS.
 
-    `centre_mm` (3,) is the centre of the brain in the scan, to within 20 mm.
-
-    Raises:
-        VolumeError: the registered scan does not resemble the template.
+    `centre_mm` (3,) is the centre of the brain in the scan, to within 20 mm. Raises VolumeError if the
+    registered scan does not resemble the template.
     """
-    import SimpleITK as sitk
-
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     head = _head_on_grid(volume, centre_mm)
     rim = Volume(template.rim.astype(np.uint8), template.t1.affine)
     fixed, rim, moving = (_to_image(v) for v in (template.t1, rim, head))
     try:
         # Coarse descents from the best poses, a finer one from the best result, then all 12 parameters.
-        poses = _initial_poses(sitk, fixed, rim, moving, centre_mm)
-        poses = [_descend(sitk, fixed, rim, moving, p, shrinks=(4,), sampled=1.0, step_mm=2.0) for p in poses]
+        poses = _initial_poses(fixed, rim, moving, centre_mm)
+        poses = [_descend(fixed, rim, moving, pose, shrinks=(4,), sampled=1.0, step_mm=2.0) for pose in poses]
         pose = min(poses, key=lambda found: found[1])[0]
-        pose, _ = _descend(sitk, fixed, rim, moving, pose, shrinks=(2,), sampled=0.3, step_mm=1.0)
-        affine = sitk.AffineTransform(3)
-        affine.SetCenter(pose.GetCenter())
-        affine.SetMatrix(pose.GetMatrix())
-        affine.SetTranslation(pose.GetTranslation())
-        affine, _ = _descend(sitk, fixed, rim, moving, affine, shrinks=(2, 1), sampled=0.2, step_mm=0.5)
+        pose, _ = _descend(fixed, rim, moving, pose, shrinks=(2,), sampled=0.3, step_mm=1.0)
+        affine = sitk.AffineTransform(pose.GetMatrix(), pose.GetTranslation(), pose.GetCenter())
+        affine, _ = _descend(fixed, rim, moving, affine, shrinks=(2, 1), sampled=0.2, step_mm=0.5)
     except RuntimeError as error:  # ITK: too little overlap of template and scan
         raise VolumeError("not registered: too little of the brain is in the scan") from error
     to_scan = _to_matrix(affine)
@@ -86,7 +80,7 @@ def register(volume: Volume, centre_mm: np.ndarray, template: Template) -> np.nd
     return to_scan
 
 
-def _initial_poses(sitk, fixed, rim, moving, centre_mm: np.ndarray) -> list:
+def _initial_poses(fixed, rim, moving, centre_mm: np.ndarray) -> list:
     """The best DESCENTS similarities of a grid of pitches, heights and sizes, evaluated at 8 mm."""
     coarse = [sitk.BinShrink(image, [4, 4, 4]) for image in (fixed, moving)]
     mask = sitk.Resample(rim, coarse[0], sitk.Transform(), sitk.sitkNearestNeighbor)
@@ -97,13 +91,13 @@ def _initial_poses(sitk, fixed, rim, moving, centre_mm: np.ndarray) -> list:
         pose.SetTranslation((centre_mm + [0.0, 0.0, lift] - CENTRE_MM).tolist())
         pose.SetRotation([1.0, 0.0, 0.0], pitch)
         pose.SetScale(size)
-        method = _metric(sitk, mask)
+        method = _metric(mask)
         method.SetInitialTransform(pose)
         values.append((method.MetricEvaluate(*coarse), len(values), pose))
     return [pose for _, _, pose in sorted(values, key=lambda found: found[:2])[:DESCENTS]]
 
 
-def _metric(sitk, rim):
+def _metric(rim) -> sitk.ImageRegistrationMethod:
     method = sitk.ImageRegistrationMethod()
     method.SetNumberOfThreads(1)
     method.SetMetricAsMattesMutualInformation(numberOfHistogramBins=32)
@@ -112,9 +106,9 @@ def _metric(sitk, rim):
     return method
 
 
-def _descend(sitk, fixed, rim, moving, start, shrinks, sampled: float, step_mm: float) -> tuple:
+def _descend(fixed, rim, moving, start, shrinks, sampled: float, step_mm: float) -> tuple:
     """Return the transform after descents at the levels `shrinks`, and minus its mutual information."""
-    method = _metric(sitk, rim)
+    method = _metric(rim)
     method.SetMetricSamplingStrategy(method.RANDOM)
     method.SetMetricSamplingPercentage(sampled, seed=1)
     method.SetShrinkFactorsPerLevel(list(shrinks))
@@ -167,10 +161,8 @@ def _check_result(to_scan: np.ndarray, head: Volume, template: Template) -> None
         )
 
 
-def _to_image(volume: Volume):
+def _to_image(volume: Volume) -> sitk.Image:
     """The volume as a SimpleITK image in RAS mm; as both images are in RAS, no axis is flipped to LPS."""
-    import SimpleITK as sitk
-
     image = sitk.GetImageFromArray(np.ascontiguousarray(volume.voxels.T))
     image.SetSpacing(volume.spacing_mm.tolist())
     image.SetDirection((volume.affine[:3, :3] / volume.spacing_mm).ravel().tolist())

@@ -1,4 +1,4 @@
-"""Slices of a volume: the centre of the brain, its intensity range, and the sampling of pixels.
+"""Slices of a volume: the settings, the centre of the brain, its intensity range, and the sampling of pixels.
 
 Each pixel is the mean of the scan over its own box, pixel x pixel x 1 mm, interpolated once from the
 scanner's voxels: orientation, spacing, registration and field of view are one affine map, and no volume is
@@ -10,11 +10,12 @@ anterior is up in the axial plane; anterior is left in the sagittal plane, the p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
 
 import numpy as np
 from scipy import ndimage
 
+from adni_ldm.errors import UserError
 from adni_ldm.preprocessing.volumes import Volume, VolumeError
 
 PLANES = {"sagittal": (0, 2, 1), "coronal": (1, 2, 0), "axial": (2, 1, 0)}  # axes: normal, down, to the right
@@ -28,23 +29,52 @@ BRAIN_RADII_MM = np.array([50.0, 65.0, 45.0])  # of an ellipsoid about the centr
 BRAIN_LITRES = (0.5, 2.5)
 
 
-@dataclass(frozen=True)
-class SliceGrid:
-    """Positions and pixels of slices: `positions_mm` along the normal, to the right, anterior or superior."""
+@dataclasses.dataclass(frozen=True)
+class SlicingSettings:
+    """How slices are made of a scan. Raises UserError for a value out of range."""
 
-    plane: str
-    positions_mm: tuple[float, ...]
-    image_size: int  # pixels per side
-    field_of_view_mm: float  # side of a slice
+    plane: str = "sagittal"
+    slices: int = 20
+    spacing_mm: float = 2.0  # from slice to slice
+    image_size: int = 256  # pixels per side
+    field_of_view_mm: float = 256.0  # side of a slice
+    register: str = "none"  # or mni: the slices are in the template's space
+    brain_mask: str = "none"  # or mni, or a pattern of files beside the scan: {name}_mask.nii.gz
+    percentiles: tuple[float, float] = (0.5, 99.5)  # of the brain's intensity: black and white
+    bits: int = 8
+
+    def __post_init__(self):
+        limits = {"slices": (1, 100), "image_size": (16, 2048), "spacing_mm": (0.1, 50)}
+        for name, (low, high) in (limits | {"field_of_view_mm": (50, 500)}).items():
+            if not low <= getattr(self, name) <= high:
+                raise UserError(f"{name}={getattr(self, name)}: choose {low} to {high}")
+        if self.plane not in PLANES or self.register not in ("none", "mni") or self.bits not in (8, 16):
+            raise UserError(f"plane={self.plane}, register={self.register}, bits={self.bits}: see --help")
+        low, high = self.percentiles
+        if not 0 <= low < high <= 100:
+            raise UserError(f"percentiles={low:g},{high:g}: choose two between 0 and 100, the lower first")
+
+    def as_dict(self) -> dict:
+        """The settings as JSON has them."""
+        return dataclasses.asdict(self) | {"percentiles": list(self.percentiles)}
+
+    @property
+    def needs_template(self) -> bool:
+        return "mni" in (self.register, self.brain_mask)
+
+    @property
+    def mask_files(self) -> str | None:
+        """The pattern of mask files, None without any."""
+        return None if self.brain_mask in ("none", "mni") else self.brain_mask
+
+    @property
+    def positions_mm(self) -> np.ndarray:
+        """Positions (S,) about the centre, to the right, anterior or superior: -19, -17 ... 19."""
+        return (np.arange(self.slices) - (self.slices - 1) / 2) * self.spacing_mm
 
     @property
     def pixel_mm(self) -> float:
         return self.field_of_view_mm / self.image_size
-
-
-def evenly_about_zero(slices: int, spacing_mm: float) -> tuple[float, ...]:
-    """Return the positions of the slices, mm: -19, -17 ... 19 for 20 slices 2 mm apart."""
-    return tuple(float(p) for p in (np.arange(slices) - (slices - 1) / 2) * spacing_mm)
 
 
 def find_brain(volume: Volume) -> np.ndarray:
@@ -107,48 +137,45 @@ def brain_range(
 
 def extract_slices(
     volume: Volume,
-    slice_grid: SliceGrid,
+    settings: SlicingSettings,
     centre_mm: np.ndarray,  # (3,), the centre of the slices
     to_scan: np.ndarray | None = None,  # (4, 4), from the slices' space to the scan's, mm; None: the same
     outside: float = 0.0,  # intensity beyond the scan
 ) -> np.ndarray:
-    """Sample slices (S, H, W) float32, in the scan's units, at the grid's positions along the normal."""
-    grid, fine, thick = _fine_grid(volume, slice_grid, centre_mm)
-    side = slice_grid.image_size * fine
-    slices = np.empty(
-        (len(slice_grid.positions_mm), slice_grid.image_size, slice_grid.image_size), np.float32
-    )
-    for pixels, position in zip(slices, slice_grid.positions_mm, strict=True):
+    """Sample slices (S, H, W) float32, in the scan's units, at their positions along the normal."""
+    grid, fine, thick = _fine_grid(volume, settings, centre_mm)
+    size, slices = settings.image_size, []
+    for position in settings.positions_mm:
         placed = grid.copy()
-        placed[PLANES[slice_grid.plane][0], 3] += position
+        placed[PLANES[settings.plane][0], 3] += position
         placed = placed if to_scan is None else to_scan @ placed
-        values = _sample(volume, placed, (thick, side, side), outside)
-        values = values.reshape(thick, slice_grid.image_size, fine, slice_grid.image_size, fine)
-        pixels[:] = values.mean((0, 2, 4), dtype=np.float32)
-    return slices
+        values = _sample(volume, placed, (thick, size * fine, size * fine), outside)
+        slices.append(values.reshape(thick, size, fine, size, fine).mean((0, 2, 4), dtype=np.float32))
+    return np.stack(slices)
 
 
-def snap_to_voxels(volume: Volume, slice_grid: SliceGrid, centre_mm: np.ndarray) -> np.ndarray:
+def snap_to_voxels(volume: Volume, settings: SlicingSettings, centre_mm: np.ndarray) -> np.ndarray:
     """Move the centre by under half a voxel, so that 1 mm voxels at 1 mm pixels are not interpolated."""
-    across = PLANES[slice_grid.plane][0]
-    start = _fine_grid(volume, slice_grid, centre_mm)[0][:3, 3]
-    start[across] += slice_grid.positions_mm[0]
+    start = _fine_grid(volume, settings, centre_mm)[0][:3, 3]
+    start[PLANES[settings.plane][0]] += settings.positions_mm[0]
     voxel = np.linalg.solve(volume.affine[:3, :3], start - volume.affine[:3, 3])
     voxel = np.round(voxel, 6)  # the same decision whichever way the file stored its axes
     return centre_mm + volume.affine[:3, :3] @ (np.floor(voxel + 0.5) - voxel)
 
 
-def _fine_grid(volume: Volume, slice_grid: SliceGrid, centre_mm: np.ndarray) -> tuple[np.ndarray, int, int]:
+def _fine_grid(
+    volume: Volume, settings: SlicingSettings, centre_mm: np.ndarray
+) -> tuple[np.ndarray, int, int]:
     """Return (4, 4) from (plane, row, column) of a fine grid to mm, and points per pixel side and thickness.
 
     The grid is that of a slice at position 0, and fine enough to include every voxel within a pixel's box.
     """
     fine, thick = (
         max(1, int(np.ceil(box_mm / volume.spacing_mm.min() - 0.34)))
-        for box_mm in (slice_grid.pixel_mm, THICKNESS_MM)
+        for box_mm in (settings.pixel_mm, THICKNESS_MM)
     )
-    across, down, right = PLANES[slice_grid.plane]
-    side, step, step_across = slice_grid.image_size * fine, slice_grid.pixel_mm / fine, THICKNESS_MM / thick
+    across, down, right = PLANES[settings.plane]
+    side, step, step_across = settings.image_size * fine, settings.pixel_mm / fine, THICKNESS_MM / thick
     grid = np.zeros((4, 4))
     grid[across, 0] = step_across
     grid[down, 1] = grid[right, 2] = -step
@@ -166,16 +193,7 @@ def _sample(volume: Volume, grid: np.ndarray, shape: tuple[int, ...], outside: f
     matrix, shift = to_voxel[:3, :3], to_voxel[:3, 3]
     if np.count_nonzero(matrix) == 3:
         return _sample_along_axes(volume.voxels, matrix, shift, shape, outside)
-    return ndimage.affine_transform(
-        volume.voxels,
-        matrix,
-        shift,
-        output_shape=tuple(shape),
-        output=np.float32,
-        order=1,
-        mode="constant",
-        cval=outside,
-    )
+    return ndimage.affine_transform(volume.voxels, matrix, shift, shape, np.float32, order=1, cval=outside)
 
 
 def _sample_along_axes(

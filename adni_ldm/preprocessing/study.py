@@ -83,8 +83,7 @@ def read_study(
 ) -> Study:
     """Find the scans of a folder and join them with the study table.
 
-    Raises:
-        UserError: the folder or the table is missing, or the table as a whole cannot be used.
+    Raises UserError if the folder or the table is missing, or the table as a whole cannot be used.
     """
     root = Path(input_dir)
     if not root.is_dir():

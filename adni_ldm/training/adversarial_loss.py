@@ -46,16 +46,9 @@ class AdversarialLoss:
     λ = ‖∇ L_rec‖ / (‖∇ L_gan‖ + δ) at the weight of the decoder's last layer (equation 7). The gradients are
     averages over all processes and accumulated batches, as those of the update are, so λ does not depend on
     how the batch is distributed. They are complete after the last batch, so λ is that of the previous update;
-    in the discriminator's first update it is 0.
-
-    Args:
-        discriminator: the module itself.
-        prepared: the module that `accelerator.prepare` returned for it.
-        last_layer: weight of the decoder's last layer.
-        weight: factor on λ.
+    in the discriminator's first update it is 0. `prepared` is what `accelerator.prepare` returned for the
+    discriminator, `last_layer` the weight of the decoder's last layer, and `weight` a factor on λ.
     """
-
-    DELTA, LARGEST = 1e-6, 1e4
 
     def __init__(
         self,
@@ -78,9 +71,7 @@ class AdversarialLoss:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Generator loss, weighted, and discriminator loss, for one backward pass of their sum.
 
-        Args:
-            images, reconstruction: (B, 1, H, W).
-            rec_loss: the reconstruction loss with its spectral and perceptual terms, without the KL term.
+        Images and reconstruction are (B, 1, H, W); `rec_loss` has all terms but the KL divergence.
         """
         # The generator's loss. The discriminator is frozen, and its wrapper waits for no gradient.
         self.discriminator.requires_grad_(False)
@@ -102,7 +93,7 @@ class AdversarialLoss:
         """Set λ for the next update; every process calls it after each update."""
         mean = self.accelerator.reduce(torch.stack(self.gradients).mean(dim=0), "mean")
         self.gradients.clear()
-        d_weight = adaptive_weight(*mean, self.DELTA, self.LARGEST)
+        d_weight = adaptive_weight(*mean)
         # a batch that is not finite leaves the weight as it was
         self.discriminator.d_weight.copy_(
             torch.where(d_weight.isfinite(), d_weight, self.discriminator.d_weight)
@@ -128,11 +119,7 @@ def adaptive_weight(
 
 
 def check_adversarial_loss(accelerator: Accelerator, weight: float) -> None:
-    """Check that an adversarial loss can be trained here.
-
-    Raises:
-        UserError: the run uses FSDP or DeepSpeed, which train one network at a time.
-    """
+    """Raise UserError for an adversarial loss under FSDP and DeepSpeed, which train one network at a time."""
     kind = accelerator.distributed_type
     if weight and kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise UserError(

@@ -24,15 +24,9 @@ def _epoch_order(num_images: int, epoch: int, seed: int) -> np.ndarray:
 class BatchSampler(Sampler[list[int]]):
     """Indices of the slices in batches `start` to `stop`, this process's rows of them.
 
-    Epochs follow each other without a gap: each slice comes once an epoch, even if the number of slices is
-    not a multiple of the batch size, so no slice is lost and no process runs out before the others.
-
-    Args:
-        num_images: size of the training set.
-        batch_size: rows of one process.
-        seed: seed of the order.
-        start, stop: first batch, and one past the last.
-        process, num_processes: which rows of the global batch.
+    Epochs follow each other without a gap: each slice comes once an epoch, even if `num_images` is not a
+    multiple of the batch size, so no slice is lost and no process runs out before the others. `batch_size`
+    is that of one process.
     """
 
     def __init__(

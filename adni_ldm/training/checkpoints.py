@@ -41,8 +41,7 @@ Identity = Mapping[str, Mapping[str, object]]
 def check_earlier_run(output_dir: str | Path, resume_from: str | None) -> None:
     """Check that the folder holds no checkpoints that a later resume would mistake for this run's.
 
-    Raises:
-        UserError: it holds some and the run does not resume, or resumes from an earlier one.
+    Raises UserError if it holds some and the run does not resume, or resumes from an earlier one.
     """
     found = _checkpoints(Path(output_dir) / "checkpoints")
     if not found or resume_from == "latest":
@@ -71,12 +70,8 @@ def save_checkpoint(
 ) -> None:
     """Write `output_dir/checkpoints/step-00001000`, remove all but the newest `keep`. Every process calls it.
 
-    Args:
-        identity: what a resume is compared with, from `run_record.run_identity`.
-        counts: further numbers that `load_checkpoint` returns.
-
-    Raises:
-        UserError: it cannot be written, as on a full disk; the earlier ones stay.
+    A resume is compared with `identity`, of `run_record.run_identity`; `load_checkpoint` returns `counts`.
+    Raises UserError if it cannot be written, as on a full disk; the earlier ones stay.
     """
     folder = Path(output_dir) / "checkpoints"
     if accelerator.is_main_process:
@@ -137,29 +132,22 @@ def load_checkpoint(
     """Load a checkpoint into what was prepared and into `ema`. Every process calls it.
 
     The main process verifies the files' SHA-256. With "latest", a damaged checkpoint is renamed to
-    `….damaged`, with a warning, and the one before it is loaded.
+    `….damaged`, with a warning, and the one before it is loaded. A difference in `identity["must"]` is an
+    error, one in `identity["should"]` a warning.
 
-    Args:
-        resume_from: a checkpoint's folder, "latest" of `output_dir` (a first start if there is none),
-            or None.
-        identity: identity of this run. A difference in `identity["must"]` is an error, one in
-            `identity["should"]` a warning.
-
-    Returns:
-        The step, 0 if nothing was loaded, and the `counts` that it was saved with.
-
-    Raises:
-        UserError: the folder is no checkpoint, all are damaged, or it belongs to another run.
+    Returns the step, 0 if nothing was loaded (`resume_from` is None, or "latest" and there is none), and the
+    `counts` that it was saved with. Raises UserError if the folder is no checkpoint, all are damaged, or it
+    belongs to another run.
     """
     if resume_from is None:
         return {"step": 0}
-    choice = [None, None]
+    path = refusal = None
     if accelerator.is_main_process:
         try:
-            choice[0] = _choose(Path(output_dir) / "checkpoints", resume_from, identity or {})
+            path = _choose(Path(output_dir) / "checkpoints", resume_from, identity or {})
         except UserError as error:
-            choice[1] = str(error)
-    path, refusal = broadcast_object_list(choice)
+            refusal = str(error)
+    path, refusal = broadcast_object_list([path, refusal])
     if refusal:
         raise UserError(refusal)
     if path is None:

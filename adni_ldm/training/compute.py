@@ -13,26 +13,20 @@ from torch import nn
 
 from adni_ldm.errors import UserError
 
+EXTRAS = {  # setting: its package, how to install that, and the value that needs none
+    "--attention xformers": ("xformers", "pip install -e '.[xformers]' -c constraints-xformers.txt", "sdpa"),
+    "--optimizer adamw8bit": ("bitsandbytes", "pip install bitsandbytes", "adamw"),
+}
+
 
 def check_compute_options(attention: str, optimizer: str) -> None:
     """Check at the start that this machine has what `--attention` and `--optimizer` need.
 
-    Raises:
-        UserError: xformers or bitsandbytes is requested and not installed, or there is no CUDA device.
+    Raises UserError if xformers or bitsandbytes is not installed, or there is no CUDA device.
     """
-    wanted = []
-    if attention == "xformers":
-        wanted.append(
-            (
-                "--attention xformers",
-                "xformers",
-                "pip install -e '.[xformers]' -c constraints-xformers.txt",
-                "sdpa",
-            )
-        )
-    if optimizer == "adamw8bit":
-        wanted.append(("--optimizer adamw8bit", "bitsandbytes", "pip install bitsandbytes", "adamw"))
-    for flag, package, command, other in wanted:
+    for flag, (package, command, other) in EXTRAS.items():
+        if flag not in (f"--attention {attention}", f"--optimizer {optimizer}"):
+            continue
         if not torch.cuda.is_available():
             raise UserError(f"{flag} needs CUDA and no CUDA device is visible; use {other}")
         if find_spec(package) is None:
@@ -51,16 +45,9 @@ def set_compute_options(
 ) -> None:
     """Set how a network computes, in place; the names of its weights do not change.
 
-    Args:
-        network: the diffusers model that is trained.
-        compiled: the parts of it that `compile` applies to.
-        gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
-        attention: "sdpa", torch's own, or "xformers", memory-efficient attention.
-        on_cpu: "sdpa" is then two matrix products and a softmax: the backward pass of torch's fused kernel is
-            slow on a CPU, where a step of the demo's U-Net takes 1.2 times as long with it.
-
-    Raises:
-        UserError: xformers has no kernel for this GPU and torch.
+    `compile` applies to the parts `compiled`. With `on_cpu`, "sdpa" is two matrix products and a softmax: the
+    backward pass of torch's fused kernel is slow on a CPU, where a step of the demo's U-Net takes 1.2 times
+    as long with it. Raises UserError if xformers has no kernel for this GPU and torch.
     """
     if gradient_checkpointing:
         network.enable_gradient_checkpointing()

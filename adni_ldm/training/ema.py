@@ -13,37 +13,29 @@ class HalfLifeEMA(EMAModel):
     """diffusers' EMA with a half-life in images instead of a decay per update.
 
     The average then does not depend on the batch size or the number of processes (as in Karras et al. 2022,
-    arXiv:2206.00364, code of appendix F).
-
-    Args:
-        halflife_images: images after which the weight of an update in the average has halved.
-        batch_images: images of an update, over all processes and accumulated batches.
+    arXiv:2206.00364, code of appendix F). `batch_images` is the number of images of an update, over all
+    processes and accumulated batches; the average is kept on `device`, which may be the CPU.
     """
 
     RAMP_UP = 0.08  # longest half-life as a share of the images seen, so that the random start fades early
 
-    def __init__(self, parameters, halflife_images: float, batch_images: int, **options):
-        super().__init__(parameters, **options)
+    def __init__(
+        self,
+        parameters: Iterable[torch.nn.Parameter],
+        halflife_images: float,
+        batch_images: int,
+        device: torch.device | str,
+    ):
+        parameters = list(parameters)
+        sharded = hasattr(parameters[0], "to_local")  # by FSDP, whose tensors do not support foreach
+        super().__init__(parameters, foreach=not sharded)
         self.halflife_images, self.batch_images = halflife_images, batch_images
+        self.to(device)
 
     def get_decay(self, optimization_step: int) -> float:
         """Share of the average that update `optimization_step`, from 1, keeps."""
         seen = optimization_step * self.batch_images
         return 0.5 ** (self.batch_images / min(self.halflife_images, self.RAMP_UP * seen))
-
-
-def build_ema(
-    parameters: Iterable[torch.nn.Parameter],
-    halflife_images: float,
-    batch_images: int,
-    device: torch.device | str,
-) -> HalfLifeEMA:
-    """EMA of the parameters, kept on `device`, which may be the host's memory."""
-    parameters = list(parameters)
-    sharded = hasattr(parameters[0], "to_local")  # by FSDP, whose tensors do not support foreach
-    ema = HalfLifeEMA(parameters, halflife_images, batch_images, foreach=not sharded)
-    ema.to(device)
-    return ema
 
 
 def update_ema(ema: EMAModel, parameters: Iterable[torch.nn.Parameter]) -> None:

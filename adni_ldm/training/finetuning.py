@@ -24,8 +24,7 @@ def check_start(
 ) -> None:
     """Check that there is a model to fine-tune, and what LoRA needs.
 
-    Raises:
-        UserError: --freeze or --lora_rank without --init_from, or LoRA without peft or under FSDP.
+    Raises UserError for --freeze or --lora_rank without --init_from, and LoRA without peft or under FSDP.
     """
     for flag, given in (("--freeze", freeze), ("--lora_rank", lora_rank)):
         if given and not init_from:
@@ -39,8 +38,7 @@ def check_start(
 def set_latent_size(unet: UNet2DConditionModel, channels: int, latent_size: int) -> None:
     """Set the side of the latents that the U-Net denoises, in place; its weights do not depend on it.
 
-    Raises:
-        UserError: the side cannot be halved as often as the U-Net does, or the channels differ.
+    Raises UserError if the side cannot be halved as often as the U-Net does, or the channels differ.
     """
     if channels != unet.config.in_channels:
         raise UserError(
@@ -59,8 +57,7 @@ def set_latent_size(unet: UNet2DConditionModel, channels: int, latent_size: int)
 def freeze(network: nn.Module, prefixes: Sequence[str]) -> None:
     """Freeze the parameters whose names begin with one of the prefixes, in place.
 
-    Raises:
-        UserError: a prefix matches no parameter, or nothing is left to train.
+    Raises UserError if a prefix matches no parameter, or nothing is left to train.
     """
     parameters = dict(network.named_parameters())
     for prefix in prefixes:
@@ -89,8 +86,7 @@ def add_lora(unet: UNet2DConditionModel, rank: int) -> None:
 def save_lora(denoiser: ConditionalDenoiser, folder: Path) -> None:
     """Write pytorch_lora_weights.safetensors, which `load_lora_weights` applies to the pipeline tuned from.
 
-    It holds the U-Net's LoRA matrices and the present class tokens, with the names of the classes and the
-    records of the training data.
+    It holds the U-Net's LoRA matrices, the class tokens and names, and the records of the training data.
     """
     from peft import get_peft_model_state_dict
 

@@ -56,8 +56,7 @@ class LatentBatch:
 
     def sample(self, rng: BatchRandom) -> torch.Tensor:
         """Sample a latent of each slice, z = μ + σ ε (B, C, h, w), of a random variant; not normalized."""
-        variants = len(self.posteriors)
-        rows = self.indices
+        variants, rows = len(self.posteriors), self.indices
         chosen = rng.host_integers(variants) if variants > 1 else torch.zeros(len(rows), dtype=torch.int64)
         chosen = self.posteriors[_to(chosen, rows.device), rows]
         mean, std = _to(chosen, self.labels.device).unbind(1)
@@ -98,16 +97,6 @@ class LatentPosteriors:
         labels = self.labels[_to(rows, self.labels.device)]
         return LatentBatch(self.posteriors, _to(rows, self.posteriors.device), labels)
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of a latent."""
-        return tuple(self.posteriors.shape[3:])
-
-    @property
-    def variants(self) -> int:
-        """Number of variants of each slice, itself included."""
-        return len(self.posteriors)
-
 
 def _to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor on the device, without waiting for a GPU: pageable memory would be copied synchronously."""
@@ -116,7 +105,6 @@ def _to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device)
 
 
-@torch.no_grad()
 def encode_posteriors(
     vae: AutoencoderKL,
     slices: Dataset,
@@ -129,14 +117,12 @@ def encode_posteriors(
 
     Args:
         vae: on the accelerator's device.
-        slices: yields {"image": (1, H, W) in [-1, 1]}, and has `labels`, int64 (N,). Read only if the cache
-            does not hold them, or is damaged.
+        slices: of {"image": (1, H, W) in [-1, 1]}, with `labels`, int64 (N,); read only if not in the cache.
         cache: folder of caches, on a disk that all processes share.
         content: hash of the slices; that of the main process is used.
         variants: number of augmented variants of each slice, kept beside it.
 
-    Raises:
-        UserError: the cache cannot be written, or a process cannot see it.
+    Raises UserError if the cache cannot be written, or a process cannot see it.
     """
     folder = Path(cache).expanduser().absolute()
     key, missing, problems = "", True, []
@@ -185,10 +171,9 @@ def _write(
         batches = encode_slices(vae, slices, accelerator, variants)
         mean, std = channel_statistics(_saved(batches, file, problems))
     if accelerator.is_main_process and not problems:
+        record = {"mean": mean, "std": std, "labels": slices.labels.tolist()}
         try:
-            commit_folder(
-                partial, target, RECORD, {"mean": mean, "std": std, "labels": slices.labels.tolist()}
-            )
+            commit_folder(partial, target, RECORD, record)
         except OSError as error:
             problems.append(str(error))
     if problems:
@@ -246,7 +231,8 @@ def augment(images: torch.Tensor, indices: Sequence[int], variant: int) -> torch
     """Rotate, shift and rescale slices (B, 1, H, W) in [-1, 1] a little, by (variant, index)."""
     draws = np.stack([np.random.default_rng([variant, index]).uniform(-1, 1, 4) for index in indices])
     angle, right, down, gain = torch.tensor(draws, dtype=torch.float32, device=images.device).T  # (B,) each
-    cos, sin = (torch.deg2rad(MAX_DEGREES * angle).cos(), torch.deg2rad(MAX_DEGREES * angle).sin())
+    angle = torch.deg2rad(MAX_DEGREES * angle)
+    cos, sin = angle.cos(), angle.sin()
     rows = (cos, -sin, 2 * MAX_SHIFT * right, sin, cos, 2 * MAX_SHIFT * down)
     grid = F.affine_grid(torch.stack(rows, dim=1).view(-1, 2, 3), list(images.shape), align_corners=False)
     moved = F.grid_sample(images, grid, mode="bicubic", padding_mode="border", align_corners=False)

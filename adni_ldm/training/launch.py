@@ -32,12 +32,8 @@ def start_accelerator(
 ) -> Accelerator:
     """Create the accelerator with its tracker, and set the seed: all processes start from the same weights.
 
-    Args:
-        batch_size, max_grad_norm: of a process, and of an update; DeepSpeed must be given them.
-        deterministic: only kernels that give the same bits each time.
-
-    Raises:
-        UserError: fp16 without a GPU, or a tracker that is not installed.
+    DeepSpeed needs the batch size of a process and the gradients' largest norm. Raises UserError for fp16
+    without a GPU, or a tracker that is not installed.
     """
     precision = choose_precision(mixed_precision)
     if deterministic:

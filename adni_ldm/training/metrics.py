@@ -15,9 +15,7 @@ from adni_ldm.files import atomic_file
 class MetricsLogger:
     """Appends rows to `metrics.csv` and passes them to accelerate's tracker; only the main process writes.
 
-    Args:
-        columns: what a row may hold beside the step; what was not measured at a step stays empty.
-        resumed_at: rows after this step are dropped, because they will be written again.
+    What was not measured at a step stays empty. Rows after `resumed_at` are dropped: they are written again.
     """
 
     def __init__(
@@ -32,7 +30,7 @@ class MetricsLogger:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         earlier = self._earlier_rows(resumed_at)
         with atomic_file(self.path) as partial, partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
+            writer = csv.DictWriter(file, self.columns, extrasaction="ignore")  # columns of another version
             writer.writeheader()
             writer.writerows(earlier)
 
@@ -42,10 +40,7 @@ class MetricsLogger:
             return []
         lines = self.path.read_text().splitlines(keepends=True)
         rows = csv.DictReader(line for line in lines if line.endswith("\n"))
-        columns = self.columns
-        return [
-            {name: row.get(name, "") for name in columns} for row in rows if int(row["step"]) <= resumed_at
-        ]
+        return [row for row in rows if int(row["step"]) <= resumed_at]
 
     def add(self, **values: torch.Tensor) -> None:
         """Keep scalars of one batch for the next `write_means`, without waiting for the device."""

@@ -9,13 +9,15 @@ import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import nn
+from torchvision.models import VGG16_Weights, resnet50, vgg16
 
 from adni_ldm.errors import UserError
 
-# Where the weights of a name come from. MONAI's PerceptualLoss has the same networks; it needs the lpips
-# package for VGG, and runs code from a repository for RadImageNet.
-HUB_FILES = {"radimagenet": ("MONAI/checkpoints", "RadImageNet-ResNet50_notop.pth")}
-NAMES = ("vgg", *HUB_FILES)
+# MONAI's PerceptualLoss has the same networks; it needs the lpips package for VGG, and runs code from a
+# repository for RadImageNet.
+VGG = VGG16_Weights.IMAGENET1K_V1.url
+RADIMAGENET = ("MONAI/checkpoints", "RadImageNet-ResNet50_notop.pth")
+NAMES = ("vgg", "radimagenet")
 SUFFIXES = (".safetensors", ".pth", ".pt")
 
 
@@ -23,11 +25,9 @@ class PerceptualLoss(nn.Module):
     """Distance of the features of slices (Zhang et al. 2018, arXiv:1801.03924, equation 1).
 
     Features are normalized to length 1 over the channels; the squared differences are summed over channels
-    and averaged over positions, depths and slices. No channel weights are learned.
-
-    Args:
-        stages: consecutive parts of a network, whose outputs are the features.
-        kind: vgg or resnet50 (trained on ImageNet) or radimagenet: how their input is normalized.
+    and averaged over positions, depths and slices. No channel weights are learned. The features are the
+    outputs of `stages`, consecutive parts of a network; their input is normalized as ImageNet's or, if `kind`
+    is radimagenet, as RadImageNet's.
     """
 
     def __init__(self, stages: list[nn.Module], kind: str):
@@ -58,21 +58,15 @@ class PerceptualLoss(nn.Module):
 def load_perceptual_loss(name: str) -> PerceptualLoss | None:
     """Load the perceptual loss by name, or with the weights of a file; None for "none".
 
-    Args:
-        name: none, vgg (ImageNet) or radimagenet; or a file of weights (safetensors, or what torch reads with
-            weights_only) of torchvision's VGG-16 or ResNet-50 or of RadImageNet's ResNet-50; or a folder that
-            holds one.
-
-    Raises:
-        UserError: the weights are missing and cannot be downloaded, or belong to another network.
+    `name` is none, vgg (ImageNet) or radimagenet; or a file of weights (safetensors, or what torch reads with
+    weights_only) of torchvision's VGG-16 or ResNet-50 or of RadImageNet's ResNet-50; or a folder of one.
+    Raises UserError if the weights are missing and cannot be downloaded, or belong to another network.
     """
     if name == "none":
         return None
     weights = _read(_find(name))
     try:
-        if "features.0.weight" in weights:
-            return _vgg(weights)
-        return _resnet50(weights)
+        return _vgg(weights) if "features.0.weight" in weights else _resnet50(weights)
     except (KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:150]
         raise UserError(
@@ -84,20 +78,15 @@ def _find(name: str) -> Path:
     """The file of weights; for a known name from the cache, else downloaded."""
     if name in NAMES:
         try:
-            if name in HUB_FILES:
-                return Path(hf_hub_download(*HUB_FILES[name]))
-            from torchvision.models import VGG16_Weights
-
-            url = VGG16_Weights.IMAGENET1K_V1.url
-            path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+            if name == "radimagenet":
+                return Path(hf_hub_download(*RADIMAGENET))
+            path = Path(torch.hub.get_dir(), "checkpoints", Path(VGG).name)
             if not path.is_file():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(url, str(path), progress=False)
+                torch.hub.download_url_to_file(VGG, str(path), progress=False)
             return path
         except (OSError, ValueError) as error:
-            file = (
-                f"{HUB_FILES[name][1]} of {HUB_FILES[name][0]} (Hugging Face)" if name in HUB_FILES else url
-            )
+            file = VGG if name == "vgg" else f"{RADIMAGENET[1]} of {RADIMAGENET[0]} (Hugging Face)"
             raise UserError(
                 f"--perceptual {name}: its weights are not in the cache and cannot be downloaded; get {file} "
                 "elsewhere and give --perceptual PATH/TO/IT, or use none"
@@ -115,10 +104,8 @@ def _find(name: str) -> Path:
 def _read(path: Path) -> dict[str, torch.Tensor]:
     """Weights by name, without the wrapping that training scripts add."""
     try:
-        if path.suffix == ".safetensors":
-            weights = load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+        safe = path.suffix == ".safetensors"
+        weights = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds of error for a file that holds no weights
         reason = " ".join(str(error).split())[:100]
         raise UserError(f"--perceptual {path}: cannot be read as weights ({reason})") from error
@@ -128,28 +115,25 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
 
 def _vgg(weights: dict[str, torch.Tensor]) -> PerceptualLoss:
     """The five depths of LPIPS: the last activation before each pooling."""
-    from torchvision.models import vgg16
-
-    network = vgg16(weights=None, init_weights=False).features
-    prefix = "features."
-    weights = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-    network.load_state_dict(weights)
+    network = vgg16(weights=None, init_weights=False)
+    network.classifier = nn.Identity()
+    network.load_state_dict({key: value for key, value in weights.items() if key.startswith("features.")})
     ends = (4, 9, 16, 23, 30)
-    return PerceptualLoss([network[start:end] for start, end in zip((0, *ends), ends)], "vgg")
+    return PerceptualLoss([network.features[start:end] for start, end in zip((0, *ends), ends)], "vgg")
 
 
 def _resnet50(weights: dict[str, torch.Tensor]) -> PerceptualLoss:
-    from torchvision.models import resnet50
-
-    network = resnet50(weights=None)
-    kind = "resnet50"
+    """The five depths of a ResNet."""
+    network, kind = resnet50(weights=None), "resnet50"
+    network.fc = nn.Identity()
     weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
     if "conv1.bias" in weights:  # RadImageNet's comes from Keras
         kind = "radimagenet"
         _from_keras(network, weights)
-    network.fc = nn.Identity()
     network.load_state_dict(weights)
-    return PerceptualLoss(_stages(network), kind)
+    first = nn.Sequential(network.conv1, network.bn1, network.relu)
+    second = nn.Sequential(network.maxpool, network.layer1)
+    return PerceptualLoss([first, second, network.layer2, network.layer3, network.layer4], kind)
 
 
 def _from_keras(network: nn.Module, weights: dict[str, torch.Tensor]) -> None:
@@ -158,9 +142,8 @@ def _from_keras(network: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     Keras' convolutions have a bias, which is folded into the mean that the following BatchNorm subtracts, and
     its blocks downsample in their first convolution.
     """
-    for key in [
-        key for key in weights if key.endswith(".bias") and f"{key[:-5]}.running_mean" not in weights
-    ]:
+    biases = [key for key in weights if key.endswith(".bias")]
+    for key in [key for key in biases if f"{key[:-5]}.running_mean" not in weights]:
         norm = key.replace("conv", "bn").replace("downsample.0", "downsample.1").removesuffix(".bias")
         weights[f"{norm}.running_mean"] = weights[f"{norm}.running_mean"] - weights.pop(key)
     for module in network.modules():
@@ -168,10 +151,3 @@ def _from_keras(network: nn.Module, weights: dict[str, torch.Tensor]) -> None:
             module.eps = 1.001e-5
     for block in (network.layer2[0], network.layer3[0], network.layer4[0]):
         block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
-
-
-def _stages(network: nn.Module) -> list[nn.Module]:
-    """The five depths of a ResNet."""
-    first = nn.Sequential(network.conv1, network.bn1, network.relu)
-    second = nn.Sequential(network.maxpool, network.layer1)
-    return [first, second, network.layer2, network.layer3, network.layer4]

@@ -1,16 +1,14 @@
-"""TrainingRun: the parts of a training run that do not depend on the method.
+"""TrainingRun: the parts of a training run that do not depend on the method, which the recipe defines.
 
-    run = TrainingRun(cfg, "LDM", metrics=("loss", "val_loss"))     # processes, seed, output folder
-    train, val = run.load_slices()                                  # refuses data leakage between splits
-    run.prepare(model, backbone=unet)                               # optimizer, EMA, resume
-    for batch, rng in run.batches(train):
-        run.step(loss(run.model, batch, rng))                       # gradients, clipping, EMA, metrics
-        if run.every(100):
-            with run.ema_weights(): ...                             # validate
-    run.apply_ema()
-    run.save(model)
-
-Loss function, noise schedule and architecture are defined in the recipe.
+run = TrainingRun(cfg, "LDM", metrics=("loss", "val_loss"))     # processes, seed, output folder
+train, val = run.load_slices()                                  # refuses data leakage between splits
+run.prepare(model, backbone=unet)                               # optimizer, EMA, resume
+for batch, rng in run.batches(train):
+    run.step(loss(run.model, batch, rng))                       # gradients, clipping, EMA, metrics
+    if run.every(100):
+        with run.ema_weights(): ...                             # validate
+run.apply_ema()
+run.save(model)
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ from adni_ldm.generation import hash_weights
 from adni_ldm.training.batch_sampling import BatchRandom, BatchSampler, load_batches
 from adni_ldm.training.checkpoints import check_earlier_run, load_checkpoint, save_checkpoint, write_state
 from adni_ldm.training.compute import check_compute_options, set_compute_options
-from adni_ldm.training.ema import build_ema, ema_weights, update_ema
+from adni_ldm.training.ema import HalfLifeEMA, ema_weights, update_ema
 from adni_ldm.training.fsdp import gather_full_weights
 from adni_ldm.training.launch import describe_compute, start_accelerator
 from adni_ldm.training.metrics import MetricsLogger
@@ -46,13 +44,9 @@ from adni_ldm.training.update_guard import UpdateGuard, exit_code, stop_nonfinit
 class TrainingRun:
     """Processes, data, optimizer, EMA, checkpoints, metrics and signals of one training run.
 
-    Args:
-        cfg: settings of the recipe.
-        name: what is trained, for the progress bar.
-        metrics: columns of metrics.csv beside step, learning_rate and skipped.
-
-    Raises:
-        UserError: the output folder holds another run, or this machine lacks what the settings need.
+    `name` is what is trained, for the progress bar; `metrics` are the columns of metrics.csv beside step,
+    learning_rate and skipped. Raises UserError if the output folder holds another run, or this machine lacks
+    what the settings need.
     """
 
     def __init__(self, cfg: TrainingConfig, name: str, metrics: Sequence[str]):
@@ -78,16 +72,13 @@ class TrainingRun:
     def load_slices(self) -> tuple[SliceTensors, SliceTensors]:
         """Training and validation slices, decoded once by the main process.
 
-        Raises:
-            UserError: the data cannot be trained on; splits that share a subject are data leakage.
+        Raises UserError if the data cannot be trained on; splits that share a subject are data leakage.
         """
         cfg = self.cfg
         with self.accelerator.main_process_first():
             listing = open_folder(cfg.data_dir, cfg.class_names, cfg.table)
             splits = read_slices(listing, cfg.val_fraction)
-            train, val = (
-                SliceTensors(to_arrays(splits[split], cfg.image_size)) for split in ("train", "val")
-            )
+            train, val = (SliceTensors(to_arrays(splits[name], cfg.image_size)) for name in ("train", "val"))
             self.data = describe_data(listing, splits)
         if not self.data.subjects_known:
             self.print(f"note: {SUBJECTS_UNKNOWN}")
@@ -119,11 +110,8 @@ class TrainingRun:
         """Prepare networks for training, and resume if the settings ask for it.
 
         Sets `models`, what must be called in training (`model` is the first), and builds the optimizer of
-        all networks and the EMA of the first.
-
-        Args:
-            backbone: the diffusers model in the first network, to which the compute options apply.
-            compiled: the parts of it that --compile applies to; by default all of it.
+        all networks and the EMA of the first. The compute options apply to `backbone`, the diffusers model in
+        the first network, and --compile to its parts `compiled`, by default all of it.
         """
         cfg, accelerator = self.cfg, self.accelerator
         if self.channels_last:
@@ -147,7 +135,7 @@ class TrainingRun:
         self.ema = None
         if cfg.use_ema:
             place = "cpu" if cfg.offload_ema else self.device
-            self.ema = build_ema(self.trained, cfg.ema_halflife_images, self.images_per_update, place)
+            self.ema = HalfLifeEMA(self.trained, cfg.ema_halflife_images, self.images_per_update, place)
         self._resume()
 
     def _resume(self) -> None:
@@ -162,8 +150,7 @@ class TrainingRun:
         if self.is_main:
             save_config(cfg, self.output_dir)
             record_start(self.output_dir, self.updates, identity)
-        if cfg.report_to != "none":
-            accelerator.init_trackers("logs")
+        accelerator.init_trackers("logs")
         self.metrics = MetricsLogger(accelerator, self.output_dir, self.metric_names, self.updates)
 
     # ---- Updates -----------------------------------------------------------------------------------------
@@ -171,9 +158,8 @@ class TrainingRun:
     def batches(self, source: Dataset) -> Iterator[tuple[object, BatchRandom]]:
         """Yield the batches that are left, each with its random numbers; the recipe calls `step` for each.
 
-        Args:
-            source: slices, read by a DataLoader as {"image": (B, 1, H, W), "label": (B,)} on the device; or
-                cached latents, of which `source[indices]` is a batch.
+        Slices are read by a DataLoader as {"image": (B, 1, H, W), "label": (B,)} on the device; of cached
+        latents, `source[indices]` is a batch.
         """
         cfg, accelerator = self.cfg, self.accelerator
         accumulation = cfg.gradient_accumulation_steps
@@ -224,11 +210,8 @@ class TrainingRun:
     ) -> None:
         """Back-propagate a loss; after the last batch of an update clip the gradients and update the weights.
 
-        An update whose loss or gradient is not finite on some process is skipped on all of them.
-
-        Args:
-            metrics: scalars for metrics.csv, by default the loss.
-            inputs: tensors that the diagnostic report describes if losses stay non-finite.
+        An update whose loss or gradient is not finite on some process is skipped on all of them. `metrics`
+        are scalars for metrics.csv, by default the loss; a report on non-finite losses describes `inputs`.
         """
         accelerator, cfg = self.accelerator, self.cfg
         accelerator.backward(loss)
@@ -258,18 +241,11 @@ class TrainingRun:
             self.progress.set_postfix(loss=f"{row['loss']:.4f}")
 
     def every(self, steps: int) -> bool:
-        """Whether the last `step` ended an update whose number is a multiple of `steps`, or the last update.
-
-        Never, if `steps` is 0.
-        """
-        due = self.updated and steps > 0 and (self.updates % steps == 0 or self._is_last)
+        """Whether the last `step` ended the last update, or a multiple of `steps`; never if `steps` is 0."""
+        due = self.updated and steps > 0 and (self.updates % steps == 0 or self.updates == self.cfg.max_steps)
         if due:
             self._settle()
         return due
-
-    @property
-    def _is_last(self) -> bool:
-        return self.updates == self.cfg.max_steps
 
     def _settle(self) -> None:
         """Read whether the last update was applied, unless it was read before, and if so update the EMA."""
@@ -279,10 +255,11 @@ class TrainingRun:
     def _end_update(self) -> None:
         """Write a checkpoint if one is due, and end the run on a signal or on too many skipped updates."""
         cfg, accelerator, guard = self.cfg, self.accelerator, self.guard
+        more = self.updates < cfg.max_steps
         due = cfg.checkpointing_steps and self.updates % cfg.checkpointing_steps == 0
         if due or guard.stop or guard.exhausted:
             self._settle()
-        if (due or guard.stop) and not self._is_last:
+        if (due or guard.stop) and more:
             limit = cfg.checkpoints_total_limit
             save_checkpoint(accelerator, self.output_dir, self.updates, limit, **self.state, **guard.counts)
         if guard.exhausted:
@@ -290,7 +267,7 @@ class TrainingRun:
             write_state(accelerator, folder, self.updates, **self.state, **guard.counts)
             weights = self.model.parameters()
             stop_nonfinite(accelerator, folder, self.updates, guard, weights, learning_rate=self.last_rate)
-        if guard.stop and not self._is_last:
+        if guard.stop and more:
             accelerator.end_training()
             self.print(f"{guard.stop.name}: stopped after step {self.updates}; its checkpoint is written")
             raise SystemExit(exit_code(guard.stop))
@@ -301,9 +278,7 @@ class TrainingRun:
         """Within the block the trained parameters hold their EMA. Every process enters it."""
         return ema_weights(self.ema, self.trained)
 
-    def full_weights(self, network: ModelMixin) -> ModelMixin:
-        """The network with full weights, gathered where FSDP shards them. Every process calls it."""
-        return gather_full_weights(network)
+    full_weights = staticmethod(gather_full_weights)
 
     def log(self, **values: float) -> None:
         """Write values of this step to metrics.csv and the tracker, on the main process."""

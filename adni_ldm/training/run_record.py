@@ -52,12 +52,9 @@ def run_identity(
     data_hash: str,
     **hashes: str,
 ) -> dict[str, dict[str, object]]:
-    """What a resumed run must share with its first part, and what it should share.
+    """What a resumed run "must" and what it "should" share with its first part.
 
-    Args:
-        settings: "must" and "should", from `config.settings_to_keep`.
-        data_hash: of the training data.
-        hashes: of everything else that the run starts from.
+    `settings` are from `config.settings_to_keep`; `hashes` are of all but the data that the run starts from.
     """
     device = accelerator.device
     must = {
@@ -100,14 +97,10 @@ def git_commit(clone: Path) -> str | None:
     """Commit of a clone, with `+changes` if files differ from it; None outside a clone."""
     if not (clone / ".git").exists():
         return None
-
-    def ask(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(clone), *words], capture_output=True, text=True, check=True, timeout=20
-        ).stdout.strip()
-
+    describe = ["git", "-C", str(clone), "describe", "--always", "--exclude=*", "--abbrev=40"]
     try:
-        commit = ask("rev-parse", "HEAD")
-        return commit + ("+changes" if ask("status", "--porcelain", "--untracked-files=no") else "")
+        return subprocess.run(
+            [*describe, "--dirty=+changes"], capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

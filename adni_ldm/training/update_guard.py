@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import signal
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,8 +13,6 @@ from accelerate.utils import gather_object
 
 from adni_ldm.errors import UserError
 
-logger = logging.getLogger(__name__)
-
 # What a cluster sends before it takes the machine: Slurm's preemption, and its option --signal.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -25,11 +22,7 @@ class UpdateGuard:
 
     A process that skipped an update or stopped by itself would leave the others waiting for its gradients.
     The decision stays on the device until `settle` reads it: a GPU run reads it one update late, so that the
-    host never waits for the update in progress.
-
-    Args:
-        max_nonfinite: consecutive updates with a non-finite loss or gradient before the run ends.
-        skipped, in_a_row: counts from a checkpoint.
+    host never waits for the update in progress. `skipped` and `in_a_row` are counts from a checkpoint.
     """
 
     def __init__(self, accelerator: Accelerator, max_nonfinite: int, skipped: int = 0, in_a_row: int = 0):
@@ -64,11 +57,8 @@ class UpdateGuard:
     def check(self, grad_norm: torch.Tensor | float | None) -> torch.Tensor:
         """Check that losses and gradients of this update are finite on every process.
 
-        Args:
-            grad_norm: what `clip_grad_norm_` returned: a tensor, a float (DeepSpeed), or None.
-
-        Returns:
-            1.0 if the update must be skipped, else 0.0; a tensor () on the device. `settle` reads it.
+        Takes what `clip_grad_norm_` returned: a tensor, a float (DeepSpeed), or None. Returns 1.0 if the
+        update must be skipped, else 0.0; a tensor () on the device, which `settle` reads.
         """
         device = self.accelerator.device
         if grad_norm is not None:
@@ -80,15 +70,11 @@ class UpdateGuard:
         received = received.to(device, non_blocking=True)
         flags = self.accelerator.reduce(torch.cat([bad.float()[None], received]), "sum")
         self.last, self.batches = self.batches, []
-        copied = None
+        host, copied = flags, None
         if flags.is_cuda:
-            host = torch.empty(flags.shape, pin_memory=True)
-            host.copy_(flags, non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record()
-            self._pending = (host, copied)
-        else:
-            self._pending = (flags, None)
+            host = torch.empty(flags.shape, pin_memory=True).copy_(flags, non_blocking=True)
+            copied = torch.cuda.current_stream().record_event()
+        self._pending = host, copied
         return (flags[0] > 0).float()
 
     def settle(self) -> bool | None:
@@ -124,13 +110,9 @@ def stop_nonfinite(
     parameters: Iterable[torch.nn.Parameter],
     **values: float,
 ) -> None:
-    """Write `report.json` into the folder of the last state, and end the run. Every process calls it.
+    """Write `report.json` into the folder of the last state, and raise UserError. Every process calls it.
 
-    Args:
-        values: further numbers for the report, such as the learning rate.
-
-    Raises:
-        UserError: always.
+    `values` are further numbers for the report, such as the learning rate.
     """
     batches = [{name: describe_values(tensor) for name, tensor in batch.items()} for batch in guard.last]
     report = {

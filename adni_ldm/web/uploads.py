@@ -18,10 +18,8 @@ MAX_COLOUR = 12.0  # difference between the channels in grey levels, mean over t
 def read_upload(path: str | Path, side: int) -> np.ndarray:
     """An uploaded image as a slice, uint8 (side, side). Deletes the file in any case.
 
-    The size is checked before any pixel is decoded.
-
-    Raises:
-        UserError: not a greyscale image in the shape of a slice; the message is for the visitor.
+    The size is checked before any pixel is decoded. Raises UserError, with a message for the visitor, unless
+    it is a greyscale image in the shape of a slice.
     """
     path = Path(path)
     try:

@@ -23,7 +23,7 @@ from adni_ldm.data.manifest import read_manifest
 from adni_ldm.errors import UserError
 from adni_ldm.preprocessing import conversion as convert
 from adni_ldm.preprocessing.conversion import convert_scans, decide_splits, earlier_splits
-from adni_ldm.preprocessing.scan_to_slices import SlicingSettings
+from adni_ldm.preprocessing.slicing import SlicingSettings
 from adni_ldm.preprocessing.study import read_study
 
 ROOT = Path(__file__).parents[2]
@@ -44,16 +44,16 @@ def archive(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("archive")
     lines = ["Image Data ID,Subject,Group,Sex,Age,Visit,Modality,Description,Acq Date"]
     for number in range(SUBJECTS + 2):
-        person = number % SUBJECTS
-        subject, image = f"{person:03d}_S_{person:04d}", f"I{100 + number}"
+        index = number % SUBJECTS
+        subject, image = f"{index:03d}_S_{index:04d}", f"I{100 + number}"
         folder = root / "ADNI" / subject / "MPRAGE" / "2006-05-02_12_31_52.0" / image
         if number == 5:
             write_dicom(head(number), folder)
         else:
             folder.mkdir(parents=True)
             nibabel.save(head(number), folder / ("scan.nii.gz" if number % 2 else "scan.nii"))
-        age, visit = 60 + person, "m12" if number >= SUBJECTS else "sc"
-        lines.append(f"{image},{subject},{'AD' if person % 2 else 'CN'},F,{age},{visit},MRI,MPRAGE,5/2/2006")
+        age, visit = 60 + index, "m12" if number >= SUBJECTS else "sc"
+        lines.append(f"{image},{subject},{'AD' if index % 2 else 'CN'},F,{age},{visit},MRI,MPRAGE,5/2/2006")
     (root / "study.csv").write_text("\n".join(lines) + "\n")
     return root
 
@@ -190,7 +190,7 @@ def test_a_second_run_does_nothing_and_a_changed_file_is_done_anew(archive, undi
     assert {name for name in before if after[name] != before[name]} == {scan.key}
 
 
-def test_adding_scans_moves_nobody(archive, tmp_path):
+def test_adding_scans_moves_no_subject(archive, tmp_path):
     study = read_study(archive / "ADNI", archive / "study.csv")
     fewer = read_study(archive / "ADNI", archive / "study.csv")
     fewer.subjects = fewer.subjects[: SUBJECTS // 2]

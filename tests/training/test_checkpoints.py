@@ -13,7 +13,7 @@ from adni_ldm import files
 from adni_ldm.config import TrainLDMConfig, settings_to_keep
 from adni_ldm.errors import UserError
 from adni_ldm.training.checkpoints import check_earlier_run, load_checkpoint, save_checkpoint
-from adni_ldm.training.ema import build_ema, update_ema
+from adni_ldm.training.ema import HalfLifeEMA, update_ema
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def damage(file):
 
 def test_weights_optimizer_average_and_counts_come_back(prepared, tmp_path):
     accelerator, model, optimizer = prepared
-    ema = build_ema(model.parameters(), 1, 8, "cpu")
+    ema = HalfLifeEMA(model.parameters(), 1, 8, "cpu")
     update(*prepared)
     update_ema(ema, model.parameters())
     save_checkpoint(accelerator, tmp_path, step=1, keep=2, ema=ema, skipped=3)
@@ -105,7 +105,7 @@ def test_nothing_is_unpickled_but_weights(prepared, tmp_path):
         def __reduce__(self):
             return (flag.write_text, ("ran",))
 
-    ema = build_ema([torch.nn.Parameter(torch.ones(2))], 1, 8, "cpu")
+    ema = HalfLifeEMA([torch.nn.Parameter(torch.ones(2))], 1, 8, "cpu")
     save_checkpoint(accelerator, tmp_path, 1, keep=1, ema=ema)
     folder = tmp_path / "checkpoints/step-00000001"
     assert load_file(folder / "model.safetensors") and load_file(folder / "ema.safetensors")

@@ -7,7 +7,7 @@ from adni_ldm.errors import UserError
 from adni_ldm.models.autoencoder import build_autoencoder
 from adni_ldm.models.denoiser import build_denoiser
 from adni_ldm.training.compute import check_compute_options, set_compute_options
-from adni_ldm.training.ema import build_ema, update_ema
+from adni_ldm.training.ema import HalfLifeEMA, update_ema
 from adni_ldm.training.optimizer import build_optimizer, set_learning_rate
 
 
@@ -57,7 +57,7 @@ def test_what_is_not_installed_is_refused_with_the_command(flags, monkeypatch):
 def test_an_offloaded_average_is_the_same_average():
     """Weights elsewhere than their average, as under --offload_ema: averaged, and not just copied."""
     weights = [torch.nn.Parameter(torch.zeros(3))]
-    ours, plain = build_ema(weights, 8, 4, "cpu"), build_ema(weights, 8, 4, "cpu")
+    ours, plain = HalfLifeEMA(weights, 8, 4, "cpu"), HalfLifeEMA(weights, 8, 4, "cpu")
     for _ in range(4):
         with torch.no_grad():
             weights[0] += 1

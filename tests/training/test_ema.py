@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from adni_ldm.training.ema import build_ema, ema_weights, update_ema
+from adni_ldm.training.ema import HalfLifeEMA, ema_weights, update_ema
 from adni_ldm.training.optimizer import learning_rate_at
 
 
@@ -20,7 +20,7 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 
 def test_averaged_weights_are_there_only_within_the_block():
     weight = torch.nn.Parameter(torch.zeros(1))
-    ema = build_ema([weight], halflife_images=2, batch_images=2, device="cpu")
+    ema = HalfLifeEMA([weight], halflife_images=2, batch_images=2, device="cpu")
     for _ in range(3):
         with torch.no_grad():
             weight += 1
@@ -36,7 +36,7 @@ def test_averaged_weights_are_there_only_within_the_block():
 def followed(halflife_images, batch_images, total, change_at):
     """The average after `total` images of a weight that is 0 and becomes 1 after `change_at` of them."""
     weight = torch.nn.Parameter(torch.zeros(1))
-    ema = build_ema([weight], halflife_images, batch_images, "cpu")
+    ema = HalfLifeEMA([weight], halflife_images, batch_images, "cpu")
     for seen in range(0, total, batch_images):
         weight.data.fill_(float(seen >= change_at))
         update_ema(ema, [weight])
