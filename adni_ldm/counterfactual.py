@@ -1,7 +1,5 @@
 """What sample.py writes instead of samples: the counterfactual of a slice, and a class interpolation."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pandas as pd

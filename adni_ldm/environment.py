@@ -1,7 +1,5 @@
 """The machine: whether torch and torchvision match, whether processes share a GPU, installed versions."""
 
-from __future__ import annotations
-
 import os
 import platform
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Errors that the user can correct: one line, no traceback."""
 
-from __future__ import annotations
-
 import errno
 import os
 import sys
@@ -30,8 +28,6 @@ def run_recipe(main: Callable[[], int | None]) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         else:
-            time.sleep(
-                2
-            )  # a launcher ends all processes when the first fails: let that be the one that reports
+            time.sleep(2)  # a launcher ends all processes when the first fails: let that one report
         status = 1
     sys.exit(status)

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -42,10 +43,15 @@ def save_rows(path: str | Path, rows: Mapping[str, torch.Tensor], columns: int |
         strip[:, : width * len(images)] = torch.cat([image[0] for image in images.float().cpu()], dim=1)
         axis.imshow(strip, cmap="gray", vmin=0, vmax=1, interpolation="lanczos")
         axis.set_ylabel(title, color="white", rotation=0, ha="right", va="center", fontsize=11)
-        axis.set(xticks=[], yticks=[])
-        for edge in axis.spines.values():
-            edge.set_visible(False)
+        hide_frame(axis)
     figure.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.05)
+
+
+def hide_frame(axis: Axes) -> None:
+    """Hide ticks and edges, not the labels."""
+    axis.set(xticks=[], yticks=[])
+    for edge in axis.spines.values():
+        edge.set_visible(False)
 
 
 def colour_limit(difference: torch.Tensor) -> float:

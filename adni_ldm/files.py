@@ -5,8 +5,6 @@ checkpoint, a latent cache); `commit_folder` lists the SHA-256 of its files in a
 `find_damage` verifies it. A kill or a power cut at any moment leaves the earlier state or the new one.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Sampling of many images: which scheduler, which seeds, in batches; denoising and class interpolation."""
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Load autoencoders and pipelines from a folder or the Hub, with one-line errors."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar

@@ -1,7 +1,5 @@
 """Mixed precision: which precision this machine supports."""
 
-from __future__ import annotations
-
 import os
 
 import torch

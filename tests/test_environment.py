@@ -26,7 +26,7 @@ def run_python(code, *path):
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
 
 
-def test_torchvision_of_another_torch_is_told_in_one_line(tmp_path):
+def test_torchvision_of_another_torch_is_reported_in_one_line(tmp_path):
     """For a CPU-only torch and the usual torchvision: both versions, and the command that fixes it."""
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision" / "__init__.py").write_text(

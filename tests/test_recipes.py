@@ -272,9 +272,9 @@ def test_fp16_without_a_gpu_is_refused_in_one_line(phantom_dir, tmp_path):
     if torch.accelerator.is_available():
         pytest.skip("this machine has a GPU, where fp16 is what it should be")
     command = ("train_vae.py", "--data_dir", phantom_dir, "--output_dir", tmp_path / "vae")
-    said = run(*command, "--mixed_precision", "fp16", status=1)
-    assert said.strip().splitlines()[-1].startswith("train_vae.py: error: fp16 needs a GPU")
-    assert "--mixed_precision bf16" in said and "Traceback" not in said
+    printed = run(*command, "--mixed_precision", "fp16", status=1)
+    assert printed.strip().splitlines()[-1].startswith("train_vae.py: error: fp16 needs a GPU")
+    assert "--mixed_precision bf16" in printed and "Traceback" not in printed
     launcher = (
         "-m",
         "accelerate.commands.launch",
@@ -308,22 +308,22 @@ def test_fp16_without_a_gpu_is_refused_in_one_line(phantom_dir, tmp_path):
         (("prepare_data.py", "check", "--classes", "AD"), "--classes AD: give two or more"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(words, message, phantom_dir, ldm_dir, tmp_path):
+def test_errors_are_reported_in_one_line(words, message, phantom_dir, ldm_dir, tmp_path):
     words = [str(word).format(data=phantom_dir, model=ldm_dir) for word in words]
     output = [] if words[0] == "prepare_data.py" else ["--output_dir", tmp_path / "out"]
-    said = run(*words, *output, status=1)
-    last = said.strip().splitlines()[-1]
+    printed = run(*words, *output, status=1)
+    last = printed.strip().splitlines()[-1]
     assert last.startswith(f"{words[0]}: error: ") and message in last
-    assert "Traceback" not in said
+    assert "Traceback" not in printed
     assert not (tmp_path / "out").exists()
 
 
-def test_check_tells_what_is_there_and_fails_on_what_cannot_be_trained_on(phantom_dir, tmp_path):
+def test_check_reports_the_folder_and_fails_on_what_cannot_be_trained_on(phantom_dir, tmp_path):
     before = sorted(phantom_dir.rglob("*"))
-    said = run("prepare_data.py", "check", phantom_dir, "--figures", tmp_path / "figures")
-    assert "train  AD" in said and str(tmp_path / "figures/contact_sheet.png") in said
+    printed = run("prepare_data.py", "check", phantom_dir, "--figures", tmp_path / "figures")
+    assert "train  AD" in printed and str(tmp_path / "figures/contact_sheet.png") in printed
     assert all(Image.open(tmp_path / f"figures/{name}.png") for name in ("contact_sheet", "histograms"))
     assert sorted(phantom_dir.rglob("*")) == before, "nothing is written to the data"
     (tmp_path / "train/AD").mkdir(parents=True)
-    said = run("prepare_data.py", "check", tmp_path, status=1)
-    assert "no images of class AD" in said and "Traceback" not in said
+    printed = run("prepare_data.py", "check", tmp_path, status=1)
+    assert "no images of class AD" in printed and "Traceback" not in printed

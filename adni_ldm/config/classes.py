@@ -1,7 +1,5 @@
 """The classes of a data set, a setting of every command."""
 
-from __future__ import annotations
-
 from adni_ldm.errors import UserError
 
 CLASSES_HELP = "Classes by folder name, in the order of their labels: AD,NC or AD,MCI,NC."

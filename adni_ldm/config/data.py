@@ -1,7 +1,5 @@
 """Settings of prepare_data.py, one class per command."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from transformers.hf_argparser import HfArg

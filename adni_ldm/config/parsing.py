@@ -1,7 +1,5 @@
 """Parsing of settings: a dataclass from flags and a YAML file, with help."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter

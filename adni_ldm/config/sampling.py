@@ -1,7 +1,5 @@
 """Settings of sample.py."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from transformers.hf_argparser import HfArg

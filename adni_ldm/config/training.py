@@ -1,7 +1,5 @@
 """Settings of the training recipes, and which of them a resumed run must share with its first part."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path

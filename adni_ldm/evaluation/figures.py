@@ -3,14 +3,11 @@
 No subject ID is shown: training subjects are numbered within a figure.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -20,7 +17,7 @@ from adni_ldm.evaluation.estimates import Estimate
 from adni_ldm.evaluation.image_sets import ImageSet
 from adni_ldm.evaluation.nearest_neighbors import NEXT_SUBJECTS
 from adni_ldm.evaluation.privacy import CopyRule, Pair
-from adni_ldm.figures import save_rows
+from adni_ldm.figures import hide_frame, save_rows
 
 COLOURS = ("#d1495b", "#30638e", "#edae49", "#5b8e7d", "#7d5ba6")  # of the classes, in order
 GREY = "#888888"  # of real slices
@@ -49,7 +46,7 @@ def save_pairs(
     figure = Figure(figsize=(2.1 * columns + 1.2, 6.9 * bands), facecolor="black", layout="constrained")
     axes = figure.subplots(3 * bands, columns, squeeze=False)
     for axis in axes.flat:
-        _bare(axis)
+        hide_frame(axis)
     for index, pair in enumerate(pairs):
         band, column = divmod(index, columns)
         sample, training = samples.images[pair.sample, 0], train.images[pair.training, 0]
@@ -107,7 +104,7 @@ def save_class_difference(path: str | Path, real: ImageSet, samples: ImageSet) -
     figure = Figure(figsize=(8.4, 4.1), layout="constrained")
     axes = figure.subplots(1, 2)
     for axis, (title, difference), images in zip(axes, differences.items(), (real, samples)):
-        _bare(axis)
+        hide_frame(axis)
         counts = ", ".join(f"{len(images.of_class(name))} {name}" for name in (first, last))
         axis.set_title(f"{title} ({counts})")
         if difference is None:
@@ -190,7 +187,7 @@ def save_reconstructions(
     for axis, title in zip(axes[:, 0], ("held-out\nslice", "recon-\nstruction", "error")):
         axis.set_ylabel(title, color="white", rotation=0, ha="right", va="center", fontsize=11)
     for axis in axes.flat:
-        _bare(axis)
+        hide_frame(axis)
     _bar(figure, shown, axes[2], "% of full\nbrightness", colour="white")
     figure.savefig(path, dpi=DPI)
 
@@ -251,12 +248,6 @@ def _aligned_difference(sample: np.ndarray, training: np.ndarray, shift: tuple[i
     columns = np.stack([moved.ravel(), np.ones(moved.size)], axis=1)
     fitted = columns @ np.linalg.lstsq(columns, sample.ravel(), rcond=None)[0]
     return sample - fitted.reshape(sample.shape)
-
-
-def _bare(axis: Axes) -> None:
-    axis.set(xticks=[], yticks=[])
-    for edge in axis.spines.values():
-        edge.set_visible(False)
 
 
 def _bar(figure: Figure, shown, axes, title: str, colour: str) -> None:

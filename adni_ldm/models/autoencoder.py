@@ -1,7 +1,5 @@
 """The autoencoder (VAE): slices to latents and back."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext

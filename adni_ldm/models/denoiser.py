@@ -1,7 +1,5 @@
 """The denoiser: a U-Net over latents, conditioned on class tokens by cross-attention."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +9,8 @@ from torch import nn
 from adni_ldm.errors import UserError
 from adni_ldm.models.class_embedding import ClassEmbedding
 
+HEAD_DIM = 32  # channels of one attention head, and of the groups of group normalization
+
 
 def build_denoiser(
     latent_channels: int,
@@ -18,13 +18,11 @@ def build_denoiser(
     widths: Sequence[int] = (128, 256, 384, 512),  # channels per level, fine to coarse
     token_dim: int = 256,  # width of the class tokens
     layers_per_block: int = 2,
-    head_dim: int = 32,  # channels of one attention head
 ) -> UNet2DConditionModel:
     """Build a U-Net for latents (B, C, h, w), after Rombach et al. 2022 (arXiv:2112.10752), section 3.3.
 
     Every level but the finest has attention: there its cost, (h·w)², is highest and convolution suffices.
-    Raises UserError if the latent cannot be halved once per level, or a width is not a multiple of 32 (the
-    groups of group normalization) and of `head_dim`.
+    Raises UserError if the latent cannot be halved once per level, or a width is not a multiple of HEAD_DIM.
     """
     halvings = len(widths) - 1
     if latent_size % 2**halvings:
@@ -32,8 +30,8 @@ def build_denoiser(
             f"latent_size={latent_size} cannot be halved {halvings} times: "
             f"give fewer unet_widths, or an image_size whose latent is a multiple of {2**halvings}"
         )
-    if uneven := [width for width in widths if width % 32 or width % head_dim]:
-        raise UserError(f"widths {uneven} are not multiples of 32 and of head_dim={head_dim}")
+    if uneven := [width for width in widths if width % HEAD_DIM]:
+        raise UserError(f"widths {uneven} are not multiples of {HEAD_DIM}")
     return UNet2DConditionModel(
         sample_size=latent_size,
         in_channels=latent_channels,
@@ -44,7 +42,7 @@ def build_denoiser(
         layers_per_block=layers_per_block,
         cross_attention_dim=token_dim,
         # diffusers' historical naming: this argument is the number of heads, not their width
-        attention_head_dim=tuple(width // head_dim for width in widths),
+        attention_head_dim=tuple(width // HEAD_DIM for width in widths),
     )
 
 

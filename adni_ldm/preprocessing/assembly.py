@@ -4,8 +4,6 @@ The store keeps its slices; those of the data folder are hard links to them, whi
 Keep .scans to add scans later; training does not need it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import shutil
@@ -53,20 +51,16 @@ def assemble(
     Raises UserError if no scan could be used, and OSError if the folder cannot be written.
     """
     output_dir = store.parent
-    reasons = {}
+    rejected, rows = [dataclasses.asdict(entry) for entry in study.rejected], []
     for scan in study.scans:
         if (rejection := store / "rejected" / f"{scan.key}.json").is_file():
-            reasons[scan.key] = read_json(rejection)["reason"]
-    rejected = [dataclasses.asdict(entry) for entry in study.rejected]
-    rejected += [
-        dataclasses.asdict(scan) | {"reason": reasons[scan.key]}
-        for scan in study.scans
-        if scan.key in reasons
-    ]
+            rejected.append(dataclasses.asdict(scan) | read_json(rejection))  # its reason
+        else:
+            rows += _rows(scan, splits, slicing)
     rejected = pd.DataFrame(rejected, columns=REJECTED).sort_values(list(REJECTED), ignore_index=True)
-    rows = [row for scan in study.scans if scan.key not in reasons for row in _rows(scan, splits, slicing)]
-    (output_dir / "rejected.csv").unlink(missing_ok=True)
-    if len(rejected):
+    if rejected.empty:
+        (output_dir / "rejected.csv").unlink(missing_ok=True)
+    else:
         with atomic_file(output_dir / "rejected.csv") as partial:
             rejected.to_csv(partial, index=False)
     if not rows:

@@ -7,9 +7,7 @@
 `convert_scans` adds what is missing to this store, then `assembly` makes the data folder of it.
 """
 
-from __future__ import annotations
-
-import dataclasses
+import functools
 import os
 import shutil
 from collections.abc import Collection, Mapping
@@ -33,9 +31,6 @@ from adni_ldm.preprocessing.workers import run_tasks
 
 STORE = ".scans"
 FORMAT = 1  # of the store; increase it when the same settings come to give other slices
-
-
-# ------------------------------------------------------------------------- splits
 
 
 def earlier_splits(output_dir: str | Path) -> dict[str, str]:
@@ -78,36 +73,25 @@ def decide_splits(
     return assign_splits(subjects, {split: share for split, share in fractions.items() if share > 0}, fixed)
 
 
-# ------------------------------------------------------------------------- one scan, in a worker process
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """What a worker process needs beside the scan; sent to it once."""
-
-    input_dir: Path
-    store: Path
-    slicing: SlicingSettings
-    template: Template | None
-
-
-def _convert(scan: StudyScan, job: _Job) -> None:
+def _convert(
+    scan: StudyScan, input_dir: Path, store: Path, slicing: SlicingSettings, template: Template | None
+) -> None:
     """Store the slices of one scan, or the reason why it has none."""
-    source = job.input_dir / scan.path
-    rejection = job.store / "rejected" / f"{scan.key}.json"
+    source = input_dir / scan.path
+    rejection = store / "rejected" / f"{scan.key}.json"
     try:
-        slices = slice_scan(source, job.slicing, job.template)
+        slices = slice_scan(source, slicing, template)
     except (VolumeError, MemoryError) as error:
         write_json(rejection, {"reason": str(error) or "not enough memory"})
         return
-    partial = job.store / "partial" / scan.key
+    partial = store / "partial" / scan.key
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         for number, pixels in enumerate(slices):
             Image.fromarray(pixels).save(partial / f"{number:02d}.png", compress_level=1)
         record = {"bytes": _size(source), "slices": len(slices)}
-        commit_folder(partial, job.store / "volumes" / scan.key, "record.json", record)
+        commit_folder(partial, store / "volumes" / scan.key, "record.json", record)
         rejection.unlink(missing_ok=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -116,9 +100,6 @@ def _convert(scan: StudyScan, job: _Job) -> None:
 def _size(source: Path) -> int:
     """Bytes of a file, or of the files in a folder."""
     return sum(p.stat().st_size for p in (source.iterdir() if source.is_dir() else [source]) if p.is_file())
-
-
-# ------------------------------------------------------------------------- all scans
 
 
 def convert_scans(
@@ -135,7 +116,7 @@ def convert_scans(
     Raises UserError if the folder cannot be written, was made with other settings or is left without any
     slice, or a worker was killed. What is done by then stays, and the same call resumes.
     """
-    store = Path(output_dir) / STORE
+    input_dir, store = Path(input_dir), Path(output_dir) / STORE
     workers = os.cpu_count() if workers is None else workers
     if workers < 1:
         raise UserError(f"workers={workers}: choose 1 or more")
@@ -143,10 +124,10 @@ def convert_scans(
         for folder in (store / "volumes", store / "rejected"):
             folder.mkdir(parents=True, exist_ok=True)
         _write_plan(store, splits, slicing)
-        scans = [scan for scan in study.scans if not _is_done(store, Path(input_dir), scan)]
+        scans = [scan for scan in study.scans if not _is_done(store, input_dir, scan)]
         template = load_template() if scans and slicing.needs_template else None
-        job = _Job(Path(input_dir), store, slicing, template)
-        converted = run_tasks(_convert, scans, job, workers)
+        shared = {"input_dir": input_dir, "store": store, "slicing": slicing, "template": template}
+        converted = run_tasks(functools.partial(_convert, **shared), scans, workers)
         for _ in tqdm(converted, total=len(scans), desc="scans", unit="scan"):
             pass
         shutil.rmtree(store / "partial", ignore_errors=True)

@@ -17,6 +17,7 @@ sagittal plane, the subject's right is left in the coronal plane.
 """
 
 import dataclasses
+import functools
 import math
 import os
 import shutil
@@ -207,9 +208,9 @@ def slice_positions(slices: int) -> np.ndarray:
     return ((np.arange(slices) + 0.5) / slices * 2 - 1) * HALF_SPAN_MM
 
 
-def _write_subject(task: tuple[int, str], shared: tuple[Path, Mapping, Atlas]) -> list[dict]:
+def _write_subject(task: tuple[int, str], root: Path, settings: Mapping, atlas: Atlas) -> list[dict]:
     """Write the slices of subject `index` in `split`. Returns rows of metadata.csv, with the split added."""
-    (index, split), (root, settings, atlas) = task, shared
+    index, split = task
     seed, plane, image_size = settings["seed"], settings["plane"], settings["image_size"]
     subject = sample_subject(seed, index)
     field = disease_field(subject, atlas)
@@ -311,7 +312,8 @@ def write_phantom_cohort(
         for label in CLASSES:
             (building / split / label).mkdir(parents=True)
     tasks = list(enumerate(split_subjects(subjects, seed)))
-    written = run_tasks(_write_subject, tasks, (building, settings, atlas), workers)
+    write = functools.partial(_write_subject, root=building, settings=settings, atlas=atlas)
+    written = run_tasks(write, tasks, workers)
     progress = tqdm(written, total=subjects, desc="phantom", unit="subject")
     table = pd.DataFrame([row for rows in progress for row in rows])
     for split in SPLITS:

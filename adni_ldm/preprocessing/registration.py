@@ -5,8 +5,6 @@ The template is nilearn's (ICBM 2009a, skull-stripped) at 2 mm. Mattes' mutual i
 fluid and bone; scalp, neck and jaw do not count. The result is deterministic: one thread, a fixed seed.
 """
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """One scan to slices: the steps from its files to grey values."""
 
-from __future__ import annotations
-
 import glob
 from pathlib import Path
 

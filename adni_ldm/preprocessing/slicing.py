@@ -8,8 +8,6 @@ Slices have the radiological orientation, as the phantom's: superior is up in th
 anterior is up in the axial plane; anterior is left in the sagittal plane, the patient's right in the others.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np

@@ -15,10 +15,9 @@ A subject of the table is assigned to a split whether or not a scan can be read,
 subject to another split.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -102,17 +101,17 @@ def read_study(
     usable = rows[rows.use == "yes"]
     if usable.empty:
         raise UserError(f"{table}: no row of {' or '.join(classes)}; see --classes and --columns")
-    by_subject = usable.groupby("subject", sort=True)
-    subjects = by_subject.agg(
-        label=("label", "first"), age=("years", "min"), sex=("sex", "max")
-    ).reset_index()
+    by_subject = usable.groupby("subject", as_index=False)
+    subjects = by_subject.agg(label=("label", "first"), age=("years", "min"), sex=("sex", "max"))
     subjects["sex"] = subjects.sex.where(subjects.sex != "")
 
     files = find_scans(root, bids, ignore)
     linked, rejected = _join(root, files, rows, table)
     scans = [_to_scan(path, rows.loc[index], bids) for path, index in linked]
-    _check_keys(scans)
     scans.sort(key=lambda scan: scan.key)
+    for one, other in itertools.pairwise(scans):
+        if one.key == other.key:
+            raise UserError(f"{one.path} and {other.path} would write slices of the same name; move one away")
     return Study(scans, subjects, rejected, excluded_notes(rows, classes))
 
 
@@ -129,17 +128,13 @@ def find_scans(root: Path, bids: bool = False, ignore: Iterable[str] = ()) -> li
             folders[:] = [f for f in folders if f.startswith("sub-")]
         if bids and folder.name != "anat":
             continue
-        names = [
-            n for n in sorted(names) if not n.startswith(".") and not any(Path(n).match(p) for p in ignore)
-        ]
-        niftis = [n for n in names if n.endswith(NIFTI_SUFFIXES)]
-        found += [folder / n for n in niftis if not bids or "_T1w." in n]
-        others = [
-            n
-            for n in names
-            if Path(n).suffix.lower() in (".dcm", ".ima", "") or n.rsplit(".", 1)[-1].isdigit()
-        ]
-        if not bids and any(is_dicom(folder / n) for n in others[:3]):
+        paths = [folder / name for name in sorted(names) if not name.startswith(".")]
+        paths = [path for path in paths if not any(path.match(pattern) for pattern in ignore)]
+        niftis = [path for path in paths if path.name.endswith(NIFTI_SUFFIXES)]
+        found += [path for path in niftis if not bids or "_T1w." in path.name]
+        suffixes = ((path, path.suffix.lower()) for path in paths)
+        others = [path for path, s in suffixes if s in (".dcm", ".ima", "") or s[1:].isdigit()]
+        if not bids and any(map(is_dicom, others[:3])):
             found.append(folder)
     return [path.relative_to(root).as_posix() for path in found]
 
@@ -206,9 +201,8 @@ def _find_by_image(root: Path, rows: pd.DataFrame, table: Path):
         subject = rows.subject[by_image[number]]
         in_path = {match[0] for match in map(_ADNI_SUBJECT.search, Path(path).parts) if match}
         if in_path and _ADNI_SUBJECT.fullmatch(subject) and subject not in in_path:
-            return (
-                f"is in a folder of {', '.join(sorted(in_path))}, but the table lists its image for {subject}"
-            )
+            folders = ", ".join(sorted(in_path))
+            return f"is in a folder of {folders}, but the table lists its image for {subject}"
         return by_image[number]
 
     return find
@@ -247,13 +241,3 @@ def _to_scan(path: str, row: pd.Series, bids: bool) -> StudyScan:
         key = "_".join(filter(None, [row.subject, session, hashlib.sha256(path.encode()).hexdigest()[:6]]))
     key = re.sub(r"[^\w.+-]", "-", key).lstrip(".")
     return StudyScan(key, path, row.subject, row.label, session, image_id, row.age, row.sex)
-
-
-def _check_keys(scans: Sequence[StudyScan]) -> None:
-    """Raise UserError if two scans would write slices of the same name."""
-    path_of: dict[str, str] = {}
-    for scan in scans:
-        if path_of.setdefault(scan.key, scan.path) != scan.path:
-            raise UserError(
-                f"{path_of[scan.key]} and {scan.path} would write slices of the same name; move one away"
-            )

@@ -8,8 +8,6 @@ differs between scanners, and only warns where slices are missing or differ in s
     volume.voxels, volume.affine                                      # float32 (X, Y, Z); voxel -> RAS mm
 """
 
-from __future__ import annotations
-
 import gzip
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,9 +45,25 @@ class Volume:
 
 
 def read_volume(path: str | Path) -> Volume:
-    """Read a NIfTI file or a DICOM folder. Raises VolumeError if it is not a scan of a whole head."""
+    """Read a NIfTI file or a DICOM folder.
+
+    Raises VolumeError for what cannot be a whole head, or has no usable intensities.
+    """
     volume = read_any_volume(path)
-    _check_head(volume)
+    shape, spacing = np.array(volume.voxels.shape), volume.spacing_mm
+    extent = shape * spacing
+    size = " x ".join(f"{n}" for n in shape) + " voxels of " + " x ".join(f"{s:.2g}" for s in spacing) + " mm"
+    if shape.min() < FEWEST_VOXELS or spacing.max() > THICKEST_MM:
+        raise VolumeError(f"{size}: too few or too thick slices, perhaps a localizer")
+    if extent.min() < EXTENT_MM[0] or extent.max() > EXTENT_MM[1]:
+        low, high = EXTENT_MM
+        raise VolumeError(f"{size}: not a whole head, which measures {low:.0f} to {high:.0f} mm")
+    low, high = volume.voxels.min(), volume.voxels.max()
+    if not np.isfinite([low, high]).all():  # min and max propagate NaN
+        bad = np.count_nonzero(~np.isfinite(volume.voxels))
+        raise VolumeError(f"{bad} of {volume.voxels.size} voxels are NaN or infinite")
+    if low == high:
+        raise VolumeError(f"all voxels are {low:g}")
     return volume
 
 
@@ -68,25 +82,6 @@ def read_any_volume(path: str | Path) -> Volume:
     orientation = nibabel.io_orientation(affine)
     affine = affine @ nibabel.orientations.inv_ornt_aff(orientation, voxels.shape)
     return Volume(nibabel.apply_orientation(voxels, orientation), affine)
-
-
-def _check_head(volume: Volume) -> None:
-    """Raise VolumeError for what cannot be a whole head, or has no usable intensities."""
-    shape, spacing = np.array(volume.voxels.shape), volume.spacing_mm
-    extent = shape * spacing
-    size = " x ".join(f"{n}" for n in shape) + " voxels of " + " x ".join(f"{s:.2g}" for s in spacing) + " mm"
-    if shape.min() < FEWEST_VOXELS or spacing.max() > THICKEST_MM:
-        raise VolumeError(f"{size}: too few or too thick slices, perhaps a localizer")
-    if extent.min() < EXTENT_MM[0] or extent.max() > EXTENT_MM[1]:
-        raise VolumeError(
-            f"{size}: not a whole head, which measures {EXTENT_MM[0]:.0f} to {EXTENT_MM[1]:.0f} mm"
-        )
-    low, high = volume.voxels.min(), volume.voxels.max()
-    if not np.isfinite([low, high]).all():  # min and max propagate NaN
-        bad = np.count_nonzero(~np.isfinite(volume.voxels))
-        raise VolumeError(f"{bad} of {volume.voxels.size} voxels are NaN or infinite")
-    if low == high:
-        raise VolumeError(f"all voxels are {low:g}")
 
 
 # ------------------------------------------------------------------------- NIfTI
@@ -143,9 +138,7 @@ def _read_dicom(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """
     import pydicom  # 0.2 s, which NIfTI does without
 
-    files = [
-        p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".") and is_dicom(p)
-    ]
+    files = [path for path in sorted(folder.iterdir()) if path.name[0] != "." and is_dicom(path)]
     _check_files(files)
     slices = [pydicom.dcmread(path) for path in files]
     slices = [s for s in slices if "PixelData" in s]  # the folder may hold a DICOMDIR or a report

@@ -1,6 +1,4 @@
-"""Tasks in many processes, each of which receives once what all tasks share."""
-
-from __future__ import annotations
+"""Tasks in many processes."""
 
 import multiprocessing
 import os
@@ -12,27 +10,29 @@ from multiprocessing.connection import wait
 
 from threadpoolctl import threadpool_limits
 
-_work: tuple[Callable, object] | None = None  # of a worker process: function and what the tasks share
+_function: Callable | None = None  # of a worker process
 
 
-def run_tasks(function: Callable, tasks: Sequence, shared: object, workers: int) -> Iterator:
-    """Yield function(task, shared) of each task, in order; with one worker in this process."""
+def run_tasks(function: Callable, tasks: Sequence, workers: int) -> Iterator:
+    """Yield function(task) of each task, in order; one worker is this process.
+
+    A process receives the function, with what a partial function holds, once.
+    """
     if workers == 1 or len(tasks) < 2:
-        yield from (function(task, shared) for task in tasks)
+        yield from map(function, tasks)
         return
     spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads can hang
-    with ProcessPoolExecutor(min(workers, len(tasks)), spawn, _start_worker, (function, shared)) as pool:
+    with ProcessPoolExecutor(min(workers, len(tasks)), spawn, _start_worker, (function,)) as pool:
         yield from pool.map(_run_task, tasks)
 
 
 def _run_task(task: object) -> object:
-    function, shared = _work
-    return function(task, shared)
+    return _function(task)
 
 
-def _start_worker(function: Callable, shared: object) -> None:
-    global _work
-    _work = function, shared
+def _start_worker(function: Callable) -> None:
+    global _function
+    _function = function
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the workers, after the current tasks
     threadpool_limits(1)  # a process per core and threads in each would slow each other down
     threading.Thread(target=_end_with_parent, daemon=True).start()

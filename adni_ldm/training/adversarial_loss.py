@@ -4,8 +4,6 @@ After Esser et al. 2021 (VQGAN, arXiv:2012.09841), section 3.1: the discriminato
 weight of its loss follows the gradients, so that it never outweighs the reconstruction loss.
 """
 
-from __future__ import annotations
-
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType

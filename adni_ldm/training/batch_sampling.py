@@ -4,9 +4,8 @@ Nothing here has state. A resumed run therefore repeats the uninterrupted one, a
 see exactly what one process of batch size N·b sees, each its own rows of it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -21,27 +20,21 @@ def _epoch_order(num_images: int, epoch: int, seed: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(num_images)
 
 
+@dataclass(frozen=True)
 class BatchSampler(Sampler[list[int]]):
     """Indices of the slices in batches `start` to `stop`, this process's rows of them.
 
     Epochs follow each other without a gap: each slice comes once an epoch, even if `num_images` is not a
-    multiple of the batch size, so no slice is lost and no process runs out before the others. `batch_size`
-    is that of one process.
+    multiple of the batch size, so no slice is lost and no process runs out before the others.
     """
 
-    def __init__(
-        self,
-        num_images: int,
-        batch_size: int,
-        seed: int,
-        start: int,
-        stop: int,
-        process: int = 0,
-        num_processes: int = 1,
-    ):
-        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
-        self.start, self.stop = start, stop
-        self.process, self.num_processes = process, num_processes
+    num_images: int
+    batch_size: int  # rows of one process
+    seed: int
+    start: int
+    stop: int
+    process: int = 0
+    num_processes: int = 1
 
     def __len__(self) -> int:
         return self.stop - self.start

@@ -11,8 +11,6 @@ moment leaves the last one whole. Under FSDP the weights are accelerate's pytorc
 weights_only as well, and each process has an EMA file; DeepSpeed's files are read by DeepSpeed itself.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import logging
@@ -59,26 +57,17 @@ def check_earlier_run(output_dir: str | Path, resume_from: str | None) -> None:
         )
 
 
-def save_checkpoint(
-    accelerator: Accelerator,
-    output_dir: str | Path,
-    step: int,
-    keep: int,
-    identity: Identity | None = None,
-    ema: EMAModel | None = None,
-    **counts: int,
-) -> None:
+def save_checkpoint(accelerator: Accelerator, output_dir: str | Path, step: int, keep: int, **state) -> None:
     """Write `output_dir/checkpoints/step-00001000`, remove all but the newest `keep`. Every process calls it.
 
-    A resume is compared with `identity`, of `run_record.run_identity`; `load_checkpoint` returns `counts`.
-    Raises UserError if it cannot be written, as on a full disk; the earlier ones stay.
+    `state` is that of `write_state`. Raises UserError if it cannot be written; the earlier ones stay.
     """
     folder = Path(output_dir) / "checkpoints"
     if accelerator.is_main_process:
         for left in folder.glob("*.partial"):  # left by a kill while writing
             shutil.rmtree(left, ignore_errors=True)
     accelerator.wait_for_everyone()
-    write_state(accelerator, folder / f"step-{step:08d}", step, identity, ema, **counts)
+    write_state(accelerator, folder / f"step-{step:08d}", step, **state)
     if accelerator.is_main_process:
         for old in _checkpoints(folder)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
@@ -93,7 +82,11 @@ def write_state(
     ema: EMAModel | None = None,
     **counts: int,
 ) -> None:
-    """Write the state of the run as the folder `target`, atomically. Every process calls it."""
+    """Write the state of the run as the folder `target`, atomically. Every process calls it.
+
+    A resume is compared with `identity`, of `run_record.run_identity`; `load_checkpoint` returns `counts`.
+    Raises UserError if it cannot be written, as on a full disk.
+    """
     partial = target.with_name(f"{target.name}.partial")
     problem = None
     try:
@@ -265,8 +258,4 @@ def _is_disk_error(error: Exception) -> bool:
 
 def _checkpoints(folder: Path) -> list[Path]:
     """Checkpoints under their final names, oldest first."""
-    return sorted(
-        path.parent
-        for path in folder.glob(f"step-*/{PROGRESS}")
-        if re.fullmatch(r"step-\d+", path.parent.name)
-    )
+    return sorted(path.parent for path in folder.glob(f"step-{'[0-9]' * 8}/{PROGRESS}"))

@@ -1,7 +1,5 @@
 """How networks compute, which changes memory and speed and, up to rounding, nothing else."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec

@@ -1,7 +1,5 @@
 """EMA: the exponential moving average of the weights, which is sampled from and saved."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 

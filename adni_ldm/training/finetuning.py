@@ -1,7 +1,5 @@
 """Fine-tuning: which parts of a model are trained, and LoRA beside its weights."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from importlib.util import find_spec

@@ -1,7 +1,5 @@
 """Full weights of a network that FSDP shards over the processes."""
 
-from __future__ import annotations
-
 from diffusers.models.modeling_utils import ModelMixin
 from torch.distributed.tensor import DTensor
 

@@ -1,7 +1,5 @@
 """Start of the processes of a training run: accelerator, precision, tracker, and how processes connect."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from datetime import timedelta

@@ -1,7 +1,5 @@
 """Losses, each a function of tensors, computed in float32."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler

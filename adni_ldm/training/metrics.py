@@ -1,7 +1,5 @@
 """metrics.csv of a run, its loss curves, and accelerate's tracker."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Perceptual loss: the distance of two slices in the features of a pretrained network."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -11,8 +11,6 @@ run.apply_ema()
 run.save(model)
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -38,15 +36,14 @@ from adni_ldm.training.launch import describe_compute, start_accelerator
 from adni_ldm.training.metrics import MetricsLogger
 from adni_ldm.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate, trainable
 from adni_ldm.training.run_record import hash_slices, record_start, run_identity
-from adni_ldm.training.update_guard import UpdateGuard, exit_code, stop_nonfinite
+from adni_ldm.training.update_guard import UpdateGuard, stop_nonfinite
 
 
 class TrainingRun:
     """Processes, data, optimizer, EMA, checkpoints, metrics and signals of one training run.
 
-    `name` is what is trained, for the progress bar; `metrics` are the columns of metrics.csv beside step,
-    learning_rate and skipped. Raises UserError if the output folder holds another run, or this machine lacks
-    what the settings need.
+    `name` is for the progress bar; `metrics` are columns of metrics.csv beside step, learning_rate, skipped.
+    Raises UserError if the output folder holds another run, or this machine lacks what the settings need.
     """
 
     def __init__(self, cfg: TrainingConfig, name: str, metrics: Sequence[str]):
@@ -70,10 +67,7 @@ class TrainingRun:
     # ---- Data --------------------------------------------------------------------------------------------
 
     def load_slices(self) -> tuple[SliceTensors, SliceTensors]:
-        """Training and validation slices, decoded once by the main process.
-
-        Raises UserError if the data cannot be trained on; splits that share a subject are data leakage.
-        """
+        """Slices to train on and held-out ones, decoded by the main process; UserError for data leakage."""
         cfg = self.cfg
         with self.accelerator.main_process_first():
             listing = open_folder(cfg.data_dir, cfg.class_names, cfg.table)
@@ -132,10 +126,9 @@ class TrainingRun:
         self.trained = trainable(networks[0])  # after prepare, which may have replaced the parameters
         sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         self.deferred = self.device.type == "cuda" and cfg.optimizer == "adamw" and not sharded
-        self.ema = None
-        if cfg.use_ema:
-            place = "cpu" if cfg.offload_ema else self.device
-            self.ema = HalfLifeEMA(self.trained, cfg.ema_halflife_images, self.images_per_update, place)
+        place = "cpu" if cfg.offload_ema else self.device
+        averaged = (self.trained, cfg.ema_halflife_images, self.images_per_update, place)
+        self.ema = HalfLifeEMA(*averaged) if cfg.use_ema else None
         self._resume()
 
     def _resume(self) -> None:
@@ -259,18 +252,17 @@ class TrainingRun:
         due = cfg.checkpointing_steps and self.updates % cfg.checkpointing_steps == 0
         if due or guard.stop or guard.exhausted:
             self._settle()
+        state = {"step": self.updates, **self.state, **guard.counts}
         if (due or guard.stop) and more:
-            limit = cfg.checkpoints_total_limit
-            save_checkpoint(accelerator, self.output_dir, self.updates, limit, **self.state, **guard.counts)
+            save_checkpoint(accelerator, self.output_dir, keep=cfg.checkpoints_total_limit, **state)
         if guard.exhausted:
-            folder = self.output_dir / "nonfinite"
-            write_state(accelerator, folder, self.updates, **self.state, **guard.counts)
-            weights = self.model.parameters()
+            folder, weights = self.output_dir / "nonfinite", self.model.parameters()
+            write_state(accelerator, folder, **state)
             stop_nonfinite(accelerator, folder, self.updates, guard, weights, learning_rate=self.last_rate)
         if guard.stop and more:
             accelerator.end_training()
             self.print(f"{guard.stop.name}: stopped after step {self.updates}; its checkpoint is written")
-            raise SystemExit(exit_code(guard.stop))
+            raise SystemExit(128 + guard.stop)  # SIGTERM: 143; SIGUSR1: 138
 
     # ---- Weights to validate and to save -----------------------------------------------------------------
 

@@ -1,7 +1,5 @@
 """Identity of a run, which a resume is compared with, and run.json, which records every start."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import subprocess

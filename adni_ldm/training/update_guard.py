@@ -1,7 +1,5 @@
 """What all processes must agree on at each update: whether it is applied, and whether the run is to stop."""
 
-from __future__ import annotations
-
 import json
 import signal
 from collections.abc import Iterable
@@ -89,11 +87,6 @@ class UpdateGuard:
         self.skipped += bool(bad)
         self.in_a_row = self.in_a_row + 1 if bad else 0
         return not bad
-
-
-def exit_code(number: signal.Signals) -> int:
-    """Exit status of a program that a signal ended: 143 for SIGTERM, 138 for SIGUSR1."""
-    return 128 + number
 
 
 def ignore_stop_signals(_worker: int = 0) -> None:

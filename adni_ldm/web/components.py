@@ -4,8 +4,6 @@ gr.Gallery and gr.DownloadButton write every image and archive to a cache on dis
 to anybody who has the URL. The HTML of this module contains them as data URLs instead: nothing is stored.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import zipfile

@@ -1,7 +1,5 @@
 """Which uploaded files app.py accepts as a slice."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

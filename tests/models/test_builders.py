@@ -51,7 +51,7 @@ def test_every_class_reaches_the_prediction():
 
 def test_attention_heads_have_the_given_width():
     """diffusers calls the number of heads `attention_head_dim`; swapping the two is a known trap."""
-    unet = build_denoiser(4, 8, widths=(32, 64), token_dim=16, head_dim=32)
+    unet = build_denoiser(4, 8, widths=(32, 64), token_dim=16)
     attention = unet.mid_block.attentions[0].transformer_blocks[0].attn1
     assert attention.heads == 2
     assert attention.inner_dim // attention.heads == 32

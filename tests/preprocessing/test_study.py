@@ -192,6 +192,6 @@ def test_splits_keep_who_was_where_and_a_test_set_that_others_chose(tmp_path):
     with pytest.raises(UserError, match=f"{moved} was in train before"):
         decide_splits(subjects, few, 0.15, 0.15, {moved} | {s for s, split in few.items() if split == "test"})
     with pytest.raises(UserError, match="none is in the study table"):
-        decide_splits(subjects, {}, 0.15, 0.15, {"nobody"})
+        decide_splits(subjects, {}, 0.15, 0.15, {"unknown"})
     with pytest.raises(UserError, match="leave some for training"):
         decide_splits(subjects, {}, 0.5, 0.5)

@@ -209,7 +209,7 @@ def test_frozen_parts_stay_and_the_others_move(base, phantom_dir, run, tmp_path)
         (("--lora_rank", -1), "--lora_rank -1"),
     ],
 )
-def test_what_cannot_be_trained_is_said(words, message, base, phantom_dir, run, tmp_path):
+def test_what_cannot_be_trained_is_reported(words, message, base, phantom_dir, run, tmp_path):
     places = ("--data_dir", phantom_dir, "--output_dir", tmp_path / "tuned")
     with pytest.raises(UserError, match=message):
         run(train_ldm, "--init_from", base, *places, *LDM, *words)

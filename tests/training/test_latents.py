@@ -143,7 +143,7 @@ def test_no_run_waits_for_one_that_is_done(vae, accelerator, tmp_path):
         pass
 
 
-def test_a_cache_that_cannot_be_written_is_told_in_one_line(vae, accelerator, tmp_path):
+def test_a_cache_that_cannot_be_written_is_reported_in_one_line(vae, accelerator, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--latent_cache .*file"):
         encode_posteriors(vae, Slices(), accelerator, tmp_path / "file" / "cache", "slices")

@@ -87,7 +87,7 @@ def test_none_is_none():
         ("lpips", "expected none, vgg, radimagenet, a file"),
     ],
 )
-def test_weights_that_are_not_there_are_told_in_one_line(name, message, monkeypatch, tmp_path):
+def test_missing_weights_are_reported_in_one_line(name, message, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no network, also where there is one
     with pytest.raises(UserError, match=message) as refusal:

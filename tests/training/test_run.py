@@ -89,24 +89,24 @@ def test_a_decision_read_one_update_late_is_the_same_decision(train):
 def test_no_value_of_an_update_is_read_before_the_next_one(train, monkeypatch):
     """A read waits for the GPU. The flags of the update before are the one exception."""
     step, settle, reads = TrainingRun.step, TrainingRun._settle, []
-    watched = [False]
+    observed = [False]
 
-    def step_watched(self, *args, **kwargs):
+    def step_observed(self, *args, **kwargs):
         if self.updates + 1 in (3, 5):  # no row of metrics.csv, no checkpoint
-            watched[0] = True
+            observed[0] = True
         try:
             step(self, *args, **kwargs)
         finally:
-            watched[0] = False
+            observed[0] = False
 
-    def settle_unwatched(self):
-        was, watched[0] = watched[0], False
+    def settle_unobserved(self):
+        was, observed[0] = observed[0], False
         settle(self)
-        watched[0] = was
+        observed[0] = was
 
     def recorded(name, read):
         def read_recorded(*args, **kwargs):
-            if watched[0]:
+            if observed[0]:
                 reads.append(name)
             return read(*args, **kwargs)
 
@@ -114,8 +114,8 @@ def test_no_value_of_an_update_is_read_before_the_next_one(train, monkeypatch):
 
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, recorded(name, getattr(torch.Tensor, name)))
-    monkeypatch.setattr(TrainingRun, "step", step_watched)
-    monkeypatch.setattr(TrainingRun, "_settle", settle_unwatched)
+    monkeypatch.setattr(TrainingRun, "step", step_observed)
+    monkeypatch.setattr(TrainingRun, "_settle", settle_unobserved)
     train("late", True)
     assert reads == []
     train("now", False)

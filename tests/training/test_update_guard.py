@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 
 from adni_ldm.errors import UserError
 from adni_ldm.training.metrics import MetricsLogger
-from adni_ldm.training.update_guard import UpdateGuard, describe_values, exit_code, stop_nonfinite
+from adni_ldm.training.update_guard import UpdateGuard, describe_values, stop_nonfinite
 
 GOOD, NAN, INFINITE = torch.tensor(1.0), torch.tensor(float("nan")), torch.tensor(float("inf"))
 
@@ -69,7 +69,6 @@ def test_signals_are_answered_at_the_next_update(accelerator):
         guard.add(GOOD)
         guard.check(None)
         assert guard.settle() and guard.stop == signal.SIGUSR1
-        assert exit_code(guard.stop) == 138 and exit_code(signal.SIGTERM) == 143
     finally:
         for number, handler in zip((signal.SIGTERM, signal.SIGUSR1), before):
             signal.signal(number, handler)
