@@ -11,12 +11,14 @@ the training subjects.
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+from diffusers import ConfigMixin
 
 from adni_ldm.data.folder import FolderListing
 from adni_ldm.errors import UserError
@@ -33,7 +35,7 @@ _PUSHED_METRICS = ("verdicts", "fidelity", "tstr", "conditioning", "anatomy", "p
 _PUSHED_METRICS += ("model_hash", "data_hash")
 _PUSHED_COLUMNS = ("file_name", "label", "seed", "num_inference_steps", "guidance_scale", "eta", "scheduler")
 _PUSHED_COLUMNS += ("precision", "model_hash", "data_hash", "guidance_interval")
-_PUSHED_PRIVATE = ("_class_name", "_diffusers_version", "_trained_on")  # keys of configs that begin with _
+_PUSHED_PRIVATE = ("_class_name", "_diffusers_version", "_trained_on")  # of diffusers' configs, and ours
 
 
 def bundle_model(
@@ -54,8 +56,9 @@ def bundle_model(
     """
     previews = _save_previews(pipeline, folder)
     pipeline.to("cpu").save_pretrained(folder, safe_serialization=True)
-    for config in folder.rglob("*.json"):
-        _strip_config(config)
+    _strip_config(folder / "model_index.json", pipeline)
+    for name, part in pipeline.components.items():
+        _strip_config(folder / name / part.config_name, part)
     _write_losses(run / "metrics.csv", folder)
     _write_metrics(folder, report)
     if figures and report.metrics:
@@ -129,10 +132,11 @@ def _save_previews(pipeline: ClassConditionalLDMPipeline, folder: Path) -> list[
     return names
 
 
-def _strip_config(path: Path) -> None:
-    """Remove from a component's config the hashes of subject IDs, and whatever diffusers keeps unread."""
-    config = read_json(path)
-    config = {name: value for name, value in config.items() if name[0] != "_" or name in _PUSHED_PRIVATE}
+def _strip_config(path: Path, part: ConfigMixin) -> None:
+    """Remove from a config the hashes of subject IDs, and entries that `part` does not have: diffusers keeps
+    them unread."""
+    known = {*inspect.signature(type(part).__init__).parameters, *_PUSHED_PRIVATE}
+    config = {name: value for name, value in read_json(path).items() if name in known}
     if records := config.get("_trained_on"):
         kept = [{"hash": record["hash"], "hash_of": record["hash_of"]} for record in records]
         config["_trained_on"] = [record | {"ids": ""} for record in kept]

@@ -48,9 +48,10 @@ _SECRET = re.compile(
 )
 # ADNI's own IDs of subjects and images, whatever the data. No example: this file is scanned too.
 _ADNI_ID = re.compile(r"(?<![A-Za-z0-9])(?:\d{3}_S_\d{4,5}|I\d{5,8})(?![A-Za-z0-9])")
-# An absolute path, but not AD/NC, a URL or a closing tag; a file URL, a Windows drive, a home folder.
+# Absolute path, but not AD/NC, a URL or a closing tag; a file URL, a home folder, a Windows drive or share.
 _PATH = re.compile(
-    r"(?<![\w.:/}\])<*~-])/[\w.@+-]+/[\w.@+/-]*\w|\b[A-Za-z]:\\\\?\w[\w\\. -]*|(?<![\w/])~\w*/\w+|file:/+\w+"
+    r"(?<![\w./}\])<*~-])/[\w.@+-]+/[\w.@+/-]*\w|\b[A-Za-z]:\\\\?\w[\w\\. -]*|(?<![\w/])~\w*/\w+|file:/+\w+"
+    r"|(?<![\w\\)(\]\[])\\{2,4}\w[\w.-]+\\{1,2}\w[\w.-]+\\{1,2}\w+"
 )
 # Common names of accounts and machines, which identify nobody.
 _COMMON_NAMES = frozenset(
@@ -81,7 +82,12 @@ def index_training_data(listings: Sequence[FolderListing], size: int) -> Trainin
         results = pool.map(lambda file: _hash_image(file.path, size), files)
         hashed = list(tqdm(results, total=len(files), desc="hashing training images", unit="slice"))
     return TrainingIndex(
-        ids=frozenset(name for file in files for name in (file.subject, file.scan) if name)
+        ids=frozenset(
+            unicodedata.normalize("NFKC", name)
+            for file in files
+            for name in (file.subject, file.scan)
+            if name
+        )
         - {name for listing in listings for name in listing.class_names},
         folders=frozenset(str(listing.root) for listing in listings),
         size=size,
@@ -115,7 +121,7 @@ def encode_anew(folder: Path) -> None:
             try:
                 with Image.open(path) as image:
                     pixels = np.asarray(image.convert("L" if image.mode == "L" else "RGB"))
-            except (OSError, SyntaxError, ValueError) as error:
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 raise UserError(f"{path.relative_to(folder)}: not an image ({error}); remove it") from error
             Image.fromarray(pixels).save(path, quality=95)
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from adni_ldm.data.folder import FolderListing, classes_in
-from adni_ldm.data.manifest import data_hash, manifest_problems
+from adni_ldm.data.manifest import data_hash, manifest_problems, read_manifest
 from adni_ldm.data.provenance import model_records, records_by_part
 from adni_ldm.data.slices import open_data_dir, open_folder
 from adni_ldm.errors import UserError
@@ -164,8 +164,10 @@ def open_training_data(
     table, listings, found = table or settings.get("table"), [], {}
     for folder in data_dirs:
         root = open_data_dir(folder)
-        # Without a manifest the hash is of the listed classes, and a model may know fewer than there are.
-        whole, own = open_folder(root, classes_in(root), table), open_folder(root, class_names, table)
+        # All classes, also those that the model lacks, or that the folder has lost according to its manifest.
+        splits = (read_manifest(root) or {"splits": {}})["splits"].values()
+        every = sorted({*classes_in(root), *(name for split in splits for name in split)})
+        whole, own = open_folder(root, every, table), open_folder(root, class_names, table)
         found |= {data_hash(whole)[0]: own, data_hash(own)[0]: own}
         listings.append(whole)
     if missing := [value for value in hashes if value not in found]:

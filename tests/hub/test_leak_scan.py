@@ -57,6 +57,8 @@ def write(path, text):
         (str(Path.home() / "runs"), "path"),
         ("/mnt/disk7/study/scan.nii", "path '/mnt/disk7/study/scan.nii'"),
         ("C:\\Users\\Jane\\data", "path"),
+        ("\\\\server\\study\\scans", "path"),
+        ("host:/mnt/disk7/study", "path '/mnt/disk7/study'"),
         ("file:///study", "path"),
         ("hf_" + "abcdefghijklmnopqrstuvwx", "a secret, hf_a…"),
     ],
@@ -244,7 +246,11 @@ def test_what_was_planted_in_a_run_does_not_leave(own_run, phantom_dir, tmp_path
     for part in ("unet", "vae"):
         config = json.loads((own_run / part / "config.json").read_text())
         config["_trained_on"][0]["subject"] = SUBJECT
-        (own_run / part / "config.json").write_text(json.dumps(config | {"_pixels": [1, 2, 3]}))
+        config |= {"_pixels": [1, 2, 3], "pixels": "iVBORw0KGgo"}
+        (own_run / part / "config.json").write_text(json.dumps(config))
+    for name in ("model_index.json", "scheduler/scheduler_config.json", "class_embedding/config.json"):
+        config = json.loads((own_run / name).read_text())
+        (own_run / name).write_text(json.dumps(config | {"pixels": "iVBORw0KGgo", "_pixels": [1]}))
     settings = json.loads((own_run / "training_config.json").read_text())
     settings |= {"latent_cache": "/mnt/disk7/latents"}
     (own_run / "training_config.json").write_text(json.dumps(settings))
@@ -252,7 +258,7 @@ def test_what_was_planted_in_a_run_does_not_leave(own_run, phantom_dir, tmp_path
     assert (tmp_path / "out/metrics.csv").read_text() == "step,loss\n1,0.5\n2,0.4\n"
     assert Image.open(tmp_path / "out/loss.png").width > 300, "the curves"
     texts = [path.read_text() for path in (tmp_path / "out").rglob("*.*") if path.suffix in (".json", ".md")]
-    assert not any(word in text for text in texts for word in (SUBJECT, "_pixels", "disk7", "latent_cache"))
+    assert not any(word in text for text in texts for word in (SUBJECT, 'pixels"', "disk7", "latent_cache"))
     assert not list((tmp_path / "out").rglob("*.parquet"))
 
 

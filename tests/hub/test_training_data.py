@@ -63,6 +63,19 @@ def test_data_that_lost_pictures_are_refused(samples, own_data, tmp_path):
         push_dataset(samples, "me/slices", [str(own_data)], dry_run=str(tmp_path / "out"))
 
 
+def test_data_that_lost_a_class_are_refused(samples, own_run, own_data, tmp_path):
+    """Neither the folder nor the samples name it any more, but manifest.json does."""
+    for path in own_data.glob("*/metadata.csv"):
+        shutil.rmtree(path.parent / "NC")
+        table = pd.read_csv(path, dtype=str)
+        table[table.file_name.str.startswith("AD/")].to_csv(path, index=False)
+    table = pd.read_csv(samples / "metadata.csv", dtype=str)
+    table[table.label == "AD"].to_csv(samples / "metadata.csv", index=False)
+    (own_run / "training_config.json").unlink()
+    with pytest.raises(UserError, match="NC"):
+        push_dataset(samples, "me/slices", [str(own_data)], dry_run=str(tmp_path / "out"))
+
+
 def test_data_whose_pictures_were_replaced_are_refused(samples, own_data, tmp_path):
     path = next((own_data / "train/AD").glob("*.png"))
     content = bytearray(path.read_bytes())
