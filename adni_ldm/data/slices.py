@@ -10,11 +10,8 @@ See folder.py for the layout of the folder, and for the problems that are raised
 from __future__ import annotations
 
 import glob
-import stat
-import zipfile
-import zlib
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,8 +20,6 @@ from datasets import (
     ClassLabel,
     Dataset,
     DatasetDict,
-    DownloadConfig,
-    DownloadManager,
     Features,
     Image,
     load_dataset,
@@ -32,15 +27,14 @@ from datasets import (
 from PIL import Image as PILImage
 from PIL import ImageOps, UnidentifiedImageError
 
+from adni_ldm.data.archives import cache_dir, open_data_dir
 from adni_ldm.data.folder import FolderListing, SliceFile, list_folder
 from adni_ldm.data.manifest import manifest_problems
 from adni_ldm.data.splits import SPLITS, DataError, choose_val_subjects
 
 CLASS_NAMES = ("AD", "NC")
 
-# Archives are untrusted. Images hardly shrink when they are packed; no slice has this many pixels.
-MOST_UNPACKED = 100  # times the size of the archive
-MOST_PIXELS = 8192**2
+MOST_PIXELS = 8192**2  # images are untrusted, and no slice has more
 
 # Part of the cache keys of prepared slices and latents. The datasets library hashes a function by name, not
 # by code: increase this number with every change in what prepare_image returns.
@@ -58,7 +52,7 @@ def load_slices(
 
     Args:
         data_dir: the folder that holds train/, a parent of it, or a zip of either, which is unpacked into the
-            Hugging Face cache.
+            cache of Hugging Face datasets.
         val_fraction: of the subjects of train, for validation without a val/ folder; always the same
             subjects.
         table: the study table in which image IDs are looked up to find their subjects.
@@ -93,37 +87,14 @@ def read_slices(listing: FolderListing, val_fraction: float = 0.1) -> DatasetDic
         pattern = f"{glob.escape(path.parent.as_posix())}/*{path.suffix}"
         if pattern not in patterns.setdefault(file.split, []):
             patterns[file.split].append(pattern)
-    loaded = load_dataset("imagefolder", data_files=patterns, drop_labels=True, drop_metadata=True)
+    options = {"drop_labels": True, "drop_metadata": True, "cache_dir": str(cache_dir("slices"))}
+    loaded = load_dataset("imagefolder", data_files=patterns, **options)
     by_path = {file.path: file for file in listing.files}
     splits = {split: _add_columns(dataset, by_path, listing.class_names) for split, dataset in loaded.items()}
 
     if "val" not in splits:
         splits["train"], splits["val"] = _split_off_val(splits["train"], val_fraction, listing.root)
     return DatasetDict({split: splits[split] for split in SPLITS if split in splits})
-
-
-def open_data_dir(data_dir: str | Path) -> Path:
-    """Return the folder to read: `data_dir`, or that in the Hugging Face cache which a zip is unpacked to.
-
-    Raises:
-        DataError: the file is not a zip or is damaged, or a member would be outside the folder, is a link, or
-            grows out of proportion; nothing is unpacked then.
-    """
-    path = Path(data_dir).expanduser()
-    if not path.is_file():
-        return path
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = [m for m in archive.infolist() if not m.is_dir()]
-        _check_archive(path, members)
-        folder = Path(DownloadManager().extract(str(path)))
-        # The cache key is the path: unpack again a zip that was replaced or only partly unpacked.
-        if not all(_has_size(folder / m.filename, m.file_size) for m in members):
-            manager = DownloadManager(download_config=DownloadConfig(force_extract=True))
-            folder = Path(manager.extract(str(path)))
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
-        raise DataError(f"{path}: not a zip file, or a damaged one ({error}); download it again") from error
-    return folder
 
 
 def read_image(path: str | Path) -> PILImage.Image:
@@ -233,30 +204,6 @@ class SliceTensors(torch.utils.data.Dataset):
         pixels = torch.from_numpy(self.arrays[list(indices)]["image"])  # uint8 (B, S, S)
         images = to_float(pixels.unsqueeze(1))  # (B, 1, S, S), [-1, 1]
         return [{"image": x, "label": y} for x, y in zip(images, self.labels[list(indices)], strict=True)]
-
-
-def _check_archive(path: Path, members: Sequence[zipfile.ZipInfo]) -> None:
-    with path.open("rb") as file:
-        if file.read(4) != b"PK\x03\x04":  # content in front of a zip could be unpacked instead of it
-            raise DataError(f"{path}: does not begin like a zip file; pack it again")
-    for member in members:
-        posix, windows = PurePosixPath(member.filename), PureWindowsPath(member.filename)
-        if posix.is_absolute() or windows.drive or windows.root or ".." in windows.parts:
-            raise DataError(
-                f"{path}: {member.filename} would be unpacked outside the folder; do not trust it"
-            )
-        if stat.S_ISLNK(member.external_attr >> 16):
-            raise DataError(f"{path}: {member.filename} is a link; pack it again with the files themselves")
-    size, packed = sum(member.file_size for member in members), path.stat().st_size
-    if size > MOST_UNPACKED * packed:
-        raise DataError(
-            f"{path}: its {packed / 1e6:.1f} MB would become {size / 1e6:.0f} MB, unlike any images; do not "
-            "trust it, or unpack it yourself and give the folder"
-        )
-
-
-def _has_size(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size
 
 
 def _add_columns(dataset: Dataset, by_path: dict[str, SliceFile], class_names: Sequence[str]) -> Dataset:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from adni_ldm.data.archives import open_data_dir
 from adni_ldm.data.folder import classes_in
 from adni_ldm.data.provenance import (
     DataRecord,
@@ -21,7 +22,7 @@ from adni_ldm.data.provenance import (
     records_by_part,
     training_records,
 )
-from adni_ldm.data.slices import open_data_dir, open_folder, read_slices
+from adni_ldm.data.slices import open_folder, read_slices
 from adni_ldm.errors import UserError
 from adni_ldm.evaluation.image_sets import ImageSet, real_set, relabel
 from adni_ldm.pipeline import ClassConditionalLDMPipeline

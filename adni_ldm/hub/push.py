@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from PIL import Image
 
+from adni_ldm.data.archives import open_data_dir
 from adni_ldm.data.folder import FolderListing, classes_in
 from adni_ldm.data.manifest import data_hash, manifest_problems, read_manifest
 from adni_ldm.data.provenance import model_records, records_by_part
-from adni_ldm.data.slices import open_data_dir, open_folder
+from adni_ldm.data.slices import open_folder
 from adni_ldm.errors import UserError
 from adni_ldm.files import check_empty_dir
 from adni_ldm.generation import hash_pipeline

@@ -130,13 +130,13 @@ def encode_posteriors(
     if accelerator.is_main_process:
         key = _key(vae, slices, content, variants, accelerator.device)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             # Another run may be writing the same cache: wait for it, and read what it wrote.
             lock = FileLock(folder / f"{key}.lock").acquire()
             missing = find_damage(folder / key, RECORD) is not None
             if missing:
                 shutil.rmtree(folder / f"{key}.partial", ignore_errors=True)  # left by a kill
-                (folder / f"{key}.partial").mkdir()
+                (folder / f"{key}.partial").mkdir(mode=0o700)  # latents can be decoded to the slices
         except OSError as error:
             problems.append(str(error))
     with lock:

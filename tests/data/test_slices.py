@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from adni_ldm.data.archives import cache_dir
 from adni_ldm.data.slices import (
     DataError,
     SliceTensors,
@@ -162,6 +163,14 @@ def test_zip_is_read_like_the_folder_and_a_replaced_zip_anew(ad_nc_folder, tmp_p
     assert subjects_of_zip() == {"1", "2", "3", "4"}
     (folder / "train/AD/2_1.jpeg").rename(folder / "train/AD/5_1.jpeg")
     assert subjects_of_zip() == {"1", "3", "4", "5"}
+
+
+def test_copies_of_slices_are_readable_by_their_owner_alone(ad_nc_folder):
+    arrays = to_arrays(load_slices(ad_nc_folder())["train"], 32)
+    (folder,) = {Path(file["filename"]).parent for file in arrays.cache_files}
+    cache = cache_dir("slices")
+    assert folder.is_relative_to(cache)
+    assert cache.stat().st_mode & 0o777 == cache.parent.stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize("damage", ["no zip", "cut short", "bad member"])

@@ -5,6 +5,7 @@ import io
 import os
 import stat
 import struct
+import tarfile
 import tracemalloc
 import zipfile
 import zlib
@@ -15,7 +16,8 @@ import pytest
 from PIL import Image
 from volume_files import head, write_dicom
 
-from adni_ldm.data.slices import open_data_dir, read_image
+from adni_ldm.data.archives import open_data_dir
+from adni_ldm.data.slices import read_image
 from adni_ldm.data.splits import DataError
 from adni_ldm.preprocessing.study import read_study
 from adni_ldm.preprocessing.volumes import VolumeError, read_volume
@@ -60,11 +62,41 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path):
 
 
 def test_what_only_ends_as_a_zip_is_refused(tmp_path):
-    """The library that unpacks reads the first bytes: it would accept the gzip, of any size."""
     packed = zip_of(tmp_path / "inner.zip", {}).read_bytes()
     (tmp_path / "set.zip").write_bytes(gzip.compress(bytes(10_000_000)) + packed)
     with pytest.raises(DataError, match="does not begin like a zip file"):
         open_data_dir(tmp_path / "set.zip")
+
+
+def test_what_is_checked_is_what_is_unpacked(tmp_path):
+    """A tar whose first member's name begins like a zip, with a zip behind it: both are valid archives."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("PK\x03\x04"), io.BytesIO())
+        hidden = tarfile.TarInfo("train/AD/9_9.png")
+        hidden.size = 5
+        archive.addfile(hidden, io.BytesIO(b"other"))
+    packed = zip_of(tmp_path / "inner.zip", {}).read_bytes()
+    (tmp_path / "set.zip").write_bytes(content.getvalue() + packed)
+    folder = open_data_dir(tmp_path / "set.zip")
+    assert [path.name for path in folder.rglob("*.png")] == ["1_1.png"]
+
+
+def test_a_zip_put_in_the_place_of_another_leaves_none_of_its_images(tmp_path):
+    """A subject was withdrawn and the zip packed again: another image has the same name and size."""
+    path = zip_of(tmp_path / "set.zip", {"train/AD/2_1.png": b"withdrawn"})
+    open_data_dir(path)
+    folder = open_data_dir(zip_of(path, {"train/AD/2_1.png": b"remaining"}))
+    assert (folder / "train/AD/2_1.png").read_bytes() == b"remaining"
+
+
+def test_a_changed_copy_of_a_zip_is_unpacked_again_and_only_its_owner_may_read_it(tmp_path):
+    path = zip_of(tmp_path / "set.zip", {})
+    folder = open_data_dir(path)
+    (folder / "train/AD/7_1.png").write_bytes(b"put there")
+    assert [file.name for file in open_data_dir(path).rglob("*.png")] == ["1_1.png"]
+    assert stat.S_IMODE(folder.stat().st_mode) == stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
+    assert open_data_dir(path.rename(tmp_path / "moved.zip")) == folder, "not unpacked twice"
 
 
 def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path):

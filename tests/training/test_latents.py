@@ -136,6 +136,12 @@ def test_a_damaged_or_half_written_cache_is_made_anew(damage, vae, accelerator, 
     assert not list(tmp_path.glob("*.partial")), "nothing is left lying"
 
 
+def test_the_cache_is_readable_by_its_owner_alone(vae, accelerator, tmp_path):
+    encode_posteriors(vae, Slices(), accelerator, tmp_path / "latents", "slices")
+    folders = [path for path in tmp_path.rglob("*") if path.is_dir()]
+    assert len(folders) == 2 and {path.stat().st_mode & 0o777 for path in folders} == {0o700}
+
+
 def test_no_run_waits_for_one_that_is_done(vae, accelerator, tmp_path):
     encode_posteriors(vae, Slices(), accelerator, tmp_path, "slices")
     (lock,) = tmp_path.glob("*.lock")
