@@ -14,11 +14,13 @@ class SharedConfig:
     repo_id: str | None = HfArg(default=None, help="Repository on the Hub, ME/NAME; created if missing.")
     data_dir: list[str] = HfArg(
         default_factory=list,
-        help="Folders of the training data, for the leak scan. Default: that of training_config.json.",
+        help="Folders of all data that U-Net and VAE were trained on, for the leak scan. Default: that of "
+        "training_config.json.",
     )
     table: str | None = HfArg(default=None, help=TABLE_HELP)
     report: str | None = HfArg(
-        default=None, help="Folder of evaluate.py's report on the model. Default: report/ in its folder."
+        default=None,
+        help="Folder of evaluate.py's report on the model and its data. Default: report/ in its folder.",
     )
     public: bool = HfArg(default=False, help="Make the repository public; by default it is private.")
     accept_privacy_risk: bool = HfArg(

@@ -54,5 +54,5 @@ def image_id(scan: str) -> str:
 
 
 def is_unique(name: str) -> bool:
-    """Whether no other study has a subject or scan of this name: 002_S_xxxx, I218391; not 001, sub-01."""
+    """Whether no other study has a subject or scan of this name: 002_S_xxxx, I218xxx; not 001, sub-01."""
     return _UNIQUE.fullmatch(name) is not None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import getpass
+import html
 import json
 import os
 import re
@@ -200,6 +201,8 @@ def _extract_text(path: Path) -> str:
         raise ValueError("not UTF-8 text")
     if suffix == ".html":  # base64 of embedded images has slashes of its own
         text = re.sub(r"data:image/[\w.+-]+;base64,[\w+/=]+", "", text)
+    if suffix in (".html", ".md"):  # again with entities such as &#48; decoded
+        text += "\n" + html.unescape(text)
     if suffix in (".json", ".safetensors"):  # again with escapes such as \u00e9 and \/ decoded
         text += "\n" + json.dumps(json.loads(text), ensure_ascii=False)
     if suffix == ".yaml":

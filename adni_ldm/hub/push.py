@@ -89,6 +89,11 @@ def push_dataset(
     first = images.iloc[0]
     hashes = sorted({value for row in images.data_hash for value in row.split("+")})
     model = Path(first.model)
+    if unnamed := {record["hash"] for record in model_records(model)} - set(hashes):
+        raise UserError(
+            f"{samples / 'metadata.csv'}: does not name the data with the hash {min(unnamed)[:16]}, which "
+            f"{model} was trained on; sample again"
+        )
     evaluated = read_report(Path(report or model / "report"), first.model_hash, hashes)
     check_privacy(evaluated, accept_privacy_risk)
     settings = read_settings(model)

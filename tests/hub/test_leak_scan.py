@@ -184,6 +184,7 @@ def test_numbers_are_ids_only_where_they_occur_as_such(tmp_path, ad_nc_folder):
         ("a.json", '{"who": "\\u0041B"}'),
         ("README.md", "| AD | AB |\n"),
         ("a.html", "<td>AB</td>"),
+        ("a.html", "<td>A&#66;</td>"),
         ("a.txt", "AB\n"),
     ],
 )

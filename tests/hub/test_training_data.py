@@ -98,6 +98,15 @@ def test_the_hash_of_every_row_counts(samples, own_data, tmp_path):
         push_dataset(samples, "me/slices", [str(own_data)], dry_run=str(tmp_path / "out"))
 
 
+def test_samples_that_name_less_than_their_model_was_trained_on_are_refused(
+    samples, own_run, own_data, ad_nc_folder, train_part_on, tmp_path
+):
+    """As those of earlier versions, which named the data of the U-Net alone."""
+    train_part_on(own_run, "vae", ad_nc_folder())
+    with pytest.raises(UserError, match="does not name the data with the hash .* sample again"):
+        push_dataset(samples, "me/slices", [str(own_data)], dry_run=str(tmp_path / "out"))
+
+
 def test_samples_of_several_models_are_refused(samples, own_data, tmp_path):
     known = pd.read_csv(samples / "metadata.csv").model_hash[0]
     change(samples, model_hash=[known, "0123"])
