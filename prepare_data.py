@@ -3,6 +3,7 @@
     python prepare_data.py phantom --output_dir data/phantom --subjects 200   # synthetic cohort from MNI152
     python prepare_data.py scans --input_dir ADNI --table study.csv --output_dir data/adni --register mni
     python prepare_data.py check ADNI/AD_NC --table study.csv                 # QC of a folder or zip
+    python prepare_data.py forget 002_S_xxxx --data_dir data/adni --runs runs # where a withdrawn subject lies
 
 Each command has its own --help.
 """
@@ -10,10 +11,19 @@ Each command has its own --help.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adni_ldm.config import CheckConfig, PhantomConfig, ScansConfig, class_names, parse_config, run_command
+from adni_ldm.config import (
+    CheckConfig,
+    ForgetConfig,
+    PhantomConfig,
+    ScansConfig,
+    class_names,
+    parse_config,
+    run_command,
+)
 from adni_ldm.errors import UserError, run_recipe
 
 if TYPE_CHECKING:
@@ -109,7 +119,41 @@ def save_figures(report: QCReport, figures: str | None) -> None:
         print(f"figures: {', '.join(map(str, paths)) or 'none, without images'}")
 
 
-COMMANDS = {"phantom": phantom, "scans": scans, "check": check}
+def forget(arguments: list[str]) -> None:
+    """List where the images of a withdrawn subject lie, and delete the caches that hold them with --yes.
+
+    Lists images and tables of the data, caches, and the models that were trained on the subject, which must
+    be retrained. Delete the data yourself, first. Scans, samples, figures of runs, reports and backups are
+    not searched.
+    """
+    from huggingface_hub.constants import HF_HOME
+
+    from adni_ldm.data.withdrawal import find_traces
+
+    cfg = parse_config(
+        ForgetConfig, forget.__doc__, arguments, "prepare_data.py forget", positional="subject"
+    )
+    if not cfg.subject:
+        raise UserError("give the subject: python prepare_data.py forget SUBJECT --data_dir DIR")
+    latents = [Path(HF_HOME, "adni_ldm", "latents"), *cfg.latent_cache]
+    traces = find_traces(cfg.subject, cfg.data_dir, cfg.runs, cfg.table, latents)
+    for trace in traces:
+        print(f"{trace.kind:<6} {trace.path}: {trace.what}")
+    caches = [trace.path for trace in traces if trace.kind == "cache"]
+    if cfg.yes:
+        for path in caches:
+            shutil.rmtree(path)
+    done = "deleted" if cfg.yes else "to be deleted with --yes"
+    counts = {kind: sum(trace.kind == kind for trace in traces) for kind in ("data", "model")}
+    print(
+        f"{counts['data']} files of the data, to be deleted by yourself; {len(caches)} caches, {done}; "
+        f"{counts['model']} models"
+    )
+    if not cfg.runs:
+        print("models were not searched: give --runs DIR")
+
+
+COMMANDS = {"phantom": phantom, "scans": scans, "check": check, "forget": forget}
 
 if __name__ == "__main__":
     run_recipe(lambda: run_command(__doc__, COMMANDS))

@@ -21,6 +21,7 @@ SOURCES = {  # page: (file whose docstring introduces it, {command: its settings
             "prepare_data.py phantom": config.PhantomConfig,
             "prepare_data.py scans": config.ScansConfig,
             "prepare_data.py check": config.CheckConfig,
+            "prepare_data.py forget": config.ForgetConfig,
         },
     ),
     "train_vae": ("train_vae.py", {"train_vae.py": config.TrainVAEConfig}),

@@ -22,6 +22,7 @@ COMMANDS = {
     "prepare_data.py phantom": config.PhantomConfig,
     "prepare_data.py scans": config.ScansConfig,
     "prepare_data.py check": config.CheckConfig,
+    "prepare_data.py forget": config.ForgetConfig,
     "adni_ldm.hub push": config.PushConfig,
     "adni_ldm.hub push-samples": config.PushSamplesConfig,
 }

@@ -40,6 +40,20 @@ class CheckConfig:
 
 
 @dataclass(frozen=True)
+class ForgetConfig:
+    """Settings of prepare_data.py forget."""
+
+    subject: str = HfArg(default="", help="Subject, or image ID of a scan; also as the first argument.")
+    data_dir: str = HfArg(default="data/adni", help="Folder of slices, AD_NC folder, or its zip.")
+    runs: list[str] = HfArg(default_factory=list, help="Folders that hold models, at any depth.")
+    table: str | None = HfArg(default=None, help=TABLE_HELP)
+    latent_cache: list[str] = HfArg(
+        default_factory=list, help="Folders of cached latents, beside the default one of train_ldm.py."
+    )
+    yes: bool = HfArg(default=False, help="Delete the caches that are listed.")
+
+
+@dataclass(frozen=True)
 class ScansConfig:
     """Settings of prepare_data.py scans."""
 

@@ -124,6 +124,11 @@ def model_records(model: str | Path | Mapping[str, Any]) -> list[dict]:
     return found
 
 
+def was_trained_on(records: Iterable[Mapping], names: Iterable[str]) -> bool:
+    """Whether a record has a subject or scan of one of these names."""
+    return any(_hashed(name, record["hash"]) in record["ids"].split() for record in records for name in names)
+
+
 def check_leakage(model: str, records: Sequence[Mapping] | None, data: DataRecord) -> None:
     """Check that `model`, whose config has `records`, was not trained on val or test subjects of `data`.
 
