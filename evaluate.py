@@ -5,7 +5,8 @@
 Compares samples with real slices of subjects that the model was not trained on. Writes report.html (one page
 that needs no other file), metrics.json (every metric with its 95 % confidence interval and its reference: the
 value that real slices of other subjects reach in the samples' place) and figures/. Works offline; the same
-seed gives the same metrics. Needs the extra `eval`: pip install 'adni-ldm[eval]'.
+seed gives the same metrics. Exits with status 4 if --require names a question whose verdict is not
+favourable. Needs the extra `eval`: pip install 'adni-ldm[eval]'.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 if missing := [name for name in ("scipy", "umap") if find_spec(name) is None]:
@@ -36,6 +38,7 @@ from adni_ldm.evaluation.conditioning import (
     class_conditioning_accuracy_by_guidance,
 )
 from adni_ldm.evaluation.effects import compare_anatomy
+from adni_ldm.evaluation.estimates import Estimate
 from adni_ldm.evaluation.features import load_extractor
 from adni_ldm.evaluation.fidelity import fidelity
 from adni_ldm.evaluation.history import (
@@ -49,8 +52,9 @@ from adni_ldm.evaluation.history import (
 from adni_ldm.evaluation.image_sets import ImageSet, generate_image_set, join, load_samples, real_set, thin
 from adni_ldm.evaluation.model_outputs import bottleneck_features, reconstruct
 from adni_ldm.evaluation.privacy import measure_memorization
-from adni_ldm.evaluation.questions import list_verdicts
+from adni_ldm.evaluation.questions import QUESTIONS, list_verdicts
 from adni_ldm.evaluation.report import FigureFolder, write_html, write_metrics
+from adni_ldm.evaluation.spectrum import band_power, compare_spectra
 from adni_ldm.evaluation.tstr import train_on_synthetic_test_on_real
 from adni_ldm.evaluation.verdicts import verdicts
 from adni_ldm.figures import save_rows
@@ -61,8 +65,11 @@ from adni_ldm.pipeline import ClassConditionalLDMPipeline
 from adni_ldm.precision import choose_precision
 
 
-def main() -> None:
+def main() -> int:
     cfg = parse_config(EvaluateConfig, __doc__)
+    if unknown := set(cfg.require) - set(QUESTIONS):
+        known = ", ".join(QUESTIONS)
+        raise UserError(f"--require {','.join(sorted(unknown))}: no such question; the questions are {known}")
     output_dir = Path(cfg.output_dir)
     if not (output_dir / "metrics.json").is_file():  # an earlier report is overwritten, nothing else
         check_empty_dir(output_dir)
@@ -91,8 +98,8 @@ def main() -> None:
     all_train = reduce(join, all_train)
     test = real.get("test", real["val"])
     held_out = join(real["val"], test) if "test" in real else test
-    train, test, held_out = (
-        part.take(thin(part.subjects, cfg.max_slices, cfg.seed)) for part in (real["train"], test, held_out)
+    train, held_out = (
+        part.take(thin(part.subjects, cfg.max_slices, cfg.seed)) for part in (real["train"], held_out)
     )
     print(f"{len(samples)} samples; {len(train)} training and {len(held_out)} held-out real slices")
 
@@ -103,11 +110,13 @@ def main() -> None:
     extract = load_extractor(cfg.features, classifier=classifier, vae=vae, device=device)
     features = [extract(images) for images in (held_out, train, samples)]
     pixel_mm = cfg.pixel_mm or find_pixel_mm(listing.root, size)
-    anatomy = [measure_anatomy(images.floats(), pixel_mm, progress=True) for images in (held_out, samples)]
+    # Anatomy of all real slices: nothing was fitted to it, and more subjects give narrower intervals.
+    all_real = join(train, held_out)
+    anatomy = [measure_anatomy(images.floats(), pixel_mm, progress=True) for images in (all_real, samples)]
 
     # ---- Metrics -------------------------------------------------------------------------------------------
     sampling = {"num_inference_steps": cfg.curve_steps, "precision": choose_precision(None)}
-    conditioning = {"class_conditioning_accuracy": class_conditioning_accuracy(classifier, samples, test)}
+    conditioning = {"class_conditioning_accuracy": class_conditioning_accuracy(classifier, samples, held_out)}
     if pipeline and cfg.curve_images:
 
         def generate(guidance_scale: float) -> ImageSet:
@@ -115,20 +124,30 @@ def main() -> None:
             return generate_image_set(pipeline, cfg.curve_images, cfg.seed, **options)
 
         conditioning["by_guidance"] = class_conditioning_accuracy_by_guidance(
-            classifier, generate, cfg.guidance_scales, test
+            classifier, generate, cfg.guidance_scales, held_out
         )
     memorization = measure_memorization(samples, all_train, held_out, pipeline=pipeline, seed=cfg.seed)
     metrics = {
         "fidelity": fidelity(held_out, train, samples, features, seed=cfg.seed),
-        "tstr": train_on_synthetic_test_on_real(classifier, train, samples, test, **training),
+        "spectrum": measure_spectra(held_out, samples, vae, cfg.seed),
+        "tstr": train_on_synthetic_test_on_real(classifier, train, samples, held_out, **training),
         "conditioning": conditioning,
-        "anatomy": compare_anatomy(held_out, anatomy[0], samples, anatomy[1], cfg.seed),
+        "anatomy": compare_anatomy(all_real, anatomy[0], samples, anatomy[1], cfg.seed),
         "privacy": {**memorization.metrics, "unseen_cohorts": unseen},
     }
 
     # ---- Figures -------------------------------------------------------------------------------------------
     folder = FigureFolder(output_dir / "figures")
-    plot_comparisons(folder, held_out, all_train, samples, anatomy, conditioning, memorization)
+    plot_comparisons(folder, held_out, all_train, samples, conditioning, memorization)
+    caption = "Distribution of the anatomical measures by class, in real slices and in samples"
+    path = folder.add("anatomy", "anatomy", caption)
+    figures.save_anatomy(path, all_real, anatomy[0], samples, anatomy[1])
+    caption = "Power of held-out slices and samples by spatial frequency, and of reconstructions with --model"
+    some = held_out.take(thin(held_out.subjects, 1000, cfg.seed))
+    curves = {"held-out real slices": some.floats(), "samples": samples.floats()}
+    if vae:
+        curves["reconstructions"] = reconstruct(vae, some)
+    figures.save_spectrum(folder.add("spectrum", "spectrum", caption), curves)
     caption = f"UMAP of the features ({extract.name}) of real slices and samples, by class"
     path = folder.add("fidelity", "features", caption)
     title = f"UMAP of {extract.name} features"
@@ -156,6 +175,22 @@ def main() -> None:
     for verdict in list_verdicts(metrics):
         print(f"{verdict.question} {verdict.answer}. {verdict.text}")
     print(f"report: {output_dir}/report.html")
+    lacking = [name for name in cfg.require if metrics["verdicts"][name]["good"] is not True]
+    if lacking:
+        print(f"--require: the verdict is not favourable on {', '.join(lacking)}", file=sys.stderr)
+    return 4 if lacking else 0
+
+
+def measure_spectra(
+    held_out: ImageSet, samples: ImageSet, vae: AutoencoderKL | None, seed: int
+) -> dict[str, dict[str, Estimate]]:
+    """Power by frequency band relative to held-out slices: of samples, and of their reconstructions."""
+    real = held_out, band_power(held_out.floats())
+    spectra = {"samples": compare_spectra(*real, samples, band_power(samples.floats()), seed=seed)}
+    if vae:
+        power = band_power(reconstruct(vae, held_out))
+        spectra["reconstructions"] = compare_spectra(*real, held_out, power, seed=seed)
+    return spectra
 
 
 def find_history(
@@ -223,7 +258,6 @@ def plot_comparisons(
     held_out: ImageSet,
     train: ImageSet,
     samples: ImageSet,
-    anatomy,
     conditioning,
     memorization,
 ) -> None:
@@ -234,9 +268,6 @@ def plot_comparisons(
         "Difference between the mean slices of the first and the last class, in real slices and in samples"
     )
     figures.save_class_difference(folder.add("anatomy", "class_difference", caption), held_out, samples)
-    caption = "Distribution of the anatomical measures by class, in held-out real slices and in samples"
-    path = folder.add("anatomy", "anatomy", caption)
-    figures.save_anatomy(path, held_out, anatomy[0], samples, anatomy[1])
     caption = (
         "The ten samples nearest to a training slice, that slice, and the difference after alignment. "
         "Subjects are numbered within this figure"

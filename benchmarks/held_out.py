@@ -14,7 +14,7 @@ from torchvision.models import vgg16
 from adni_ldm.data.slices import load_slices
 from adni_ldm.evaluation.anatomy import ventricle_area
 from adni_ldm.evaluation.estimates import Estimate
-from adni_ldm.evaluation.fidelity import compare
+from adni_ldm.evaluation.fidelity import kernel_distance, manifold_metrics
 from adni_ldm.evaluation.image_sets import real_set
 
 FEATURES = (
@@ -56,9 +56,10 @@ class HeldOutMetrics:
         return (features - self.centre) / self.scale
 
     def compare(self, images: torch.Tensor, subjects: np.ndarray) -> dict[str, Estimate]:
-        """Compute KID, FID, precision and recall of slices (N, 1, H, W) in [-1, 1], with 95 % intervals."""
+        """Compute KID, precision and recall of slices (N, 1, H, W) in [-1, 1], with 95 % intervals."""
         features = self.standardize(random_features(images))
-        return compare(self.real, features, self.held_out.subjects, subjects, draws=200)
+        sets = self.real, features, self.held_out.subjects, subjects
+        return {"kid": kernel_distance(*sets, draws=200), **manifold_metrics(*sets, draws=200)}
 
     def cells(self, images: torch.Tensor, subjects: np.ndarray, labels: np.ndarray) -> tuple[str, ...]:
         """Format KID × 1000 with its interval, precision, recall, and AD − NC of the ventricle area, mm²."""

@@ -16,7 +16,8 @@ import torch
 from adni_ldm.data.manifest import read_manifest
 from adni_ldm.data.slices import SliceTensors, evenly_spaced, load_slices, to_arrays
 from adni_ldm.errors import UserError, run_recipe
-from adni_ldm.evaluation.anatomy import cohens_d, ventricle_area
+from adni_ldm.evaluation.anatomy import ventricle_area
+from adni_ldm.evaluation.effects import cohens_d
 from adni_ldm.evaluation.image_sets import load_samples
 from adni_ldm.figures import save_rows
 from adni_ldm.loading import load_autoencoder
@@ -84,7 +85,8 @@ def summarize(folder: Path, splits, real: SliceTensors, names, samples, pixel_mm
         for title, area in areas.items()
     ]
     for source in ("real, held out", "sampled"):
-        effect = cohens_d(*(areas[f"{source}, {name}"] for name in names[:2]))
+        groups = (areas[f"{source}, {name}"] for name in names[:2])
+        effect = cohens_d(*((group.mean(), group.std(ddof=1)) for group in groups))
         lines.append(f"| effect of {names[0]} on the ventricle, {source} | Cohen's d = {effect:.2f} |")
     return "\n".join(lines) + "\n"
 

@@ -20,15 +20,16 @@ from adni_ldm.generation import hash_pipeline
 from adni_ldm.loading import load_pipeline
 from adni_ldm.preprocessing.phantom import write_phantom_cohort
 
-SECTIONS = ("fidelity", "tstr", "conditioning", "anatomy", "privacy")
+SECTIONS = ("fidelity", "tstr", "conditioning", "anatomy", "spectrum", "privacy")
 VERDICTS = ("fidelity", "usefulness", "faithfulness", "privacy")
 
 
-def run(monkeypatch, *words) -> dict:
-    """Run the recipe and read what it wrote; any NaN in metrics.json fails."""
+def run(monkeypatch, *words, status=0) -> dict:
+    """Run the recipe, which must exit with `status`, and read what it wrote; any NaN in metrics.json
+    fails."""
     words = [str(word) for word in words]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
-    evaluate.main()
+    assert evaluate.main() == status
     folder = Path(words[words.index("--output_dir") + 1])
 
     def reject(constant):
@@ -46,9 +47,9 @@ def leaves(tree):
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    """60 subjects, 9 of them in test and in val, 3 slices each at 32 px."""
+    """100 subjects, 15 of them in test and in val, 2 slices each at 32 px."""
     folder = tmp_path_factory.mktemp("evaluate") / "real"
-    write_phantom_cohort(folder, subjects=60, slices=3, image_size=32, seed=0, workers=1)
+    write_phantom_cohort(folder, subjects=100, slices=2, image_size=32, seed=0, workers=1)
     return folder
 
 
@@ -112,7 +113,20 @@ def test_real_slices_of_other_subjects_reach_the_reference(report):
     assert metrics["privacy"]["copies"]["value"] < 0.08
     ratio = metrics["anatomy"]["ventricle_ratio"]["effect_ratio"]
     assert ratio["low"] < 1 < ratio["high"]
-    assert metrics["verdicts"]["privacy"]["good"]
+    assert all(one["good"] is not False for one in metrics["verdicts"].values())
+    privacy = metrics["verdicts"]["privacy"]
+    assert privacy["good"] is None and "give --model" in privacy["text"], "membership was not tested"
+
+
+def test_require_exits_with_status_4_unless_the_verdict_is_favourable(
+    real, perfect, tmp_path, monkeypatch, capsys
+):
+    """Without --require the status is 0, whatever the verdicts (`run` checks it)."""
+    words = ["--real", real, "--samples", perfect, "--output_dir", tmp_path / "out", "--classifier_steps", 1]
+    run(monkeypatch, *words, "--require", "privacy,fidelity", status=4)
+    assert "not favourable on privacy" in capsys.readouterr().err
+    with pytest.raises(UserError, match="beauty"):
+        run(monkeypatch, *words, "--require", "beauty")
 
 
 def test_the_same_seed_gives_the_same_metrics(report, real, perfect, tmp_path, monkeypatch):

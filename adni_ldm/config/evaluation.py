@@ -49,10 +49,17 @@ class EvaluateConfig:
     )
     curve_images: int = HfArg(default=24, help="Samples of each class at each of these scales; 0 for none.")
     curve_steps: int = HfArg(default=20, help="Number of denoising steps of these samples.")
+    require: list[str] = HfArg(
+        default_factory=list,
+        help="Exit with status 4 unless the verdicts on these questions are favourable, separated by commas: "
+        "fidelity, usefulness, faithfulness, privacy.",
+    )
     seed: int = HfArg(default=0, help="The same seed gives the same metrics on the same machine.")
 
     def __post_init__(self):
         class_names(self.classes)
+        names = [name for one in self.require for name in one.split(",")]
+        object.__setattr__(self, "require", names)
         if self.pixel_mm is not None and not self.pixel_mm > 0:
             raise UserError(f"--pixel_mm {self.pixel_mm} must be above 0")
         check_at_least(1, self, "max_slices", "curve_steps")

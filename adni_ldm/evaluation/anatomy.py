@@ -35,6 +35,7 @@ MEASURES = {  # name: label
     "brain_mm2": "brain, mm²",
     "border_mm": "cortical border, mm",
     "blobs_mm2": "bright areas outside the brain, mm²",
+    "intensity": "mean intensity of the brain, 0 to 1",
 }
 
 TISSUE, FLUID = 0.85, 0.45  # intensity of pure tissue and pure fluid, relative to the brain's median
@@ -69,17 +70,9 @@ def measure_anatomy(
         border = _border_length(image, brain, weights > EDGE) * pixel_mm
         blobs = _blobs(image, brain, pixel_mm).sum() * pixel_mm**2
         ratio = ventricle_mm2 / brain_mm2 if brain_mm2 else np.nan
-        row[:] = ratio, ventricle_mm2, brain_mm2, border, blobs
+        intensity = image[brain].mean() if brain.any() else 0.0
+        row[:] = ratio, ventricle_mm2, brain_mm2, border, blobs, intensity
     return dict(zip(MEASURES, rows.T))
-
-
-def cohens_d(one: np.ndarray, other: np.ndarray) -> float:
-    """Difference of the means over the pooled standard deviation (Cohen 1988); NaN if that is zero."""
-    one, other = one[np.isfinite(one)], other[np.isfinite(other)]
-    if len(one) < 2 or len(other) < 2:
-        return np.nan
-    spread = np.sqrt((one.var(ddof=1) + other.var(ddof=1)) / 2)
-    return float((one.mean() - other.mean()) / spread) if spread > 0 else np.nan
 
 
 def _as_slices(images: torch.Tensor | np.ndarray, pixel_mm: float) -> np.ndarray:

@@ -1,4 +1,9 @@
-"""Effect of the disease on anatomy, in real slices and in samples."""
+"""Anatomical measures of samples beside real slices: location, spread, and the effect of the disease.
+
+A generative model can keep the difference between the classes and lose the variety within them, which alone
+exaggerates Cohen's d: d is the difference of the means over the standard deviation, so the ratio of d is the
+ratio of the differences over the ratio of the standard deviations. All three are given.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +11,20 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from adni_ldm.evaluation.anatomy import MEASURES, cohens_d
-from adni_ldm.evaluation.estimates import FEWEST_SLICES, FEWEST_SUBJECTS, Estimate, bootstrap, unknown
+from adni_ldm.evaluation.anatomy import MEASURES
+from adni_ldm.evaluation.estimates import (
+    FEWEST_SLICES,
+    FEWEST_SUBJECTS,
+    Estimate,
+    Resamples,
+    estimate,
+    unknown,
+)
 from adni_ldm.evaluation.image_sets import ImageSet
+
+# The measures whose location and spread count for fidelity. The ratio of the areas says nothing that the
+# areas do not, and most slices have no bright area outside the brain.
+COMPARED = ("ventricle_mm2", "brain_mm2", "border_mm", "intensity")
 
 
 def compare_anatomy(
@@ -17,83 +33,111 @@ def compare_anatomy(
     samples: ImageSet,
     sample_values: Mapping[str, np.ndarray],
     seed: int = 0,
-) -> dict[str, dict]:
-    """Class means and the effect of the first class against the last, for each of MEASURES.
+    draws: int = 1000,
+) -> dict[str, dict | Estimate]:
+    """Location, spread and effect of the first class against the last, for each of MEASURES.
 
     Args:
         real, samples: the slices that were measured.
         real_values, sample_values: results of `measure_anatomy` on them, {measure: (N,)}.
 
     Returns:
-        {measure: {"real": {class: Estimate}, "synthetic": {class: Estimate}, "effect_real": Estimate,
-        "effect_synthetic": Estimate, "effect_ratio": Estimate}}. Effects are Cohen's d over slices; intervals
-        are over subjects. The ratio is synthetic ÷ real; it has no value if the real effect may be zero.
+        {measure: `compare_measure`'s}, and "spread": the geometric mean of the ratios of standard deviations,
+        samples ÷ real, over the classes and the measures COMPARED.
     """
-    return {
-        measure: _compare(real, real_values[measure], samples, sample_values[measure], seed)
-        for measure in MEASURES
+    values = {name: (real_values[name], sample_values[name]) for name in MEASURES}
+    results = {
+        name: compare_measure(real, pair[0], samples, pair[1], seed, draws) for name, pair in values.items()
     }
+    gap = next((one.note for one in results[COMPARED[0]]["spread"].values() if one.value is None), "")
+    if gap:
+        return results | {"spread": unknown(gap)}
+    logs = []
+    for label in range(len(real.class_names)):
+        rows = [one.labels == label for one in (real, samples)]
+        groups = [
+            Resamples.draw(one.subjects[chosen], draws, seed + k)
+            for k, (one, chosen) in enumerate(zip((real, samples), rows))
+        ]
+        for name in COMPARED:
+            of_real, of_samples = (
+                group.deviation(part[chosen]) for group, part, chosen in zip(groups, values[name], rows)
+            )
+            with np.errstate(divide="ignore", invalid="ignore"):
+                logs.append(np.log(of_samples / of_real))
+    return results | {"spread": estimate(np.exp(np.mean(logs, axis=0)))}
 
 
-def _compare(
-    real: ImageSet, real_values: np.ndarray, samples: ImageSet, sample_values: np.ndarray, seed: int
-) -> dict:
-    one, other = 0, len(real.class_names) - 1  # of three classes, the two at the ends
-    groups = [_of(real, real_values, label) for label in (one, other)]
-    groups += [_of(samples, sample_values, label) for label in (one, other)]
+def compare_measure(
+    real: ImageSet,
+    real_values: np.ndarray,
+    samples: ImageSet,
+    sample_values: np.ndarray,
+    seed: int = 0,
+    draws: int = 1000,
+) -> dict[str, dict[str, Estimate] | Estimate]:
+    """One measure (N,) and (M,) of real slices and samples; intervals are over subjects.
+
+    Returns:
+        "real" and "synthetic", the mean of each class; "location", the standardized difference of the means
+        of each class, (samples - real) / SD of real; "spread", the ratio of the standard deviations of each
+        class; "effect_real" and "effect_synthetic", Cohen's d (1988) of the first class against the last,
+        over slices; and samples ÷ real of d, "effect_ratio", and of the difference of the means,
+        "difference_ratio", which have no value if the effect in real slices may be zero.
+    """
+    names = real.class_names
+    groups, gaps = {}, {}
+    for label, name in enumerate(names):
+        for which, one, values in (("real", real, real_values), ("synthetic", samples, sample_values)):
+            rows = (one.labels == label) & np.isfinite(values)  # without what could not be measured
+            gaps[which, name] = _gap(one.subjects[rows], which, name)
+            resamples = Resamples.draw(one.subjects[rows], draws, seed + (which == "synthetic"))
+            groups[which, name] = resamples.mean(values[rows]), resamples.deviation(values[rows])
+
+    def estimated(draws_of, *keys: tuple[str, str]) -> Estimate:
+        gap = next((gaps[key] for key in keys if gaps[key]), "")
+        if gap:
+            return unknown(gap)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found = draws_of(*(groups[key] for key in keys))
+        if not np.isfinite(found[0]):
+            return unknown("all slices of a class have the same value")
+        return estimate(found)
+
+    pairs = {name: (("real", name), ("synthetic", name)) for name in names}
     result = {
-        "real": {name: _mean(*_of(real, real_values, k), seed) for k, name in enumerate(real.class_names)},
-        "synthetic": {
-            name: _mean(*_of(samples, sample_values, k), seed) for k, name in enumerate(real.class_names)
-        },
+        which: {name: estimated(lambda one: one[0], (which, name)) for name in names}
+        for which in ("real", "synthetic")
     }
-    values, subjects = zip(*groups)
-    if gap := _gap(subjects):
-        names = ("effect_real", "effect_synthetic", "effect_ratio")
-        return result | {name: unknown(gap) for name in names}
-
-    def effect(first, second, *rows):
-        return cohens_d(values[first][rows[0]], values[second][rows[1]])
-
-    def ratio(*rows):
-        return effect(2, 3, *rows[2:]) / effect(0, 1, *rows[:2])
-
-    every = [np.arange(len(value)) for value in values]
-    d_real, d_synthetic = effect(0, 1, *every[:2]), effect(2, 3, *every[2:])
-    real_interval = bootstrap(lambda *rows: effect(0, 1, *rows), *subjects[:2], seed=seed)
-    interval = bootstrap(lambda *rows: effect(2, 3, *rows), *subjects[2:], seed=seed)
-    result["effect_real"] = _effect(d_real, real_interval)
-    result["effect_synthetic"] = _effect(d_synthetic, interval).with_reference(d_real)
-    if result["effect_synthetic"].value is None:
-        result["effect_ratio"] = unknown("all samples of a class have the same value")
-    elif not (real_interval[0] > 0 or real_interval[1] < 0):  # NaN as well
-        result["effect_ratio"] = unknown("the effect in real slices is not distinguishable from zero")
-    else:
-        result["effect_ratio"] = Estimate(d_synthetic / d_real, *bootstrap(ratio, *subjects, seed=seed))
+    result["location"] = {
+        name: estimated(lambda one, other: (other[0] - one[0]) / one[1], *pairs[name]) for name in names
+    }
+    result["spread"] = {name: estimated(lambda one, other: other[1] / one[1], *pairs[name]) for name in names}
+    ends = names[0], names[-1]  # of three classes, the two at the ends
+    real_keys, sample_keys = ([(which, name) for name in ends] for which in ("real", "synthetic"))
+    result["effect_real"] = estimated(cohens_d, *real_keys)
+    result["effect_synthetic"] = estimated(cohens_d, *sample_keys).with_reference(result["effect_real"].value)
+    d = result["effect_real"]
+    if d.value is not None and not (d.low is not None and (d.low > 0 or d.high < 0)):
+        note = "the effect in real slices is not distinguishable from zero"
+        return result | {"effect_ratio": unknown(note), "difference_ratio": unknown(note)}
+    keys = (*real_keys, *sample_keys)
+    result["effect_ratio"] = estimated(lambda a, b, c, e: cohens_d(c, e) / cohens_d(a, b), *keys)
+    result["difference_ratio"] = estimated(lambda a, b, c, e: (c[0] - e[0]) / (a[0] - b[0]), *keys)
     return result
 
 
-def _effect(d: float, interval: tuple[float, float]) -> Estimate:
-    return Estimate(d, *interval) if np.isfinite(d) else unknown("all slices of a class have the same value")
+def cohens_d(one: tuple, other: tuple):
+    """Difference of the means over the pooled standard deviation (Cohen 1988), of the (mean, SD) of two
+    groups, numbers or arrays."""
+    return (one[0] - other[0]) / np.sqrt((one[1] ** 2 + other[1] ** 2) / 2)
 
 
-def _of(images: ImageSet, values: np.ndarray, label: int) -> tuple[np.ndarray, np.ndarray]:
-    """Values and subjects of one class, without the slices that could not be measured."""
-    chosen = (images.labels == label) & np.isfinite(values)
-    return values[chosen], images.subjects[chosen]
-
-
-def _mean(values: np.ndarray, subjects: np.ndarray, seed: int) -> Estimate:
-    if len(np.unique(subjects)) < 2:
-        return unknown("fewer than two subjects could be measured")
-    return Estimate(values.mean(), *bootstrap(lambda rows: values[rows].mean(), subjects, seed=seed))
-
-
-def _gap(subjects: tuple[np.ndarray, ...]) -> str:
-    """Why the effect cannot be estimated; empty where it can."""
-    counts = [len(np.unique(group)) for group in subjects]
-    if min(counts[:2]) < FEWEST_SUBJECTS:
-        return f"{min(counts[:2])} real subjects of a class: at least {FEWEST_SUBJECTS} are needed"
-    if min(counts[2:]) < FEWEST_SLICES:
-        return f"{min(counts[2:])} samples of a class: at least {FEWEST_SLICES} are needed"
-    return ""
+def _gap(subjects: np.ndarray, which: str, name: str) -> str:
+    """Why a class cannot be measured; empty where it can."""
+    if which == "synthetic":
+        few = len(subjects) < FEWEST_SLICES
+        return f"{len(subjects)} samples of {name}: at least {FEWEST_SLICES} are needed" if few else ""
+    count = len(np.unique(subjects))
+    few = count < FEWEST_SUBJECTS
+    return f"{count} real subjects of {name}: at least {FEWEST_SUBJECTS} are needed" if few else ""

@@ -8,10 +8,12 @@ Slices of one subject resemble each other. Pairs of slices of one subject are th
 from the neighbors that define a manifold, and intervals resample subjects instead of slices. Where every
 slice has a subject of its own, as among samples, the metrics equal those of the papers.
 
-KID should be read first: it is unbiased, so the number of slices changes only its interval. FID is biased
-upwards, the more the fewer slices and subjects there are; with fewer slices than features the covariances
-are singular and FID means little. Its reference uses as many slices of fewer subjects, so samples can be
-below it.
+KID should be read first: it is unbiased, so the number of slices changes only its interval. Its scale depends
+on the features. It is therefore also given as a share of the variance of real slices in the space of its
+kernel, which is to KID what a squared standardized difference is to a squared difference of means. FID is
+biased upwards, the more the fewer slices and subjects there are; with fewer slices than features the
+covariances are singular and FID means little. Its reference uses as many slices of fewer subjects, so
+samples can be below it.
 
 Memory grows with the square of the number of slices: 10,000 against 10,000 take about 3 GB.
 """
@@ -26,10 +28,19 @@ from scipy import sparse
 from scipy.spatial.distance import cdist
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
-from adni_ldm.evaluation.estimates import FEWEST_SLICES, FEWEST_SUBJECTS, LEVEL, Estimate, bootstrap, unknown
+from adni_ldm.evaluation.estimates import (
+    FEWEST_SLICES,
+    FEWEST_SUBJECTS,
+    Estimate,
+    Resamples,
+    estimate,
+    unknown,
+)
 from adni_ldm.evaluation.image_sets import ImageSet
 
-METRICS = ("kid", "fid", "precision", "recall", "density", "coverage", "ms_ssim")
+MANIFOLD = ("precision", "recall", "density", "coverage")
+RATIOS = tuple(f"{name}_ratio" for name in MANIFOLD)  # each relative to its reference
+METRICS = ("kid", "kid_share", "fid", *MANIFOLD, *RATIOS, "ms_ssim")
 FID_DRAWS = 100  # bootstrap samples of FID, each of which costs a singular value decomposition
 
 _BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # weights of the five scales (Wang et al. 2003)
@@ -69,13 +80,11 @@ def fidelity(
         chosen = [np.concatenate([by_class[k][:n] for k in labels]) for by_class, n in zip(rows, counts)]
         real, others, synthetic = (one.take(row) for one, row in zip(sets, chosen))
         x, z, y = (feature[row].astype(np.float64) for feature, row in zip(features, chosen))
-        references = compare(x, z, real.subjects, others.subjects, draws=0)
-        references["ms_ssim"] = structural_similarity(others, draws=0)
-        estimates = compare(x, y, real.subjects, synthetic.subjects, draws=draws)
-        estimates["ms_ssim"] = structural_similarity(synthetic, draws=draws)
-        results[name] = {
-            metric: estimates[metric].with_reference(references[metric].value) for metric in METRICS
-        }
+        subjects = (real.subjects, others.subjects, synthetic.subjects)
+        results[name] = compare_features((x, z, y), subjects, draws=draws)
+        results[name]["ms_ssim"] = structural_similarity(synthetic, draws=draws).with_reference(
+            structural_similarity(others, draws=0).value
+        )
     return results
 
 
@@ -92,20 +101,37 @@ def _too_few(held_out: ImageSet, train: ImageSet, samples: ImageSet, labels: Seq
     return ""
 
 
-def compare(
-    real: np.ndarray,
-    other: np.ndarray,
-    real_subjects: np.ndarray,
-    other_subjects: np.ndarray,
-    *,
-    draws: int = 1000,
+def compare_features(
+    features: Sequence[np.ndarray], subjects: Sequence[np.ndarray], *, draws: int = 1000, fid: bool = True
 ) -> dict[str, Estimate]:
-    """All metrics but MS-SSIM, of features (N, D) and (M, D) and their subjects; no intervals for draws=0."""
-    return {
-        "kid": kernel_distance(real, other, real_subjects, other_subjects, draws=draws),
-        "fid": _frechet_estimate(real, other, real_subjects, other_subjects, min(draws, FID_DRAWS)),
-        **manifold_metrics(real, other, real_subjects, other_subjects, draws=draws),
-    }
+    """All metrics but MS-SSIM, with their references.
+
+    Args:
+        features: (N, D) of held-out real slices, (M, D) of training slices, (M, D) of samples.
+        subjects: those of each row. The ratios' intervals resample the subjects of all three sets.
+        fid: compute FID, which takes longest.
+    """
+    real, train, samples = zip(features, subjects, strict=True)
+    sets, reference_sets = (
+        (real[0], other[0], real[1], other[1]) for other in (samples, train)
+    )  # as the metrics take them
+    kid, reference = kernel_distance(*sets, draws=draws), kernel_distance(*reference_sets, draws=0)
+    variance = kernel_variance(*real)
+    share = unknown("the held-out slices are all alike")
+    if variance > 0:
+        share = kid.scaled(1 / variance).with_reference(reference.value / variance)
+    results = {"kid": kid.with_reference(reference.value), "kid_share": share}
+    if fid:
+        few_draws = min(draws, FID_DRAWS)
+        reference = frechet_distance(features[0], features[1])
+        results["fid"] = _frechet_estimate(*sets, few_draws).with_reference(reference)
+    values, references = _manifold_draws(*sets, draws, 1), _manifold_draws(*reference_sets, draws, 2)
+    for name, ratio in zip(MANIFOLD, RATIOS):
+        results[name] = estimate(values[name]).with_reference(references[name][0])
+        with np.errstate(invalid="ignore", divide="ignore"):
+            found = estimate(values[name] / references[name])
+        results[ratio] = unknown("the reference is 0") if found.value is None else found
+    return results
 
 
 def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
@@ -127,9 +153,12 @@ def _root(features: np.ndarray) -> np.ndarray:
 
 
 def _frechet_estimate(x, y, x_subjects, y_subjects, draws: int) -> Estimate:
-    value = frechet_distance(x, y)
-    low, high = bootstrap(lambda i, j: frechet_distance(x[i], y[j]), x_subjects, y_subjects, count=draws)
-    half = (high - low) / 2  # centered at the value: repeated rows bias the FID of every bootstrap sample
+    resamples = (Resamples.draw(one, draws, seed) for seed, one in enumerate((x_subjects, y_subjects)))
+    rows = zip(*(one.rows() for one in resamples), strict=True)
+    found = estimate(np.array([frechet_distance(x[i], y[j]) for i, j in rows]))
+    value = found.value
+    # Centered at the value: repeated rows bias the FID of every bootstrap sample.
+    half = np.nan if found.low is None else (found.high - found.low) / 2
     few, width = min(len(x), len(y)), x.shape[1]
     singular = f"{few} slices for {width} features: the covariances are singular; read KID instead"
     note = singular if few <= width else ""
@@ -168,19 +197,21 @@ def kernel_distance(
             - 2 * ((u @ across) * v).sum(1) / ((u @ x_size) * (v @ y_size))
         )
 
-    value = squared_mmd(np.ones((1, len(x_size))), np.ones((1, len(y_size))))[0]
-    if not draws:
-        return Estimate(value)
-    rng = np.random.default_rng(seed)
-    u, v = (rng.multinomial(n, np.full(n, 1 / n), draws).astype(float) for n in (len(x_size), len(y_size)))
+    u, v = (Resamples.draw(one, draws, seed).times for seed, one in enumerate((x_subjects, y_subjects), seed))
     with np.errstate(invalid="ignore"):  # a bootstrap sample of a single subject has no pairs
-        values = squared_mmd(u, v)
-    low, high = np.nanquantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(value, low, high)
+        return estimate(squared_mmd(u, v))
+
+
+def kernel_variance(features: np.ndarray, subjects: np.ndarray) -> float:
+    """Variance of rows (N, D) in the space of KID's kernel: E k(x, x) - E k(x, x'), x' of another subject."""
+    kernel = _cubic(features, features)
+    other = np.asarray(subjects)[:, None] != subjects
+    return float(kernel.diagonal().mean() - kernel[other].mean())
 
 
 def _cubic(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return (x @ y.T / x.shape[1] + 1) ** 3
+    kernel = x @ y.T / x.shape[1] + 1
+    return kernel * kernel * kernel  # ten times as fast as a power
 
 
 def _subject_sums(subjects: np.ndarray) -> sparse.csr_array:
@@ -204,15 +235,29 @@ def manifold_metrics(
     The ball of a slice reaches to its k-th nearest slice of another subject. The intervals resample, by
     subject, the slices that are counted; the balls are kept.
     """
+    found = _manifold_draws(real, other, real_subjects, other_subjects, draws)
+    return {name: estimate(values) for name, values in found.items()}
+
+
+def _manifold_draws(
+    real: np.ndarray,
+    other: np.ndarray,
+    real_subjects: np.ndarray,
+    other_subjects: np.ndarray,
+    draws: int,
+    seed: int = 1,
+) -> dict[str, np.ndarray]:
+    """The bootstrap draws (B + 1,) of each of MANIFOLD; `seed` is that of `other`, of `real` it is 0."""
     distances = cdist(real, other)  # (N, M)
     real_3, real_5 = (radii(real, real_subjects, k)[:, None] for k in (3, 5))
-    scores = {
-        "precision": ((distances <= real_3).any(0), other_subjects),
-        "recall": ((distances <= radii(other, other_subjects, 3)).any(1), real_subjects),
-        "density": ((distances <= real_5).sum(0) / 5, other_subjects),
-        "coverage": ((distances <= real_5).any(1), real_subjects),
+    of_real = Resamples.draw(real_subjects, draws, 0)
+    of_other = Resamples.draw(other_subjects, draws, seed)
+    return {
+        "precision": of_other.mean((distances <= real_3).any(0)),
+        "recall": of_real.mean((distances <= radii(other, other_subjects, 3)).any(1)),
+        "density": of_other.mean((distances <= real_5).sum(0) / 5),
+        "coverage": of_real.mean((distances <= real_5).any(1)),
     }
-    return {name: _mean(values, subjects, draws) for name, (values, subjects) in scores.items()}
 
 
 def radii(features: np.ndarray, subjects: np.ndarray, k: int) -> np.ndarray:
@@ -248,9 +293,5 @@ def structural_similarity(images: ImageSet, *, draws: int = 1000, seed: int = 0)
         )
         for batch in np.array_split(np.arange(len(first)), len(first) // 64 + 1)
     ]
-    return _mean(torch.cat(values).numpy(), np.arange(len(first)), draws)
-
-
-def _mean(values: np.ndarray, subjects: np.ndarray, draws: int) -> Estimate:
-    interval = bootstrap(lambda rows: values[rows].mean(), subjects, count=draws)
-    return Estimate(values.mean(), *interval)
+    scores = torch.cat(values).numpy()
+    return estimate(Resamples.draw(np.arange(len(scores)), draws, seed).mean(scores))

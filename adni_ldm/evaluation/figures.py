@@ -17,6 +17,7 @@ from adni_ldm.evaluation.estimates import Estimate
 from adni_ldm.evaluation.image_sets import ImageSet
 from adni_ldm.evaluation.nearest_neighbors import NEXT_SUBJECTS
 from adni_ldm.evaluation.privacy import CopyRule, Pair
+from adni_ldm.evaluation.spectrum import BANDS, radial_power
 from adni_ldm.figures import hide_frame, save_rows
 
 COLOURS = ("#d1495b", "#30638e", "#edae49", "#5b8e7d", "#7d5ba6")  # of the classes, in order
@@ -91,6 +92,26 @@ def save_nearest_histogram(
         xlim=(0, edges[-1]),
     )
     axis.legend(frameon=False, loc="upper left")
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=DPI)
+
+
+def save_spectrum(path: str | Path, sets: Mapping[str, torch.Tensor]) -> None:
+    """Mean power by spatial frequency of sets of slices (N, 1, H, H) in [-1, 1], with the bands compared."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axis = figure.subplots()
+    for (title, images), colour in zip(sets.items(), (GREY, *COLOURS), strict=False):
+        frequencies, power = radial_power(images)
+        axis.plot(frequencies, power.mean(0), label=title, color=colour, linewidth=1.8)
+    for low, _ in BANDS.values():
+        axis.axvline(low, color="black", linestyle=":", linewidth=1)
+    axis.set(
+        title="Power spectrum, radially averaged",
+        xlabel="spatial frequency ÷ Nyquist frequency (dotted: the bands compared)",
+        ylabel="power",
+        yscale="log",
+    )
+    axis.legend(frameon=False)
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=DPI)
 

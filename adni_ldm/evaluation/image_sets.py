@@ -12,6 +12,7 @@ from datasets import Dataset
 
 from adni_ldm.data.slices import SliceTensors, prepare_image, read_image, to_arrays, to_float
 from adni_ldm.errors import UserError
+from adni_ldm.evaluation.estimates import FEWEST_SLICES, FEWEST_SUBJECTS
 from adni_ldm.generation import generate_images, image_seed
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
 
@@ -80,6 +81,16 @@ def image_set(slices: SliceTensors, most: int | None = None, seed: int = 0) -> I
         chosen = thin(slices.subjects, most, seed)
     pixels = torch.from_numpy(slices.arrays[chosen]["image"])[:, None]
     return ImageSet(pixels, slices.labels[chosen].numpy(), slices.subjects[chosen], slices.class_names)
+
+
+def too_few(samples: ImageSet, held_out: ImageSet) -> str:
+    """What there is too little of for an interval, by class; "" where there is enough."""
+    for name in samples.class_names:
+        if (count := len(samples.of_class(name))) < FEWEST_SLICES:
+            return f"{count} samples of {name}: at least {FEWEST_SLICES} are needed"
+        if (count := len(np.unique(held_out.of_class(name).subjects))) < FEWEST_SUBJECTS:
+            return f"{count} held-out subjects of {name}: at least {FEWEST_SUBJECTS} are needed"
+    return ""
 
 
 def load_samples(folder: str | Path, class_names: Sequence[str], most: int | None = None) -> ImageSet:

@@ -1,8 +1,8 @@
 """Nearest training image of a slice, in pixels after alignment.
 
 Images are resized to 64 x 64 and band-pass filtered (difference of Gaussians), which removes brightness,
-shading and pixel noise. They are compared by normalized cross-correlation, maximized over small shifts
-(distance = 1 - correlation, which is invariant to gain and offset).
+shading and pixel noise. They are compared by normalized cross-correlation, maximized over small shifts and
+rotations (distance = 1 - correlation, which is invariant to gain and offset).
 
 Typical brains have many near neighbors and unusual ones have none, so the distance is also given as a ratio:
 the distance to the nearest image divided by the mean distance to the nearest images of the next five
@@ -12,6 +12,7 @@ explains (Carlini et al. 2023, arXiv:2301.13188, section 5, with subjects in pla
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,7 @@ from tqdm.auto import tqdm
 
 SIDE = 64  # pixels per side at which images are compared; copies need not share finer detail
 FINE, COARSE = 1 / 48, 1 / 16  # standard deviations of the two Gaussians, as shares of the side
+TURNS = (0.0, -4.0, 4.0)  # degrees by which an image is rotated; a copy within 2 of one is found
 NEXT_SUBJECTS = 5  # whose nearest images the distance is compared with
 _CHUNK = 64  # rows that are searched at once
 _NEAREST, _SUBJECTS = 16, 32  # candidates left by the coarse search: images, and one image per subject
@@ -41,9 +43,11 @@ class Neighbors:
 
 @torch.autocast("cpu", enabled=False)  # float32, regardless of the caller's autocast
 def nearest_in_pixels(images: torch.Tensor, train: torch.Tensor, train_subjects: np.ndarray) -> Neighbors:
-    """Nearest training image after alignment by shifts of up to 1/16 of the side, at least 3 pixels.
+    """Nearest training image after alignment by rotations of up to about 6 degrees and shifts of up to 1/16
+    of the side, at least 3 pixels.
 
-    A coarse search over all training images at 16 x 16 pixels leaves at most 48 for the fine comparison.
+    A coarse search over all training images at 16 x 16 pixels gives the rotation of an image, and leaves at
+    most 48 for the fine comparison.
 
     Args:
         images: uint8 (N, 1, H, W).
@@ -52,20 +56,36 @@ def nearest_in_pixels(images: torch.Tensor, train: torch.Tensor, train_subjects:
     if images.shape[1:] != train.shape[1:]:
         raise ValueError(f"images of {tuple(images.shape[1:])} compared with {tuple(train.shape[1:])}")
     reach = max(SIDE // 16, -(-3 * SIDE // min(images.shape[-2:])))  # in pixels compared
-    patterns, train_patterns = band_pass(images), band_pass(train)  # (N, S, S), (M, S, S)
+    train_patterns = band_pass(train)  # (M, S, S)
     train_thumbnails = _thumbnails(train_patterns)
     subjects = np.unique(train_subjects, return_inverse=True)[1]
 
     found = [(np.zeros(0, np.int64), np.zeros(0), np.zeros(0), np.zeros((0, 2), np.int64))]
     for first in tqdm(range(0, len(images), _CHUNK), desc="nearest training images", leave=False):
-        some = patterns[first : first + _CHUNK]
-        candidates = _candidates(_coarse_similarity(some, train_thumbnails, reach), subjects)  # (B, K)
-        distances, shifts = _aligned_distances(some, train_patterns, candidates, reach)
+        some = images[first : first + _CHUNK]
+        turned = [band_pass(_turn(some, degrees)) for degrees in TURNS]  # (B, S, S) each
+        similar = [_coarse_similarity(one, train_thumbnails, reach) for one in turned]  # (B, M) each
+        best = torch.stack([one.amax(1) for one in similar]).argmax(0)  # (B,) the rotation of each image
+        each = torch.arange(len(some))
+        patterns, similarity = (torch.stack(one)[best, each] for one in (turned, similar))
+        candidates = _candidates(similarity, subjects)  # (B, K)
+        distances, shifts = _aligned_distances(patterns, train_patterns, candidates, reach)
         rows, nearest, ratios, places = _closest(distances, candidates, subjects)
         found.append((rows, nearest, ratios, shifts[np.arange(len(rows)), places]))
     rows, distances, ratios, shifts = (np.concatenate(parts) for parts in zip(*found))
     pixels = np.array(images.shape[-2:]) / SIDE
     return Neighbors(rows, distances, ratios, np.rint(shifts * pixels).astype(np.int64))
+
+
+def _turn(images: torch.Tensor, degrees: float) -> torch.Tensor:
+    """uint8 (N, 1, H, W) rotated about the center, counter-clockwise; the border is repeated outside."""
+    if not degrees:
+        return images
+    angle = math.radians(degrees)
+    rotation = torch.tensor([[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0]])
+    grid = F.affine_grid(rotation.expand(len(images), 2, 3), list(images.shape), align_corners=False)
+    turned = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+    return turned.round().to(torch.uint8)
 
 
 def band_pass(images: torch.Tensor, side: int = SIDE) -> torch.Tensor:

@@ -5,7 +5,7 @@ Nothing but the standard library is imported here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 QUESTIONS = {  # key of `verdicts` in metrics.json: the question
@@ -24,6 +24,7 @@ class Verdict:
     name: str  # key of QUESTIONS
     good: bool | None  # None: inconclusive
     text: str  # the evidence
+    criteria: Sequence[Mapping] = ()  # as `Criterion.to_json`
 
     @property
     def question(self) -> str:
@@ -48,4 +49,4 @@ def list_verdicts(metrics: Mapping) -> Iterator[Verdict]:
     """The verdict on each of QUESTIONS in the content of a metrics.json; inconclusive where it has none."""
     for name in QUESTIONS:
         found = metrics.get("verdicts", {}).get(name) or {"good": None, "text": NOT_EVALUATED}
-        yield Verdict(name, found["good"], str(found["text"]))
+        yield Verdict(name, found["good"], str(found["text"]), found.get("criteria", ()))

@@ -17,6 +17,11 @@ from adni_ldm.files import write_text
 # What each metric is, and which direction is better, as the tables show it.
 LABELS = {
     "kid": "KID: kernel inception distance (0: same distribution; lower is better)",
+    "kid_share": "KID ÷ variance of real slices in its kernel's space (lower is better)",
+    "precision_ratio": "Precision ÷ reference",
+    "recall_ratio": "Recall ÷ reference",
+    "density_ratio": "Density ÷ reference",
+    "coverage_ratio": "Coverage ÷ reference",
     "fid": "FID: Fréchet inception distance (lower is better; biased by the number of slices)",
     "precision": "Precision: share of samples within the distribution of real slices",
     "recall": "Recall: share of real slices within the distribution of samples",
@@ -28,7 +33,10 @@ LABELS = {
     "both": "Real slices and samples",
     "auc": "AUC by subject",
     "balanced_accuracy": "balanced accuracy by subject",
-    "auc_ratio": "AUC trained on samples ÷ AUC trained on real slices",
+    "relative_auc": "(AUC trained on samples - 0.5) ÷ (AUC trained on real slices - 0.5)",
+    "relative": "(accuracy on samples - chance) ÷ (accuracy on real slices - chance)",
+    "samples": "Samples ÷ held-out slices, power at the share of Nyquist's frequency",
+    "reconstructions": "Reconstructions ÷ held-out slices, power at the share of Nyquist's frequency",
     "class_conditioning_accuracy": "Class-conditioning accuracy",
     "by_guidance": "Class-conditioning accuracy at guidance scale",
     "ventricle_ratio": "Lateral ventricle ÷ brain",
@@ -36,10 +44,15 @@ LABELS = {
     "brain_mm2": "Brain, mm²",
     "border_mm": "Cortical border, mm",
     "blobs_mm2": "Bright areas outside the brain, mm²",
+    "intensity": "Mean intensity of the brain, 0 to 1",
+    "location": "difference of the means, samples - real, in standard deviations",
+    "spread": "standard deviation, samples ÷ real",
+    "difference_ratio": "difference of the class means, samples ÷ real",
     "effect_real": "disease effect in real slices (Cohen's d)",
     "effect_synthetic": "disease effect in samples (Cohen's d)",
     "effect_ratio": "effect in samples ÷ effect in real slices",
     "copies": "Samples classified as copies of a training slice",
+    "copies_excess": "Samples classified as copies, less the reference",
     "subjects_copied": "Training subjects with at least one copy",
     "membership_auc": "AUC of membership inference from the model's loss (0.5: chance)",
 }
@@ -62,14 +75,20 @@ SECTIONS = {  # section of metrics.json: (heading, what is measured)
     ),
     "anatomy": (
         "Anatomy: is the effect of the disease preserved?",
-        "Areas are measured in real slices and samples by the same segmentation. The disease effect is the "
-        "difference between the first and the last class in pooled standard deviations (Cohen's d).",
+        "Areas are measured in real slices, training and held-out, and samples by the same segmentation. The "
+        "disease effect is the difference between the first and the last class in pooled standard deviations "
+        "(Cohen's d).",
     ),
     "privacy": (
         QUESTIONS["privacy"],
         "A sample is classified as a copy if it is nearer to a training slice than real slices of held-out "
         "subjects are, except for a stated share of false positives. The reference is the share of held-out "
         "slices classified as copies.",
+    ),
+    "spectrum": (
+        "Sharpness: do samples have the power of real slices at every spatial frequency?",
+        "Power in three bands of the radially averaged spectrum, relative to held-out real slices. What the "
+        "reconstructions lack, the autoencoder has lost; what samples lack besides, the denoiser.",
     ),
     "figures": ("Figures", ""),
 }
@@ -130,6 +149,7 @@ def write_html(
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
     )
+    environment.filters["number"] = lambda value: "–" if value is None else _number(value)
     page = environment.get_template("report.html.jinja").render(
         verdicts=list(list_verdicts(metrics)), sections=sections, facts=facts
     )
@@ -154,7 +174,7 @@ def _rows(results: Mapping, keys: tuple[str, ...] = ()) -> Iterator[dict[str, st
 
 def _label(keys: tuple[str, ...]) -> str:
     words = [LABELS.get(key) or str(key).removeprefix("copies_") for key in keys if key != "all"]
-    if keys[0].startswith("copies_"):
+    if keys[0].startswith("copies_") and keys[0] not in LABELS:
         words.insert(0, LABELS["copies"])
     return " · ".join(words)
 

@@ -6,7 +6,8 @@ over the subject's slices.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from adni_ldm.evaluation.classifier import STEPS, probabilities, train_classifier
-from adni_ldm.evaluation.estimates import FEWEST_SUBJECTS, Estimate, bootstrap, roc_auc, unknown
+from adni_ldm.evaluation.estimates import FEWEST_SUBJECTS, Estimate, Resamples, estimate, roc_auc, unknown
 from adni_ldm.evaluation.image_sets import ImageSet, join
 
 
@@ -39,14 +40,13 @@ def train_on_synthetic_test_on_real(
         held_out: real slices of other subjects, of every class.
 
     Returns:
-        {"real": {"auc": …, "balanced_accuracy": …}, "synthetic": …, "both": …, "auc_ratio": …}. The reference
-        of synthetic and both is the value of real; the ratio is AUC synthetic / AUC real. No values if a
-        class has no samples or fewer than FEWEST_SUBJECTS held-out subjects.
+        As `tstr_metrics`. No values if a class has no samples or fewer than FEWEST_SUBJECTS held-out
+        subjects.
     """
     problem = _insufficient(samples, held_out)
     if problem:
         missing = {"auc": unknown(problem), "balanced_accuracy": unknown(problem)}
-        return {"real": missing, "synthetic": missing, "both": missing, "auc_ratio": unknown(problem)}
+        return {"real": missing, "synthetic": missing, "both": missing, "relative_auc": unknown(problem)}
 
     def fit(images: ImageSet, what: str) -> nn.Module:
         description = f"Training a classifier on {what}"
@@ -60,30 +60,58 @@ def train_on_synthetic_test_on_real(
     by_subject = {name: subject_probabilities(model, held_out) for name, model in classifiers.items()}
     _, labels, subjects = by_subject["real"]
     scores = {name: result[0] for name, result in by_subject.items()}  # (S, K)
+    return tstr_metrics(labels, subjects, scores, seed=seed, draws=draws)
 
-    def estimate(statistic: Callable[[np.ndarray], float]) -> Estimate:
-        low, high = bootstrap(statistic, subjects, count=draws, seed=seed)
+
+def tstr_metrics(
+    labels: np.ndarray,
+    subjects: np.ndarray,
+    scores: Mapping[str, np.ndarray],
+    *,
+    seed: int = 0,
+    draws: int = 1000,
+) -> dict[str, Estimate | dict[str, Estimate]]:
+    """AUC and balanced accuracy of each classifier, and how much of the AUC training on samples keeps.
+
+    Args:
+        labels, subjects: (S,), of held-out subjects.
+        scores: {"real", "synthetic", "both": probabilities (S, K)}, by what the classifier was trained on.
+
+    Returns:
+        {"real": {"auc": …, "balanced_accuracy": …}, "synthetic": …, "both": …, "relative_auc": …}. The
+        reference of synthetic and both is the value of real. The last is (AUC synthetic - 0.5) ÷ (AUC real -
+        0.5): a ratio of the AUCs themselves would give a classifier at chance half of the credit.
+    """
+    rows = list(Resamples.draw(subjects, draws, seed).rows())
+    statistics = {"auc": auc, "balanced_accuracy": balanced_accuracy}
+    found = {
+        name: {
+            metric: np.array([statistic(labels[chosen], one[chosen]) for chosen in rows])
+            for metric, statistic in statistics.items()
+        }
+        for name, one in scores.items()
+    }
+
+    def with_note(values: np.ndarray) -> Estimate:
+        one = estimate(values)
         constant = f"the same in every bootstrap sample: {len(labels)} subjects are too few for an interval"
-        return Estimate(statistic(np.arange(len(labels))), low, high, note=constant if low == high else "")
+        return replace(one, note=constant) if one.low is not None and one.low == one.high else one
 
     results = {
-        name: {
-            "auc": estimate(lambda rows, s=s: auc(labels[rows], s[rows])),
-            "balanced_accuracy": estimate(lambda rows, s=s: balanced_accuracy(labels[rows], s[rows])),
-        }
-        for name, s in scores.items()
+        name: {metric: with_note(values) for metric, values in one.items()} for name, one in found.items()
     }
     for name in ("synthetic", "both"):
         results[name] = {
             metric: value.with_reference(results["real"][metric].value)
             for metric, value in results[name].items()
         }
-
-    def auc_ratio(rows: np.ndarray) -> float:
-        synthetic, real = (auc(labels[rows], scores[name][rows]) for name in ("synthetic", "real"))
-        return synthetic / real if real else np.nan
-
-    return results | {"auc_ratio": estimate(auc_ratio)}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative = estimate((found["synthetic"]["auc"] - 0.5) / (found["real"]["auc"] - 0.5))
+    if relative.low is not None and relative.low == relative.high:
+        # No bootstrap sample has an error, which does not exclude one: 1 - 0.05^(1/n) is the exact bound.
+        lowest = 2 * 0.05 ** (1 / np.bincount(labels).min()) - 1
+        relative = replace(relative, low_90=min(relative.low, lowest * relative.value))
+    return results | {"relative_auc": relative.with_reference(1.0)}
 
 
 def subject_probabilities(model: nn.Module, images: ImageSet) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,152 +1,243 @@
-"""Verdicts: the answer to each question of the report, from its estimates and their intervals."""
+"""Verdicts: the answer to each question of the report, from criteria on its estimates and their intervals.
+
+Yes only where the data show that every criterion is met, no only where they show that one is not, and
+inconclusive otherwise: see `estimates.Criterion`. docs/metrics.md says how often each verdict is right.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
-from adni_ldm.evaluation.estimates import Estimate
+from adni_ldm.evaluation.anatomy import MEASURES
+from adni_ldm.evaluation.effects import COMPARED
+from adni_ldm.evaluation.estimates import Criterion, Estimate, decide
+from adni_ldm.evaluation.fidelity import MANIFOLD
+from adni_ldm.evaluation.privacy import COPIES_MARGIN
 
-NEAR_REFERENCE = 0.8  # share of the reference that precision and recall must reach
-ACCURACY_MARGIN = 0.03  # by which class-conditioning accuracy may be below the reference
-WIDEST = 0.3  # interval of a proportion, above which it is not informative
-AUC_RATIO = 0.95  # AUC trained on samples ÷ AUC trained on real slices
-MEMBERSHIP = 0.6  # AUC that the interval of the membership test must lie above to count as memorization
-EFFECT = (0.8, 1.25)  # disease effect in samples ÷ in real slices
+KID_SHARE = 0.05  # of the variance of real slices in the kernel's space
+NEAR_REFERENCE = 0.8  # share of the reference that precision, recall, density and coverage must reach
+LOCATION = 0.5  # difference of a class mean from that of real slices, in standard deviations
+SPREAD = (0.85, 1.18)  # standard deviations within the classes, samples ÷ real
+POWER = (0.8, 1.25)  # power of a frequency band, samples ÷ real
+ABOVE_CHANCE = 0.8  # share of AUC - 0.5, and of accuracy - chance, that samples must keep
+EFFECT = (0.7, 1.4)  # disease effect in samples ÷ in real slices
+NEGLIGIBLE = 0.2  # Cohen's d; an effect that is shown to be smaller need not be preserved
+MEMBERSHIP = (0.6, 0.65)  # AUC above which subjects are identifiable, and below which they are not
 
 
 def verdicts(metrics: Mapping[str, Mapping]) -> dict[str, dict]:
-    """{question: {"good": True, False or None if inconclusive, "text": …}} for each of QUESTIONS.
+    """{question: {"good": True, False or None if inconclusive, "text": …, "criteria": […]}} for each of
+    QUESTIONS.
 
     Args:
-        metrics: the sections fidelity, tstr, conditioning, anatomy and privacy, of Estimates.
+        metrics: the sections fidelity, tstr, conditioning, anatomy, spectrum and privacy, of Estimates.
     """
-    accuracy = metrics["conditioning"]["class_conditioning_accuracy"]["all"]
+    accuracy = metrics["conditioning"]["class_conditioning_accuracy"]
     return {
-        "fidelity": _fidelity(metrics["fidelity"]["all"]),
+        "fidelity": _fidelity(metrics["fidelity"]["all"], metrics["anatomy"], metrics["spectrum"]["samples"]),
         "usefulness": _tstr(metrics["tstr"]),
         "faithfulness": _conditioning(accuracy, metrics["anatomy"]["ventricle_ratio"]),
         "privacy": _privacy(metrics["privacy"]),
     }
 
 
-def _fidelity(estimates: Mapping[str, Estimate]) -> dict:
-    kid, precision, recall = (estimates[name] for name in ("kid", "precision", "recall"))
-    if missing := _missing(kid, precision, recall):
-        return missing
-    near = [one.value >= NEAR_REFERENCE * one.reference for one in (precision, recall)]
-    text = (
-        f"KID is {_with_interval(kid, '.3f')}, its reference {kid.reference:.3f}. Precision, the share of "
-        f"samples within the distribution of real slices, is {precision.value:.0%} (reference "
-        f"{precision.reference:.0%}). Recall, the share of real slices within the distribution of samples, "
-        f"is {recall.value:.0%} (reference {recall.reference:.0%}). "
-    )
-    if all(near):
-        text += (
-            "In these features samples are about as close to the real slices as slices of other subjects are."
-        )
-    elif near[0]:
-        text += "The samples are realistic, but cover only part of the real distribution."
-    else:
-        text += "Some samples resemble no real slice: do not use them in place of real slices."
-    return {"good": all(near), "text": text + " Differences outside these features are not measured."}
+def _fidelity(features: Mapping[str, Estimate], anatomy: Mapping, power: Mapping[str, Estimate]) -> dict:
+    criteria = list(fidelity_criteria(features, anatomy, power))
+    kid = features["kid"]
+    if kid.value is None:
+        return _missing(kid, criteria)
+    text = f"KID is {_with_interval(kid, '.3f')}, its reference {kid.reference:.3f}. "
+    good = decide(criteria)
+    text += {
+        True: "In these features, in anatomy, spread and sharpness, samples are equivalent to slices of "
+        "other "
+        "subjects. Differences outside these measures are not measured.",
+        False: "The samples do not match the distribution of real slices.",
+        None: "The data cannot decide.",
+    }[good]
+    return {"good": good, "text": text + _evidence(criteria), "criteria": _json(criteria)}
+
+
+def fidelity_criteria(
+    features: Mapping[str, Estimate], anatomy: Mapping, power: Mapping[str, Estimate]
+) -> Iterator[Criterion]:
+    """What samples must meet: in features, and in location, spread and sharpness of what they show.
+
+    The spread is decided over all measures and classes together: of one measure in one class, a hundred
+    subjects cannot show that it lies inside the limits. It counts by itself where it is shown to lie outside.
+    """
+    yield Criterion("KID ÷ variance of real slices", features["kid_share"], high=KID_SHARE)
+    for name in MANIFOLD:
+        yield Criterion(f"{name} ÷ reference", features[f"{name}_ratio"], low=NEAR_REFERENCE)
+    for measure in COMPARED:
+        label = MEASURES[measure].partition(",")[0]
+        for name, one in anatomy[measure]["location"].items():
+            yield Criterion(f"mean of {label} in {name}, difference in SD", one, -LOCATION, LOCATION)
+        for name, one in anatomy[measure]["spread"].items():
+            yield Criterion(f"SD of {label} in {name} ÷ real", one, *SPREAD, required=False)
+    yield Criterion("SD within classes ÷ real, over all measures", anatomy["spread"], *SPREAD)
+    for band, one in power.items():
+        yield Criterion(f"power {band} of Nyquist ÷ real", one, *POWER)
 
 
 def _tstr(estimates: Mapping) -> dict:
-    real, synthetic, ratio = estimates["real"]["auc"], estimates["synthetic"]["auc"], estimates["auc_ratio"]
-    if missing := _missing(real, synthetic, ratio, references=False):
-        return missing
+    real, synthetic = estimates["real"]["auc"], estimates["synthetic"]["auc"]
+    criteria = [Criterion("AUC above chance, samples ÷ real", estimates["relative_auc"], low=ABOVE_CHANCE)]
+    if real.value is None or synthetic.value is None:
+        return _missing(real if real.value is None else synthetic, criteria)
     text = (
         f"On held-out subjects, a classifier trained on samples alone reaches an AUC of "
         f"{_with_interval(synthetic, '.2f')}; trained on real slices, {_with_interval(real, '.2f')}. "
     )
-    if real.low is not None and real.low <= 0.5:
+    if real.low is None or real.low <= 0.5:
         text += "Trained on real slices it is not reliably above chance, so no conclusion can be drawn."
-        return {"good": None, "text": text}
-    good = ratio.value >= AUC_RATIO
-    text += (
-        "The samples can replace the real slices in training this classifier."
-        if good
-        else "The samples lose part of the difference between the classes."
-    )
-    return {"good": good, "text": text + " Whether they improve training beside real slices is not tested."}
+        return {"good": None, "text": text, "criteria": _json(criteria)}
+    good = decide(criteria)
+    text += {
+        True: "The samples can replace the real slices in training this classifier. Whether they improve "
+        "training beside real slices is not tested.",
+        False: "The samples lose part of the difference between the classes.",
+        None: "The data cannot decide.",
+    }[good]
+    return {"good": good, "text": text + _evidence(criteria), "criteria": _json(criteria)}
 
 
-def _conditioning(accuracy: Estimate, anatomy: Mapping[str, Estimate]) -> dict:
-    if missing := _missing(accuracy):
-        return missing
-    if accuracy.high - accuracy.low > WIDEST:
-        return {"good": None, "text": "Too few samples to estimate the class-conditioning accuracy."}
-    accurate = accuracy.value >= accuracy.reference - ACCURACY_MARGIN
+def _conditioning(accuracy: Mapping[str, Estimate], ventricle: Mapping) -> dict:
+    every, effect, d = accuracy["all"], ventricle["effect_ratio"], ventricle["effect_real"]
+    criteria = [Criterion("accuracy above chance, samples ÷ real", accuracy["relative"], low=ABOVE_CHANCE)]
+    negligible = Criterion("", d, -NEGLIGIBLE, NEGLIGIBLE).met is True
+    if not negligible:
+        criteria.append(Criterion("disease effect on the ventricles, samples ÷ real", effect, *EFFECT))
+    if every.value is None or every.reference is None:
+        return _missing(every, criteria)
     text = (
         f"Class-conditioning accuracy, the share of samples that an independent classifier assigns to their "
-        f"class, is {_with_interval(accuracy, '.0%')}; on held-out real slices the classifier is correct in "
-        f"{accuracy.reference:.0%}. "
+        f"class, is {_with_interval(every, '.0%')}; on held-out real slices the classifier is correct in "
+        f"{every.reference:.0%}. "
     )
-    ratio = anatomy["effect_ratio"]
-    if ratio.value is None:
-        text += (
-            f"Whether the disease effect on the ventricles is preserved cannot be determined: {ratio.note}."
-        )
-        by_real = (
-            anatomy["effect_synthetic"].value is not None
-        )  # the real slices are inconclusive, not samples
-        return {"good": (accurate if by_real or not accurate else None), "text": text}
-    preserved = EFFECT[0] <= ratio.value <= EFFECT[1]
-    strength = "preserved" if preserved else ("too weak" if ratio.value < EFFECT[0] else "exaggerated")
-    text += (
-        f"The disease effect on the ventricles is {strength}: {_with_interval(ratio, '.2f')} times that in "
-        "real slices. "
-    )
-    text += (
-        "The samples reproduce the difference between the classes."
-        if accurate and preserved
-        else "Do not estimate effects of the disease from these samples."
-    )
-    return {"good": accurate and preserved, "text": text}
+    if negligible:
+        text += "Real slices show no effect of the disease on the ventricles, so none is to be preserved. "
+    elif criteria[1].met is False:
+        text += _why(effect, ventricle["difference_ratio"])
+    good = decide(criteria)
+    text += {
+        True: "The samples reproduce the difference between the classes.",
+        False: "Do not estimate effects of the disease from these samples.",
+        None: "The data cannot decide.",
+    }[good]
+    return {"good": good, "text": text + _evidence(criteria), "criteria": _json(criteria)}
 
 
-def _privacy(estimates: Mapping[str, Estimate]) -> dict:
-    copies, membership = estimates["copies"], estimates.get("membership_auc")
-    if missing := _missing(copies):
-        return missing
-    good = copies.low <= copies.reference
-    text = (
-        f"{_with_interval(copies, '.1%')} of the samples are classified as copies of a training slice; so "
-        f"are {copies.reference:.1%} of the real slices of held-out subjects. "
+def _why(effect: Estimate, difference: Estimate) -> str:
+    """Whether the difference of the means or the spread within the classes makes another Cohen's d."""
+    spread = difference.value / effect.value  # d is the difference over the spread
+    strength = "exaggerated" if effect.value > 1 else "too weak"
+    # A difference of the other sign has no logarithm, and is the means' doing.
+    by_means = difference.value <= 0 or abs(math.log(difference.value)) >= abs(math.log(spread))
+    return (
+        f"Cohen's d of the ventricles is {strength}: {_with_interval(effect, '.2f')} times that in real "
+        f"slices, "
+        f"with a difference between the class means of {difference.value:.2f} and a spread within the "
+        f"classes of "
+        f"{spread:.2f} times the real ones; {'the means make' if by_means else 'the spread makes'} it. "
     )
-    if membership is not None and membership.value is not None:
-        hidden = membership.low <= MEMBERSHIP
-        text += (
-            "Membership inference from the model's loss reaches an AUC of "
-            f"{_with_interval(membership, '.2f')}"
+
+
+def _privacy(estimates: Mapping) -> dict:
+    copies, excess = estimates["copies"], estimates["copies_excess"]
+    membership = estimates.get("membership_auc") or Estimate(None, note="not tested: give --model")
+    low, high = MEMBERSHIP
+    # The 95 % intervals decide here: a missed copy costs more than a withheld yes.
+    copied = _outside(excess, 0, COPIES_MARGIN)
+    identified = _outside(membership, low, high)
+    criteria = [
+        Criterion("share of copies above the reference", excess, high=COPIES_MARGIN),
+        Criterion("AUC of membership inference", membership, high=high),
+    ]
+    text = ""
+    if copies.value is not None and copies.reference is not None:
+        text = (
+            f"{_with_interval(copies, '.1%')} of the samples are classified as copies of a training slice; "
+            f"so "
+            f"are {copies.reference:.1%} of the real slices of held-out subjects. "
         )
-        if membership.low <= 0.5:
-            text += ", not distinguishable from chance. "
-        else:
-            text += ": weak, but above chance. " if hidden else ": training subjects can be identified. "
-        good = good and hidden
+    if membership.value is not None:
+        text += f"Membership inference from the model's loss: AUC {_with_interval(membership, '.2f')}. "
+    unseen = estimates.get("unseen_cohorts", [])
+    if copied or identified:
+        good = False
+        text += "Training subjects can be identified. " if identified else ""
+        text += "Inspect the nearest pairs, and do not publish these samples or this model."
+    elif copied is None or identified is None or unseen is None or unseen:
+        good = None
+        text += "Whether training images are memorized cannot be decided" + _lacking(
+            excess if copied is None else None, membership if identified is None else None, unseen
+        )
     else:
-        text += "Membership inference from the model's loss was not tested (give --model). "
-    text += (
-        "There are no more copies than false positives explain. This does not prove that the model cannot "
-        "reproduce a training image."
-        if good
-        else "Inspect the nearest pairs, and do not publish these samples or this model."
-    )
-    return {"good": good, "text": text}
+        good = True
+        text += (
+            "There are no more copies than false positives explain. This does not prove that the model "
+            "cannot "
+            "reproduce a training image. Copies turned by more than about 6 degrees, or of parts of a slice, "
+            "can be missed."
+        )
+    return {"good": good, "text": text, "criteria": _json(criteria)}
 
 
-def _missing(*estimates: Estimate, references: bool = True) -> dict | None:
-    """The verdict where an estimate, or its reference where one is required, is missing; else None."""
-    for one in estimates:
-        if one.value is None or (references and one.reference is None):
-            reason = one.note or "there are no real slices to compare with"
-            return {"good": None, "text": f"Cannot be determined: {reason}."}
-    return None
+def _outside(found: Estimate, low: float, high: float) -> bool | None:
+    """True if the 95 % interval lies above `low`, False if below `high`, None if neither."""
+    if found.low is None or found.high is None:
+        return None
+    return True if found.low > low else (False if found.high <= high else None)
 
 
-def _with_interval(estimate: Estimate, form: str) -> str:
-    text = format(estimate.value, form)
-    if estimate.low is None:
+def _lacking(excess: Estimate | None, membership: Estimate | None, unseen: Sequence[str] | None) -> str:
+    """What would decide on privacy."""
+    parts = []
+    if excess is not None:
+        parts.append(excess.note or "the interval of the share of copies is too wide")
+    if membership is not None:
+        wide = f"the AUC of membership inference may be above {MEMBERSHIP[1]}; more subjects would decide"
+        parts.append(membership.note or wide)
+    if unseen is None:
+        parts.append("it is not known what the model was trained on; give --model")
+    elif unseen:
+        parts.append(f"the model was also trained on {', '.join(unseen)}; give --also_trained_on")
+    return ": " + "; ".join(parts) + "."
+
+
+def _evidence(criteria: Sequence[Criterion], most: int = 4) -> str:
+    """The criteria that decided against, or that are undecided, and what would decide."""
+    failed = [one for one in criteria if one.met is False]
+    text = _listed(" Not met: ", failed, most)
+    if not failed:
+        undecided = [one for one in criteria if one.met is None and one.required]
+        text += _listed(" Undecided: ", undecided, most)
+        factors = [one.more_data for one in undecided]
+        if factors and all(factors):
+            text += f" About {max(factors):.1f} times as many subjects and samples would decide."
+    return text
+
+
+def _listed(title: str, criteria: Sequence[Criterion], most: int) -> str:
+    if not criteria:
+        return ""
+    rest = f"; and {len(criteria) - most} more" if len(criteria) > most else ""
+    return title + "; ".join(str(one) for one in criteria[:most]) + rest + "."
+
+
+def _missing(found: Estimate, criteria: Sequence[Criterion]) -> dict:
+    reason = found.note or "there are no real slices to compare with"
+    return {"good": None, "text": f"Cannot be determined: {reason}.", "criteria": _json(criteria)}
+
+
+def _json(criteria: Sequence[Criterion]) -> list[dict]:
+    return [one.to_json() for one in criteria]
+
+
+def _with_interval(found: Estimate, form: str) -> str:
+    text = format(found.value, form)
+    if found.low is None:
         return text
-    return f"{text} (95 % CI {estimate.low:{form}} to {estimate.high:{form}})"
+    return f"{text} (95 % CI {found.low:{form}} to {found.high:{form}})"

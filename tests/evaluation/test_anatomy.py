@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from adni_ldm.evaluation.anatomy import cohens_d, measure_anatomy, ventricle_area
+from adni_ldm.evaluation.anatomy import measure_anatomy, ventricle_area
 from adni_ldm.preprocessing.phantom import write_phantom_cohort
 
 
@@ -132,8 +132,3 @@ def test_the_ratio_is_that_of_the_areas_and_nan_without_a_brain(small):
         values["ventricle_mm2"][:3] / values["brain_mm2"][:3]
     )
     assert np.isnan(values["ventricle_ratio"][3]) and values["brain_mm2"][3] == 0
-
-
-def test_cohens_d_by_hand():
-    assert cohens_d(np.array([2.0, 4.0]), np.array([1.0, 3.0])) == pytest.approx(1 / np.sqrt(2))
-    assert np.isnan(cohens_d(np.array([1.0, 1.0]), np.array([1.0, 1.0])))

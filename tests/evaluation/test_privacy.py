@@ -72,6 +72,7 @@ def plant(images, kind):
         "exact": lambda: pixels,
         "shifted": lambda: each(lambda x: ndimage.shift(x, rng.choice([-1, 1], 2) * rng.integers(1, 4, 2))),
         "half a pixel": lambda: each(lambda x: ndimage.shift(x, rng.uniform(-3, 3, 2), order=1)),
+        "rotated": lambda: each(lambda x: ndimage.rotate(x, rng.choice([-5, 5]), reshape=False, order=1)),
         "brighter": lambda: 1.25 * pixels + 15,
         "darker": lambda: 0.6 * pixels,
         "gamma": lambda: each(lambda x: 255 * (x / 255) ** rng.uniform(0.65, 1.5)),
@@ -91,6 +92,7 @@ KINDS = (
     "exact",
     "shifted",
     "half a pixel",
+    "rotated",
     "brighter",
     "darker",
     "gamma",
@@ -184,7 +186,7 @@ def test_insufficient_data_give_no_value_but_the_reason(cohort):
     assert gap(new.take([]), train, held_out).note == "no samples"
     figures = measure_memorization(new.of_class("AD"), train, held_out).metrics
     assert figures["copies_NC"].note == "no samples of NC" and figures["copies_AD"].value is not None
-    assert "at least 5 of each" in membership_auc(np.ones(9), np.arange(9), np.ones(3), np.arange(3)).note
+    assert "at least 10 of each" in membership_auc(np.ones(9), np.arange(9), np.ones(3), np.arange(3)).note
 
 
 def test_constant_and_identical_slices_are_not_copies(cohort):

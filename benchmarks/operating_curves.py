@@ -1,0 +1,92 @@
+"""How often each verdict is yes, no or inconclusive: for samples of the true population, and with each fault.
+
+    python benchmarks/operating_curves.py --output benchmarks/results/operating_curves.md
+
+Cohorts are simulated (simulated_cohorts.py), so the tables show what the statistics can decide from so many
+subjects and samples, not what a network's features resolve: that is verdict_battery.py's to show.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from simulated_cohorts import FAULTS, ICC, SLICES, simulated_verdicts
+from tqdm.auto import tqdm
+
+SUBJECTS = (20, 50, 100, 200)  # of each class, held out
+COHORTS = (60, 60, 200, 60)  # simulated for each of these
+
+
+def count_answers(
+    pool: ProcessPoolExecutor, question: str, fault: str, cohorts: int, **options
+) -> Counter[bool | None]:
+    """The verdicts on `question` over `cohorts` simulated cohorts."""
+    one = partial(_answer, question=question, fault=fault, options=options)
+    return Counter(pool.map(one, range(cohorts), chunksize=4))
+
+
+def _answer(seed: int, question: str, fault: str, options: dict) -> bool | None:
+    return simulated_verdicts(fault, seed, questions=(question,), **options)[question]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--cohorts", type=int, nargs="+", default=COHORTS, help="simulated cohorts, for each of --subjects"
+    )
+    parser.add_argument("--subjects", type=int, nargs="+", default=SUBJECTS, help="of each class, held out")
+    parser.add_argument(
+        "--effects", type=float, nargs="+", default=[2.0, 0.8], help="Cohen's d of the disease"
+    )
+    parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument("--output", type=Path, help="write the tables here too")
+    options = parser.parse_args()
+
+    rows = [
+        (d, question, fault, subjects)
+        for d in options.effects
+        for question, faults in FAULTS.items()
+        for fault in ("perfect", *faults)
+        for subjects in options.subjects
+        if d == options.effects[0] or (question in ("usefulness", "faithfulness"))  # the others know no d
+    ]
+    number = dict(zip(options.subjects, options.cohorts, strict=True))
+    lines = [
+        "# Operating characteristics of the verdicts",
+        "",
+        f"Simulated cohorts of {SLICES} slices a subject, intraclass correlation {ICC}, as many training as "
+        "held-out subjects, and 500 samples a class. d is Cohen's d of the disease on the ventricle and "
+        "on one "
+        "of 16 features. Shares of cohorts, %: yes / inconclusive / no.",
+    ]
+    found: dict[tuple, Counter] = {}
+    with ProcessPoolExecutor(options.workers) as pool:
+        for d, question, fault, subjects in tqdm(rows, desc="operating curves"):
+            found[d, question, fault, subjects] = count_answers(
+                pool, question, fault, number[subjects], subjects=subjects, d=d, draws=200
+            )
+    columns = " | ".join(f"{subjects} subjects a class ({number[subjects]} cohorts)" for subjects in number)
+    for d in options.effects:
+        lines += ["", f"## d = {d:g}", "", f"| verdict | samples | {columns} |"]
+        lines += ["| --- " * (2 + len(number)) + "|"]
+        for _, question, fault in dict.fromkeys(key[:3] for key in found if key[0] == d):
+            cells = []
+            for subjects, cohorts in number.items():
+                counts = found[d, question, fault, subjects]
+                shares = (100 * counts[answer] / cohorts for answer in (True, None, False))
+                cells.append(" / ".join(f"{share:.0f}" for share in shares))
+            lines.append(f"| {question} | {fault} | {' | '.join(cells)} |")
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if options.output:
+        options.output.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
