@@ -18,7 +18,8 @@ from simulated_cohorts import FAULTS, ICC, SLICES, simulated_verdicts
 from tqdm.auto import tqdm
 
 SUBJECTS = (20, 50, 100, 200)  # of each class, held out
-COHORTS = (60, 60, 200, 60)  # simulated for each of these
+COHORTS = (100, 100, 200, 60)  # simulated for each of these; of samples with a fault WITH_FAULT of them
+WITH_FAULT = 0.3
 
 
 def count_answers(
@@ -57,6 +58,10 @@ def main() -> None:
         if d == options.effects[0] or (question in ("usefulness", "faithfulness"))  # the others know no d
     ]
     number = dict(zip(options.subjects, options.cohorts, strict=True))
+
+    def cohorts(fault: str, subjects: int) -> int:
+        return number[subjects] if fault == "perfect" else round(WITH_FAULT * number[subjects])
+
     lines = [
         "# Operating characteristics of the verdicts",
         "",
@@ -69,17 +74,20 @@ def main() -> None:
     with ProcessPoolExecutor(options.workers) as pool:
         for d, question, fault, subjects in tqdm(rows, desc="operating curves"):
             found[d, question, fault, subjects] = count_answers(
-                pool, question, fault, number[subjects], subjects=subjects, d=d, draws=200
+                pool, question, fault, cohorts(fault, subjects), subjects=subjects, d=d, draws=200
             )
-    columns = " | ".join(f"{subjects} subjects a class ({number[subjects]} cohorts)" for subjects in number)
+    columns = " | ".join(
+        f"{subjects} subjects a class ({number[subjects]} cohorts, {cohorts('', subjects)} with each fault)"
+        for subjects in number
+    )
     for d in options.effects:
         lines += ["", f"## d = {d:g}", "", f"| verdict | samples | {columns} |"]
         lines += ["| --- " * (2 + len(number)) + "|"]
         for _, question, fault in dict.fromkeys(key[:3] for key in found if key[0] == d):
             cells = []
-            for subjects, cohorts in number.items():
+            for subjects in number:
                 counts = found[d, question, fault, subjects]
-                shares = (100 * counts[answer] / cohorts for answer in (True, None, False))
+                shares = (100 * counts[answer] / counts.total() for answer in (True, None, False))
                 cells.append(" / ".join(f"{share:.0f}" for share in shares))
             lines.append(f"| {question} | {fault} | {' | '.join(cells)} |")
     text = "\n".join(lines) + "\n"

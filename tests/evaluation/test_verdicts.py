@@ -50,7 +50,8 @@ def with_interval(value, half):
 def test_a_fault_in_one_measure_alone_is_told_no(fault):
     """Everything else is as it should be."""
     good, bad = with_interval(1.0, 0.05), with_interval(0.5, 0.05)
-    features = dict.fromkeys(("kid", *RATIOS), good) | {"kid_share": with_interval(0.0, 0.01)}
+    features = dict.fromkeys(RATIOS, good) | {"kid_share": with_interval(0.0, 0.01)}
+    features["kid"] = with_interval(0.0, 0.01).with_reference(0.0)
     zero = with_interval(0, 0.1)
     anatomy = {
         name: {"location": {"AD": zero, "NC": zero}, "spread": {"AD": good, "NC": good}} for name in COMPARED
