@@ -19,7 +19,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 
 if missing := [name for name in ("scipy", "umap") if find_spec(name) is None]:
@@ -27,7 +26,7 @@ if missing := [name for name in ("scipy", "umap") if find_spec(name) is None]:
 
 from adni_ldm.config import EvaluateConfig, class_names, parse_config
 from adni_ldm.data.provenance import describe_data
-from adni_ldm.data.slices import evenly_spaced, open_folder, read_slices
+from adni_ldm.data.slices import open_folder, read_slices
 from adni_ldm.environment import installed_versions
 from adni_ldm.errors import UserError, run_recipe
 from adni_ldm.evaluation import figures
@@ -38,7 +37,6 @@ from adni_ldm.evaluation.conditioning import (
     class_conditioning_accuracy_by_guidance,
 )
 from adni_ldm.evaluation.effects import compare_anatomy
-from adni_ldm.evaluation.estimates import Estimate
 from adni_ldm.evaluation.features import load_extractor
 from adni_ldm.evaluation.fidelity import fidelity
 from adni_ldm.evaluation.history import (
@@ -50,16 +48,15 @@ from adni_ldm.evaluation.history import (
     read_metadata,
 )
 from adni_ldm.evaluation.image_sets import ImageSet, generate_image_set, join, load_samples, real_set, thin
-from adni_ldm.evaluation.model_outputs import bottleneck_features, reconstruct
 from adni_ldm.evaluation.privacy import measure_memorization
 from adni_ldm.evaluation.questions import QUESTIONS, list_verdicts
 from adni_ldm.evaluation.report import FigureFolder, write_html, write_metrics
-from adni_ldm.evaluation.spectrum import band_power, compare_spectra
+from adni_ldm.evaluation.report_figures import plot_comparisons, plot_model, plot_spectra
+from adni_ldm.evaluation.spectrum import measure_spectra
 from adni_ldm.evaluation.tstr import train_on_synthetic_test_on_real
 from adni_ldm.evaluation.verdicts import verdicts
-from adni_ldm.figures import save_rows
-from adni_ldm.files import check_empty_dir, read_json
-from adni_ldm.generation import denoising_trajectory, hash_pipeline, image_seed
+from adni_ldm.files import check_empty_dir
+from adni_ldm.generation import hash_pipeline
 from adni_ldm.loading import load_pipeline
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
 from adni_ldm.precision import choose_precision
@@ -138,22 +135,19 @@ def main() -> int:
 
     # ---- Figures -------------------------------------------------------------------------------------------
     folder = FigureFolder(output_dir / "figures")
-    plot_comparisons(folder, held_out, all_train, samples, conditioning, memorization)
+    curve = conditioning.get("by_guidance")
+    plot_comparisons(folder, held_out, all_train, samples, memorization, curve)
     caption = "Distribution of the anatomical measures by class, in real slices and in samples"
     path = folder.add("anatomy", "anatomy", caption)
     figures.save_anatomy(path, all_real, anatomy[0], samples, anatomy[1])
     caption = "Power of held-out slices and samples by spatial frequency, and of reconstructions with --model"
-    some = held_out.take(thin(held_out.subjects, 1000, cfg.seed))
-    curves = {"held-out real slices": some.floats(), "samples": samples.floats()}
-    if vae:
-        curves["reconstructions"] = reconstruct(vae, some)
-    figures.save_spectrum(folder.add("spectrum", "spectrum", caption), curves)
+    plot_spectra(folder.add("spectrum", "spectrum", caption), held_out, samples, vae, cfg.seed)
     caption = f"UMAP of the features ({extract.name}) of real slices and samples, by class"
     path = folder.add("fidelity", "features", caption)
     title = f"UMAP of {extract.name} features"
     figures.save_umap(path, title, (features[0], held_out), (features[2], samples), seed=cfg.seed)
     if pipeline:
-        plot_model(folder, pipeline, held_out, samples, cfg, sampling)
+        plot_model(folder, pipeline, cfg.model, held_out, samples, sampling, cfg.seed)
 
     # ---- Report --------------------------------------------------------------------------------------------
     facts = {
@@ -179,18 +173,6 @@ def main() -> int:
     if lacking:
         print(f"--require: the verdict is not favourable on {', '.join(lacking)}", file=sys.stderr)
     return 4 if lacking else 0
-
-
-def measure_spectra(
-    held_out: ImageSet, samples: ImageSet, vae: AutoencoderKL | None, seed: int
-) -> dict[str, dict[str, Estimate]]:
-    """Power by frequency band relative to held-out slices: of samples, and of their reconstructions."""
-    real = held_out, band_power(held_out.floats())
-    spectra = {"samples": compare_spectra(*real, samples, band_power(samples.floats()), seed=seed)}
-    if vae:
-        power = band_power(reconstruct(vae, held_out))
-        spectra["reconstructions"] = compare_spectra(*real, held_out, power, seed=seed)
-    return spectra
 
 
 def find_history(
@@ -251,75 +233,6 @@ def find_pixel_mm(root: Path, size: int) -> float:
             with Image.open(path.parent / table.file_name[0]) as image:
                 return float(table.pixel_mm[0]) * max(image.size) / size
     return 256 / size
-
-
-def plot_comparisons(
-    folder: FigureFolder,
-    held_out: ImageSet,
-    train: ImageSet,
-    samples: ImageSet,
-    conditioning,
-    memorization,
-) -> None:
-    """Figures of the slices and the metrics."""
-    path = folder.add("figures", "slices", "Held-out real slices and samples, by class")
-    figures.save_real_beside_samples(path, held_out, samples)
-    caption = (
-        "Difference between the mean slices of the first and the last class, in real slices and in samples"
-    )
-    figures.save_class_difference(folder.add("anatomy", "class_difference", caption), held_out, samples)
-    caption = (
-        "The ten samples nearest to a training slice, that slice, and the difference after alignment. "
-        "Subjects are numbered within this figure"
-    )
-    path = folder.add("privacy", "nearest_pairs", caption)
-    figures.save_pairs(path, memorization.pairs, samples, train)
-    caption = "Distance ratio to the nearest training slice, for samples and for held-out real slices"
-    path = folder.add("privacy", "distances", caption)
-    neighbors = memorization.samples, memorization.held_out
-    figures.save_nearest_histogram(path, *(one.ratios for one in neighbors), memorization.rule)
-    if curve := conditioning.get("by_guidance"):
-        path = folder.add("conditioning", "guidance", "Class-conditioning accuracy by guidance scale")
-        figures.save_guidance_curve(path, curve)
-
-
-def plot_model(
-    folder: FigureFolder,
-    pipeline: ClassConditionalLDMPipeline,
-    held_out: ImageSet,
-    samples: ImageSet,
-    cfg: EvaluateConfig,
-    sampling: Mapping,
-) -> None:
-    """Figures of the model: denoising, reconstructions, the U-Net's bottleneck and loss curves."""
-    path = folder.add("figures", "denoising", "Denoising from the same noise, for each class")
-    seed = image_seed(cfg.seed, 0)
-    rows = {
-        name: denoising_trajectory(pipeline, label, seed, frames=9, **sampling)
-        for label, name in enumerate(held_out.class_names)
-    }
-    save_rows(path, rows)
-
-    path = folder.add("figures", "reconstructions", "Reconstructions of held-out slices by the autoencoder")
-    some = held_out.take(evenly_spaced(len(held_out), 8))
-    figures.save_reconstructions(path, some, reconstruct(pipeline.vae, some))
-
-    path = folder.add("figures", "bottleneck", "UMAP of the U-Net's bottleneck features, by class")
-    chosen = [part.take(thin(part.subjects, 300, cfg.seed)) for part in (held_out, samples)]
-    features = [(bottleneck_features(pipeline, part, seed=cfg.seed), part) for part in chosen]
-    figures.save_umap(path, "UMAP of U-Net bottleneck features", *features, seed=cfg.seed)
-
-    for title, run in run_folders(Path(cfg.model)).items():
-        path = folder.add("figures", f"loss_{title}", f"Training curves of the {title}")
-        path.write_bytes((run / "loss.png").read_bytes())
-
-
-def run_folders(model: Path) -> dict[str, Path]:
-    """Run folders with loss curves: of the diffusion model, and of its autoencoder if it still exists."""
-    found = {"diffusion model": model}
-    if (model / "training_config.json").is_file():
-        found["autoencoder"] = Path(read_json(model / "training_config.json").get("vae") or "")
-    return {title: folder for title, folder in found.items() if (folder / "loss.png").is_file()}
 
 
 def describe(facts: Mapping) -> dict[str, str]:

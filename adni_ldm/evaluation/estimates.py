@@ -67,6 +67,8 @@ def estimate(draws: np.ndarray, note: str = "") -> Estimate:
     """A statistic of `Resamples` (B + 1,), of which the first is the value, with percentile intervals (Efron
     1979) of the others. NaN is left out."""
     value, finite = draws[0], draws[1:][np.isfinite(draws[1:])]
+    if not np.isfinite(value):
+        return unknown(note or "not defined: what it is relative to is zero")
     if not len(finite):
         return Estimate(value, note=note)
     tails = [(1 - level) / 2 for level in (LEVEL, TEST_LEVEL)]

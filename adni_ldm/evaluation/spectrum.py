@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 
 from adni_ldm.evaluation.estimates import Estimate, Resamples, estimate, unknown
 from adni_ldm.evaluation.image_sets import ImageSet, too_few
+from adni_ldm.evaluation.model_outputs import reconstruct
 
 # Radial frequency as a share of Nyquist's, half a cycle a pixel. Below is the shape of the head, which the
 # anatomical measures compare.
@@ -74,3 +76,15 @@ def compare_spectra(
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = means[1] / means[0]
     return {name: estimate(ratio).with_reference(1.0) for name, ratio in zip(BANDS, ratios)}
+
+
+def measure_spectra(
+    held_out: ImageSet, samples: ImageSet, vae: AutoencoderKL | None, seed: int
+) -> dict[str, dict[str, Estimate]]:
+    """Power by frequency band relative to held-out slices: of samples, and of their reconstructions."""
+    real = held_out, band_power(held_out.floats())
+    spectra = {"samples": compare_spectra(*real, samples, band_power(samples.floats()), seed=seed)}
+    if vae:
+        power = band_power(reconstruct(vae, held_out))
+        spectra["reconstructions"] = compare_spectra(*real, held_out, power, seed=seed)
+    return spectra
