@@ -123,7 +123,7 @@ def test_scans_that_the_table_does_not_know_are_refused(ad_nc_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (None, "no such file"),
         ("", "not a table in UTF-8"),
@@ -131,13 +131,13 @@ def test_scans_that_the_table_does_not_know_are_refused(ad_nc_folder, tmp_path):
         ("Image Data ID,Subject\nI1,a\n1,b\n", "image 1 has two rows that differ (a; b)"),
     ],
 )
-def test_what_is_no_study_table(ad_nc_folder, tmp_path, text, said):
+def test_what_is_no_study_table(ad_nc_folder, tmp_path, text, message):
     table = tmp_path / "study.csv"
     if text is not None:
         table.write_text(text)
     with pytest.raises(UserError) as error:
         load_slices(ad_nc_folder(), table=table)
-    assert said in str(error.value) and str(table) in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and str(table) in str(error.value) and "\n" not in str(error.value)
     assert check_folder(ad_nc_folder(), table=table).problems == [str(error.value)]
 
 
@@ -150,12 +150,12 @@ def test_three_classes_in_the_order_asked_for_and_two_of_three(ad_nc_folder):
     write_manifest(folder, {})
     for classes in (("AD", "MCI", "NC"), ("NC", "MCI", "AD"), ("AD", "NC")):
         slices = load_slices(folder, class_names=classes)
-        told = {
+        found = {
             (row["label"], row["subject"])
             for split in slices.values()
             for row in split.remove_columns("image")
         }
-        assert told == {(label, f"p{name}") for label, cls in enumerate(classes) for name in names[cls]}
+        assert found == {(label, f"p{name}") for label, cls in enumerate(classes) for name in names[cls]}
 
 
 def test_a_folder_that_is_not_what_its_manifest_says_is_refused(ad_nc_folder):

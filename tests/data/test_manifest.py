@@ -74,12 +74,12 @@ def test_it_names_no_machine_and_no_user_and_leaves_nothing_else(ad_nc_folder, t
 def test_what_is_no_manifest_is_refused(ad_nc_folder):
     folder = ad_nc_folder()
     assert read_manifest(folder) is None
-    for text, said in (
+    for text, message in (
         ("{", "not a readable manifest"),
         ('{"format": 99}', "format 99"),
         ("[]", "not a readable manifest"),
     ):
         (folder / "manifest.json").write_text(text)
-        with pytest.raises(DataError, match=said) as error:
+        with pytest.raises(DataError, match=message) as error:
             read_manifest(folder)
         assert "\n" not in str(error.value)

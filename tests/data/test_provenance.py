@@ -111,7 +111,7 @@ def describe(folder: Path) -> DataRecord:
     return describe_data(listing, read_slices(listing))
 
 
-def test_two_studies_that_number_their_subjects_alike_are_told_apart_by_pixels(tmp_path):
+def test_two_studies_that_number_their_subjects_alike_are_distinguished_by_pixels(tmp_path):
     one, two = images(tmp_path / "one", subjects=9), images(tmp_path / "two", first=100, subjects=8)
     model = training_records(describe(one))
     check_leakage("runs/vae", model, describe(two))  # 007 is in train of one, in test of two

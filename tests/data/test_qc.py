@@ -61,7 +61,7 @@ def metadata(text: str):
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (empty_class, "no images of class AD"),
         (empty_file, "0 bytes"),
@@ -75,14 +75,14 @@ def metadata(text: str):
         (metadata("file_name,subject\nAD/1001_78.jpeg,J\xf6rg\n"), "UTF-8"),
     ],
 )
-def test_what_the_check_finds_loading_refuses(ad_nc_folder, damage, said):
+def test_what_the_check_finds_loading_refuses(ad_nc_folder, damage, message):
     """Each problem is one line with the path and what to do, without a traceback."""
     folder = ad_nc_folder()
     culprit = damage(folder)
     report = check_folder(folder)
     assert not report.ok
     (problem,) = report.problems
-    assert str(culprit) in problem and said in problem and ";" in problem and "\n" not in problem
+    assert str(culprit) in problem and message in problem and ";" in problem and "\n" not in problem
     assert problem in str(report)
     with pytest.raises(DataError) as error:
         load_slices(folder)

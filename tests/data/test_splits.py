@@ -74,7 +74,7 @@ def test_a_test_set_that_someone_else_chose_is_kept():
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"fractions": {"train": 1, "dev": 1}}, "no split dev"),
         ({"fractions": {"train": 1, "val": 0}}, "above 0"),
@@ -82,6 +82,6 @@ def test_a_test_set_that_someone_else_chose_is_kept():
         ({"subjects": pd.concat([draw_people(5)] * 2)}, "two rows: 0_S_0000"),
     ],
 )
-def test_what_makes_no_sense_is_refused(change, said):
-    with pytest.raises(ValueError, match=said):
+def test_what_makes_no_sense_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
         assign_splits(**{"subjects": draw_people(5), "fractions": FRACTIONS} | change)

@@ -26,14 +26,14 @@ QUESTIONS = tuple(FAULTS)
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_samples_of_the_true_population_are_told_yes(question):
+def test_samples_of_the_true_population_get_favourable_verdicts(question):
     assert simulated_verdicts("perfect", 0, questions=(question,), draws=200) == {question: True}
 
 
 @pytest.mark.parametrize(
     ("question", "fault"), [(question, fault) for question, faults in FAULTS.items() for fault in faults]
 )
-def test_a_planted_fault_is_told_no(question, fault):
+def test_a_planted_fault_gets_an_unfavourable_verdict(question, fault):
     assert simulated_verdicts(fault, 0, questions=(question,), draws=200) == {question: False}
 
 
@@ -47,7 +47,7 @@ def with_interval(value, half):
 
 
 @pytest.mark.parametrize("fault", ["kid_share", "coverage_ratio", "spread", "above 0.6", "location", None])
-def test_a_fault_in_one_measure_alone_is_told_no(fault):
+def test_a_fault_in_one_measure_alone_is_unfavourable(fault):
     """Everything else is as it should be."""
     good, bad = with_interval(1.0, 0.05), with_interval(0.5, 0.05)
     features = dict.fromkeys(RATIOS, good) | {"kid_share": with_interval(0.0, 0.01)}
