@@ -12,7 +12,6 @@ slices, the search for held-out slices) is computed once.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import shutil
 import subprocess
@@ -32,8 +31,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import evaluate  # noqa: E402
-from adni_ldm.evaluation import classifier, nearest_neighbors, privacy, tstr  # noqa: E402
+from adni_ldm.evaluation import (  # noqa: E402
+    anatomy,
+    classifier,
+    model_outputs,
+    nearest_neighbors,
+    privacy,
+    spectrum,
+    tstr,
+)
 from adni_ldm.evaluation.questions import QUESTIONS  # noqa: E402
+from adni_ldm.generation import hash_pipeline, hash_weights  # noqa: E402
 from adni_ldm.preprocessing import phantom  # noqa: E402
 from adni_ldm.preprocessing.phantom_atlas import load_atlas  # noqa: E402
 
@@ -256,25 +264,41 @@ class Battery:
 
 
 def remember_common_work() -> None:
-    """Compute once what is the same in every row: results are kept by the contents of the images."""
-    train, search = classifier.train_classifier, nearest_neighbors.nearest_in_pixels
+    """Compute once what is the same in every row, by the contents of the images; draw no figures."""
     kept: dict[tuple, object] = {}
 
-    def content(images) -> str:
-        return hash(images.numpy().tobytes())
+    def once(function: Callable, key: Callable[..., tuple]) -> Callable:
+        def remembered(*arguments, **options):
+            name = (function.__name__, *key(*arguments, **options))
+            if name not in kept:
+                kept[name] = function(*arguments, **options)
+            return kept[name]
 
-    @functools.wraps(train)
-    def train_once(images, **options):
-        key = ("train", content(images.images), images.labels.tobytes(), options["seed"], options["steps"])
-        return kept[key] if key in kept else kept.setdefault(key, train(images, **options))
+        return remembered
 
-    @functools.wraps(search)
-    def search_once(images, train_images, subjects):
-        key = ("search", content(images), content(train_images))
-        return kept[key] if key in kept else kept.setdefault(key, search(images, train_images, subjects))
+    def content(tensor) -> int:
+        return hash(tensor.numpy().tobytes())
 
-    evaluate.train_classifier = tstr.train_classifier = train_once
-    privacy.nearest_in_pixels = search_once
+    train = once(
+        classifier.train_classifier,
+        lambda images, steps, **_: (content(images.images), images.labels.tobytes(), steps),
+    )
+    evaluate.train_classifier = tstr.train_classifier = train
+    privacy.nearest_in_pixels = once(
+        nearest_neighbors.nearest_in_pixels, lambda images, others, _: (content(images), content(others))
+    )
+    evaluate.measure_anatomy = once(anatomy.measure_anatomy, lambda images, *_, **__: (content(images),))
+    privacy.denoising_losses = once(
+        model_outputs.denoising_losses,
+        lambda model, images, **_: (hash_pipeline(model), content(images.images)),
+    )
+    spectrum.reconstruct = once(
+        model_outputs.reconstruct, lambda vae, images: (hash_weights(vae), content(images.images))
+    )
+    for name in ("plot_comparisons", "plot_model", "plot_spectra", "write_html"):
+        setattr(evaluate, name, lambda *_: None)
+    for name in ("save_anatomy", "save_umap"):
+        setattr(evaluate.figures, name, lambda *_, **__: None)
 
 
 def main() -> None:
@@ -283,7 +307,7 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, required=True, help="folder for cohorts, models and samples")
     parser.add_argument("--count", type=int, default=500, help="samples of each class")
-    parser.add_argument("--classifier_steps", type=int, default=100, help="of evaluate.py")
+    parser.add_argument("--classifier_steps", type=int, default=60, help="of evaluate.py")
     parser.add_argument("--rows", nargs="+", help="names of rows; all if none is given")
     parser.add_argument("--output", type=Path, help="write the table here too")
     options = parser.parse_args()

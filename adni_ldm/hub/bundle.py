@@ -31,7 +31,7 @@ from adni_ldm.pipeline import ClassConditionalLDMPipeline
 
 PREVIEWS = 4  # of each class
 STEPS = 30
-_PUSHED_METRICS = ("verdicts", "fidelity", "tstr", "conditioning", "anatomy", "privacy")
+_PUSHED_METRICS = ("verdicts", "fidelity", "spectrum", "tstr", "conditioning", "anatomy", "privacy")
 _PUSHED_METRICS += ("model_hash", "data_hash")
 _PUSHED_COLUMNS = ("file_name", "label", "seed", "num_inference_steps", "guidance_scale", "eta", "scheduler")
 _PUSHED_COLUMNS += ("precision", "model_hash", "data_hash", "guidance_interval")
