@@ -18,8 +18,8 @@ from simulated_cohorts import FAULTS, ICC, SLICES, simulated_verdicts
 from tqdm.auto import tqdm
 
 SUBJECTS = (20, 50, 100, 200)  # of each class, held out
-COHORTS = (100, 100, 200, 60)  # simulated for each of these; of samples with a fault WITH_FAULT of them
-WITH_FAULT = 0.3
+COHORTS = (50, 50, 200, 20)  # simulated for each of these, of samples of the true population
+FAULTY = (20, 20, 50, 10)  # and with each fault
 
 
 def count_answers(
@@ -38,10 +38,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--cohorts", type=int, nargs="+", default=COHORTS, help="simulated cohorts, for each of --subjects"
-    )
     parser.add_argument("--subjects", type=int, nargs="+", default=SUBJECTS, help="of each class, held out")
+    parser.add_argument("--cohorts", type=int, nargs="+", default=COHORTS, help="for each of --subjects")
+    parser.add_argument("--faulty", type=int, nargs="+", default=FAULTY, help="the same, with a fault")
     parser.add_argument(
         "--effects", type=float, nargs="+", default=[2.0, 0.8], help="Cohen's d of the disease"
     )
@@ -57,35 +56,39 @@ def main() -> None:
         for subjects in options.subjects
         if d == options.effects[0] or (question in ("usefulness", "faithfulness"))  # the others know no d
     ]
-    number = dict(zip(options.subjects, options.cohorts, strict=True))
-
-    def cohorts(fault: str, subjects: int) -> int:
-        return number[subjects] if fault == "perfect" else round(WITH_FAULT * number[subjects])
-
+    numbers = {
+        subjects: {True: good, False: bad}
+        for subjects, good, bad in zip(options.subjects, options.cohorts, options.faulty, strict=True)
+    }
     lines = [
         "# Operating characteristics of the verdicts",
         "",
         f"Simulated cohorts of {SLICES} slices a subject, intraclass correlation {ICC}, as many training as "
         "held-out subjects, and 500 samples a class. d is Cohen's d of the disease on the ventricle and "
-        "on one "
-        "of 16 features. Shares of cohorts, %: yes / inconclusive / no.",
+        "on one of 16 features. Shares of cohorts, %: yes / inconclusive / no.",
     ]
     found: dict[tuple, Counter] = {}
     with ProcessPoolExecutor(options.workers) as pool:
         for d, question, fault, subjects in tqdm(rows, desc="operating curves"):
             found[d, question, fault, subjects] = count_answers(
-                pool, question, fault, cohorts(fault, subjects), subjects=subjects, d=d, draws=200
+                pool,
+                question,
+                fault,
+                numbers[subjects][fault == "perfect"],
+                subjects=subjects,
+                d=d,
+                draws=200,
             )
     columns = " | ".join(
-        f"{subjects} subjects a class ({number[subjects]} cohorts, {cohorts('', subjects)} with each fault)"
-        for subjects in number
+        f"{subjects} subjects a class ({one[True]} cohorts, {one[False]} with each fault)"
+        for subjects, one in numbers.items()
     )
     for d in options.effects:
         lines += ["", f"## d = {d:g}", "", f"| verdict | samples | {columns} |"]
-        lines += ["| --- " * (2 + len(number)) + "|"]
+        lines += ["| --- " * (2 + len(numbers)) + "|"]
         for _, question, fault in dict.fromkeys(key[:3] for key in found if key[0] == d):
             cells = []
-            for subjects in number:
+            for subjects in numbers:
                 counts = found[d, question, fault, subjects]
                 shares = (100 * counts[answer] / counts.total() for answer in (True, None, False))
                 cells.append(" / ".join(f"{share:.0f}" for share in shares))
