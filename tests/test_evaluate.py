@@ -108,7 +108,7 @@ def test_real_slices_of_other_subjects_reach_the_reference(report):
     """Real slices of other subjects, given as samples: near the reference, and no copies."""
     metrics, _ = report
     whole = metrics["fidelity"]["all"]
-    assert whole["precision"]["value"] > 0.7 * whole["precision"]["reference"]
+    assert whole["precision"]["value"] > 0.5 * whole["precision"]["reference"]
     assert whole["recall"]["value"] > 0.5 * whole["recall"]["reference"]
     assert metrics["privacy"]["copies"]["value"] < 0.08
     ratio = metrics["anatomy"]["ventricle_ratio"]["effect_ratio"]

@@ -46,11 +46,12 @@ def accuracy_metrics(
 ) -> dict[str, Estimate]:
     """The accuracies, from which samples (N,) and held-out slices (M,) the classifier assigns correctly.
 
-    "relative" is (accuracy on samples - chance) ÷ (accuracy on held-out slices - chance), chance 1 / K. Its
-    interval resamples samples and held-out subjects; it has none with fewer than FEWEST_SUBJECTS of a class.
+    "relative" is (accuracy on samples - chance) ÷ (accuracy on held-out slices - chance), both balanced, the
+    mean over the classes, with chance 1 / K. Its interval resamples samples and held-out subjects. It has no
+    value with too few of them, or if the classifier is not reliably above chance on real slices.
     """
     results, expected = {}, 0.0  # hits expected among real slices with the samples' class frequencies
-    drawn = np.zeros((2, draws + 1))  # accuracy on samples and on real slices
+    drawn = np.zeros((2, draws + 1))  # balanced accuracy on samples and on real slices
     for label, name in enumerate(samples.class_names):
         of_class, real = samples.labels == label, held_out.labels == label
         share = of_class.mean()
@@ -64,10 +65,14 @@ def accuracy_metrics(
         for which, (one, rows, correct) in enumerate(
             ((samples, of_class, hits), (held_out, real, real_hits))
         ):
-            drawn[which] += share * Resamples.draw(one.subjects[rows], draws, which).mean(correct[rows])
+            mean = Resamples.draw(one.subjects[rows], draws, [which, label]).mean(correct[rows])
+            drawn[which] += mean / len(samples.class_names)
     chance = 1 / len(samples.class_names)
     with np.errstate(divide="ignore", invalid="ignore"):
         relative = estimate((drawn[0] - chance) / (drawn[1] - chance)).with_reference(1.0)
+    on_real = estimate(drawn[1])
+    if on_real.low is not None and on_real.low <= chance:
+        relative = unknown("on real slices the classifier is not reliably above chance")
     if hits.all() and relative.low_90 is not None:
         # No bootstrap sample has an error, which Wilson's interval does not exclude.
         lowest = (proportion(len(hits), len(hits)).low_90 - chance) / (1 - chance)

@@ -26,6 +26,8 @@ from adni_ldm.evaluation.image_sets import ImageSet
 # areas do not, and most slices have no bright area outside the brain.
 COMPARED = ("ventricle_mm2", "brain_mm2", "border_mm", "intensity")
 
+NEGLIGIBLE = 0.2  # Cohen's d; a ratio to so small an effect says nothing
+
 
 def compare_anatomy(
     real: ImageSet,
@@ -56,7 +58,7 @@ def compare_anatomy(
     for label in range(len(real.class_names)):
         rows = [one.labels == label for one in (real, samples)]
         groups = [
-            Resamples.draw(one.subjects[chosen], draws, seed + k)
+            Resamples.draw(one.subjects[chosen], draws, [seed, k, label])
             for k, (one, chosen) in enumerate(zip((real, samples), rows))
         ]
         for name in COMPARED:
@@ -91,7 +93,7 @@ def compare_measure(
         for which, one, values in (("real", real, real_values), ("synthetic", samples, sample_values)):
             rows = (one.labels == label) & np.isfinite(values)  # without what could not be measured
             gaps[which, name] = _gap(one.subjects[rows], which, name)
-            resamples = Resamples.draw(one.subjects[rows], draws, seed + (which == "synthetic"))
+            resamples = Resamples.draw(one.subjects[rows], draws, [seed, which == "synthetic", label])
             groups[which, name] = resamples.mean(values[rows]), resamples.deviation(values[rows])
 
     def estimated(draws_of, *keys: tuple[str, str]) -> Estimate:
@@ -118,8 +120,8 @@ def compare_measure(
     result["effect_real"] = estimated(cohens_d, *real_keys)
     result["effect_synthetic"] = estimated(cohens_d, *sample_keys).with_reference(result["effect_real"].value)
     d = result["effect_real"]
-    if d.value is not None and not (d.low is not None and (d.low > 0 or d.high < 0)):
-        note = "the effect in real slices is not distinguishable from zero"
+    if d.value is not None and not (d.low is not None and (d.low > NEGLIGIBLE or d.high < -NEGLIGIBLE)):
+        note = "the effect in real slices is not distinguishable from a negligible one"
         return result | {"effect_ratio": unknown(note), "difference_ratio": unknown(note)}
     keys = (*real_keys, *sample_keys)
     result["effect_ratio"] = estimated(lambda a, b, c, e: cohens_d(c, e) / cohens_d(a, b), *keys)

@@ -89,7 +89,7 @@ class Resamples:
     times: np.ndarray  # (B + 1, S): how often a bootstrap sample has the subject
 
     @classmethod
-    def draw(cls, subjects: Sequence, count: int = 1000, seed: int = 0) -> Resamples:
+    def draw(cls, subjects: Sequence, count: int = 1000, seed: int | Sequence[int] = 0) -> Resamples:
         """`count` bootstrap samples; `subjects` (N,) names the subject of each row."""
         names, codes = np.unique(np.asarray(subjects), return_inverse=True)
         rows = sparse.csr_array(
@@ -144,19 +144,12 @@ def _wilson(share: float, total: float, level: float) -> tuple[float, float]:
 
 
 def clustered_proportion(hits: np.ndarray, subjects: np.ndarray) -> Estimate:
-    """Share of rows (N,) that are true, where rows of one subject are alike: Wilson's interval for the
-    effective number of rows, N over the design effect (Kish 1965), the variance by subject relative to that
-    by row."""
-    share = float(np.mean(hits))
-    _, codes = np.unique(subjects, return_inverse=True)
-    residuals = np.bincount(codes, hits - share)
-    count = len(residuals)
-    if 0 < share < 1 and count > 1:
-        by_subject = (residuals**2).sum() * count / (count - 1)
-        effective = len(hits) / max(1.0, by_subject / (len(hits) * share * (1 - share)))
-    else:
-        effective = len(hits)
-    return proportion(share * effective, effective)
+    """Share of rows (N,) that are true, with Wilson's interval for as many trials as there are subjects.
+
+    Rows of one subject may all be alike, so they count as one.
+    """
+    share, count = float(np.mean(hits)), len(np.unique(subjects))
+    return proportion(share * count, count)
 
 
 def difference_of_proportions(one: Estimate, other: Estimate) -> Estimate:
@@ -212,7 +205,7 @@ class Criterion:
         """By what factor more subjects and samples the interval would lie inside, at this value; None if the
         value itself lies outside. The width of an interval goes with the root of the numbers."""
         found = self.estimate
-        if found.low_90 is None or not self.low < found.value < self.high:
+        if found.value is None or found.low_90 is None or not self.low < found.value < self.high:
             return None
         below, above = found.value - found.low_90, found.high_90 - found.value
         return max(1.0, (below / (found.value - self.low)) ** 2, (above / (self.high - found.value)) ** 2)

@@ -111,6 +111,9 @@ def compare_features(
         subjects: those of each row. The ratios' intervals resample the subjects of all three sets.
         fid: compute FID, which takes longest.
     """
+    for name, one in zip(("held-out slices", "training slices", "samples"), features, strict=True):
+        if not np.isfinite(one).all():
+            raise ValueError(f"features of {name} are not finite: the network that computes them overflows")
     real, train, samples = zip(features, subjects, strict=True)
     sets, reference_sets = (
         (real[0], other[0], real[1], other[1]) for other in (samples, train)

@@ -21,7 +21,7 @@ from adni_ldm.pipeline import ClassConditionalLDMPipeline
 class ImageSet:
     """Slices with their classes and subjects, in 8 bits.
 
-    Each sample counts as a subject of its own: "sample 0", "sample 1" ….
+    A sample counts as a subject; image k of every class is "sample k", since they share their noise.
     """
 
     images: torch.Tensor  # uint8 (N, 1, H, W), 0 to 255
@@ -85,10 +85,10 @@ def image_set(slices: SliceTensors, most: int | None = None, seed: int = 0) -> I
 
 def too_few(samples: ImageSet, held_out: ImageSet) -> str:
     """What there is too little of for an interval, by class; "" where there is enough."""
-    for name in samples.class_names:
-        if (count := len(samples.of_class(name))) < FEWEST_SLICES:
+    for label, name in enumerate(samples.class_names):
+        if (count := int((samples.labels == label).sum())) < FEWEST_SLICES:
             return f"{count} samples of {name}: at least {FEWEST_SLICES} are needed"
-        if (count := len(np.unique(held_out.of_class(name).subjects))) < FEWEST_SUBJECTS:
+        if (count := len(np.unique(held_out.subjects[held_out.labels == label]))) < FEWEST_SUBJECTS:
             return f"{count} held-out subjects of {name}: at least {FEWEST_SUBJECTS} are needed"
     return ""
 
@@ -136,7 +136,11 @@ def generate_image_set(
 
 
 def _sample_set(images: torch.Tensor, labels: np.ndarray, class_names: Sequence[str]) -> ImageSet:
-    subjects = np.array([f"sample {index}" for index in range(len(labels))])
+    # Image k of every class is generated from the same noise, so the two are not independent.
+    within = np.zeros(len(labels), dtype=int)
+    for label in np.unique(labels):
+        within[labels == label] = np.arange((labels == label).sum())
+    subjects = np.array([f"sample {index}" for index in within])
     return ImageSet(images, labels, subjects, tuple(class_names))
 
 

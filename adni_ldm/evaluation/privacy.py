@@ -33,6 +33,7 @@ from adni_ldm.evaluation.nearest_neighbors import NEXT_SUBJECTS, Neighbors, near
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
 
 FALSE_POSITIVES = 0.01  # rate at which real slices of held-out subjects may be classified as copies
+NEARER = 0.5  # a sample below this share of the smallest held-out ratio is a copy beyond doubt
 COPIES_MARGIN = 0.02  # by which the share of copies may exceed the reference
 MOST_FALSE_POSITIVES = 0.1  # highest rate that is accepted where held-out slices are too few for 1 %
 
@@ -147,13 +148,20 @@ def copy_metrics(
     """Share of copies among the samples; the reference is the share among real held-out slices.
 
     Returns:
-        `copies`, `copies_CLASS` for each class (share of samples, Wilson's interval); `copies_excess`, the
+        `copies`, `copies_CLASS` for each class (share of samples, Wilson's interval); `near_copies`, the
+        share that is nearer than any held-out slice by a factor of two; `copies_excess`, the
         share less the reference, whose interval has the error of both; and `subjects_copied`:
         the share of training subjects with at least one copy, and as reference the share that false positives
         alone would give. And the rule; None where copies cannot be identified, for the reason in the notes.
     """
     names = train_set.class_names
-    keys = ["copies", "copies_excess", *(f"copies_{name}" for name in names), "subjects_copied"]
+    keys = [
+        "copies",
+        "near_copies",
+        "copies_excess",
+        *(f"copies_{name}" for name in names),
+        "subjects_copied",
+    ]
     rule, gap = None, _gap(held_out_set, train_set)
     if not gap:
         rule = calibrate(held_out.ratios, held_out_set.subjects)
@@ -166,6 +174,9 @@ def copy_metrics(
     copies = rule.is_copy(samples.ratios)
     false_positives = cross_validated_false_positives(held_out.ratios, held_out_set.subjects)
     metrics = {"copies": _share(copies, false_positives, "no samples")}
+    metrics["near_copies"] = proportion(
+        int((samples.ratios < NEARER * held_out.ratios.min()).sum()), len(copies)
+    ).with_reference(0.0)
     metrics["copies_excess"] = _excess(metrics["copies"], len(copies), false_positives, held_out_set.subjects)
     for label, name in enumerate(names):
         of_class = sample_set.labels == label
@@ -196,6 +207,8 @@ def _excess(
     decide."""
     if not count:
         return unknown(copies.note)
+    if (subjects := len(np.unique(held_out_subjects))) < FEWEST_SUBJECTS:
+        return unknown(f"{subjects} held-out subjects: at least {FEWEST_SUBJECTS} are needed")
     reference = clustered_proportion(false_positives, held_out_subjects)
     excess = difference_of_proportions(copies, reference)
     if excess.low > 0 or excess.high <= COPIES_MARGIN:

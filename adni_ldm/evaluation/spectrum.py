@@ -70,7 +70,7 @@ def compare_spectra(
         by_class = []
         for label in range(len(real.class_names)):
             rows = images.labels == label
-            resamples = Resamples.draw(images.subjects[rows], draws, seed + which)
+            resamples = Resamples.draw(images.subjects[rows], draws, [seed, which, label])
             by_class.append([resamples.mean(power[name][rows]) for name in BANDS])
         means.append(np.mean(by_class, axis=0))  # (bands, B + 1)
     with np.errstate(divide="ignore", invalid="ignore"):

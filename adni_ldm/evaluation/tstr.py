@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from adni_ldm.evaluation.classifier import STEPS, probabilities, train_classifier
-from adni_ldm.evaluation.estimates import FEWEST_SUBJECTS, Estimate, Resamples, estimate, roc_auc, unknown
-from adni_ldm.evaluation.image_sets import ImageSet, join
+from adni_ldm.evaluation.estimates import Estimate, Resamples, estimate, roc_auc, unknown
+from adni_ldm.evaluation.image_sets import ImageSet, join, too_few
 
 
 def train_on_synthetic_test_on_real(
@@ -40,10 +40,10 @@ def train_on_synthetic_test_on_real(
         held_out: real slices of other subjects, of every class.
 
     Returns:
-        As `tstr_metrics`. No values if a class has no samples or fewer than FEWEST_SUBJECTS held-out
-        subjects.
+        As `tstr_metrics`; no values where `too_few` samples or held-out subjects of a class. The error of
+        training a classifier on so many samples is not in the intervals.
     """
-    problem = _insufficient(samples, held_out)
+    problem = too_few(samples, held_out)
     if problem:
         missing = {"auc": unknown(problem), "balanced_accuracy": unknown(problem)}
         return {"real": missing, "synthetic": missing, "both": missing, "relative_auc": unknown(problem)}
@@ -147,14 +147,3 @@ def balanced_accuracy(labels: np.ndarray, scores: np.ndarray) -> float:
     correct = scores.argmax(axis=1) == labels
     counts, hits = (np.bincount(labels, one, scores.shape[1]) for one in (None, correct))
     return float(np.mean(hits / counts)) if counts.all() else np.nan
-
-
-def _insufficient(samples: ImageSet, held_out: ImageSet) -> str:
-    """What there is too little of; "" where there is enough."""
-    for name in held_out.class_names:
-        if not len(samples.of_class(name)):
-            return f"no samples of {name}"
-        subjects = len(np.unique(held_out.of_class(name).subjects))
-        if subjects < FEWEST_SUBJECTS:
-            return f"{subjects} held-out subjects of {name}; at least {FEWEST_SUBJECTS} are needed"
-    return ""

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from adni_ldm.evaluation.anatomy import MEASURES
-from adni_ldm.evaluation.effects import COMPARED
-from adni_ldm.evaluation.estimates import Criterion, Estimate, decide
+from adni_ldm.evaluation.effects import COMPARED, NEGLIGIBLE
+from adni_ldm.evaluation.estimates import Criterion, Estimate, decide, unknown
 from adni_ldm.evaluation.fidelity import MANIFOLD
 from adni_ldm.evaluation.privacy import COPIES_MARGIN
 
@@ -22,8 +23,9 @@ SPREAD = (0.85, 1.18)  # standard deviations within the classes, samples ÷ real
 POWER = (0.8, 1.25)  # power of a frequency band, samples ÷ real
 ABOVE_CHANCE = 0.8  # share of AUC - 0.5, and of accuracy - chance, that samples must keep
 EFFECT = (0.7, 1.4)  # disease effect in samples ÷ in real slices
-NEGLIGIBLE = 0.2  # Cohen's d; an effect that is shown to be smaller need not be preserved
-MEMBERSHIP = (0.6, 0.65)  # AUC above which subjects are identifiable, and below which they are not
+NO_EFFECT = 0.4  # Cohen's d that samples may have where real slices show that it is negligible
+IDENTIFIED = (0.4, 0.6)  # AUC of membership inference outside of which subjects can be identified
+HIDDEN = (0.35, 0.65)  # and inside of which its interval must lie for a favourable verdict
 
 
 def verdicts(metrics: Mapping[str, Mapping]) -> dict[str, dict]:
@@ -65,7 +67,8 @@ def fidelity_criteria(
     """What samples must meet: in features, and in location, spread and sharpness of what they show.
 
     The spread is decided over all measures and classes together: of one measure in one class, a hundred
-    subjects cannot show that it lies inside the limits. It counts by itself where it is shown to lie outside.
+    subjects cannot show that it lies inside the limits. It counts by itself where a 99 % interval, since
+    there are many, lies outside.
     """
     yield Criterion("KID ÷ variance of real slices", features["kid_share"], high=KID_SHARE)
     for name in MANIFOLD:
@@ -75,10 +78,20 @@ def fidelity_criteria(
         for name, one in anatomy[measure]["location"].items():
             yield Criterion(f"mean of {label} in {name}, difference in SD", one, -LOCATION, LOCATION)
         for name, one in anatomy[measure]["spread"].items():
-            yield Criterion(f"SD of {label} in {name} ÷ real", one, *SPREAD, required=False)
+            yield Criterion(f"SD of {label} in {name} ÷ real", _widened(one), *SPREAD, required=False)
     yield Criterion("SD within classes ÷ real, over all measures", anatomy["spread"], *SPREAD)
     for band, one in power.items():
         yield Criterion(f"power {band} of Nyquist ÷ real", one, *POWER)
+
+
+def _widened(ratio: Estimate) -> Estimate:
+    """A ratio with its 99 % interval in the place of the 90 % one, of a normal logarithm."""
+    if ratio.value is None or not ratio.low_90:
+        return ratio
+    low, high = (
+        ratio.value * (one / ratio.value) ** (2.576 / 1.645) for one in (ratio.low_90, ratio.high_90)
+    )
+    return replace(ratio, low_90=low, high_90=high)
 
 
 def _tstr(estimates: Mapping) -> dict:
@@ -107,7 +120,12 @@ def _conditioning(accuracy: Mapping[str, Estimate], ventricle: Mapping) -> dict:
     every, effect, d = accuracy["all"], ventricle["effect_ratio"], ventricle["effect_real"]
     criteria = [Criterion("accuracy above chance, samples ÷ real", accuracy["relative"], low=ABOVE_CHANCE)]
     negligible = Criterion("", d, -NEGLIGIBLE, NEGLIGIBLE).met is True
-    if not negligible:
+    if negligible:
+        found = ventricle["effect_synthetic"]
+        criteria.append(
+            Criterion("disease effect on the ventricles in samples", found, -NO_EFFECT, NO_EFFECT)
+        )
+    else:
         criteria.append(Criterion("disease effect on the ventricles, samples ÷ real", effect, *EFFECT))
     if every.value is None or every.reference is None:
         return _missing(every, criteria)
@@ -131,10 +149,11 @@ def _conditioning(accuracy: Mapping[str, Estimate], ventricle: Mapping) -> dict:
 
 def _why(effect: Estimate, difference: Estimate) -> str:
     """Whether the difference of the means or the spread within the classes makes another Cohen's d."""
+    if min(effect.value, difference.value) < 0.01:
+        return "In samples the ventricles show no disease effect, or one of the other sign. "
     spread = difference.value / effect.value  # d is the difference over the spread
     strength = "exaggerated" if effect.value > 1 else "too weak"
-    # A difference of the other sign has no logarithm, and is the means' doing.
-    by_means = difference.value <= 0 or abs(math.log(difference.value)) >= abs(math.log(spread))
+    by_means = abs(math.log(difference.value)) >= abs(math.log(spread))
     return (
         f"Cohen's d of the ventricles is {strength}: {_with_interval(effect, '.2f')} times that in real "
         f"slices, "
@@ -145,15 +164,28 @@ def _why(effect: Estimate, difference: Estimate) -> str:
 
 
 def _privacy(estimates: Mapping) -> dict:
-    copies, excess = estimates["copies"], estimates["copies_excess"]
-    membership = estimates.get("membership_auc") or Estimate(None, note="not tested: give --model")
-    low, high = MEMBERSHIP
-    # The 95 % intervals decide here: a missed copy costs more than a withheld yes.
-    copied = _outside(excess, 0, COPIES_MARGIN)
-    identified = _outside(membership, low, high)
-    criteria = [
-        Criterion("share of copies above the reference", excess, high=COPIES_MARGIN),
-        Criterion("AUC of membership inference", membership, high=high),
+    copies, near, excess = (
+        estimates.get(name) or unknown("") for name in ("copies", "near_copies", "copies_excess")
+    )
+    membership = estimates.get("membership_auc") or unknown("membership was not tested: give --model")
+    copied = bool(near.value) or (excess.low is not None and excess.low > 0)
+    not_copied = excess.high is not None and excess.high <= COPIES_MARGIN
+    known = membership.low is not None and membership.high is not None
+    identified = known and (membership.low > IDENTIFIED[1] or membership.high < IDENTIFIED[0])
+    hidden = known and HIDDEN[0] <= membership.low and membership.high <= HIDDEN[1]
+    unseen = estimates.get("unseen_cohorts", [])
+    criteria = [  # with the limits that decide: others for a yes than for a no
+        Criterion(
+            "share of samples nearer than any real slice",
+            replace(near, low_90=near.value, high_90=near.value),
+            high=0.0,
+        ),
+        Criterion(
+            "share of copies less the reference", _decisive(excess), high=0.0 if copied else COPIES_MARGIN
+        ),
+        Criterion(
+            "AUC of membership inference", _decisive(membership), *(IDENTIFIED if identified else HIDDEN)
+        ),
     ]
     text = ""
     if copies.value is not None and copies.reference is not None:
@@ -162,34 +194,35 @@ def _privacy(estimates: Mapping) -> dict:
             f"so "
             f"are {copies.reference:.1%} of the real slices of held-out subjects. "
         )
+    if near.value:
+        text += (
+            f"{near.value:.1%} are nearer to a training slice than any held-out slice by a factor of two. "
+        )
     if membership.value is not None:
         text += f"Membership inference from the model's loss: AUC {_with_interval(membership, '.2f')}. "
-    unseen = estimates.get("unseen_cohorts", [])
     if copied or identified:
         good = False
         text += "Training subjects can be identified. " if identified else ""
         text += "Inspect the nearest pairs, and do not publish these samples or this model."
-    elif copied is None or identified is None or unseen is None or unseen:
-        good = None
-        text += "Whether training images are memorized cannot be decided" + _lacking(
-            excess if copied is None else None, membership if identified is None else None, unseen
-        )
-    else:
+    elif not_copied and hidden and unseen == []:
         good = True
         text += (
-            "There are no more copies than false positives explain. This does not prove that the model "
-            "cannot "
-            "reproduce a training image. Copies turned by more than about 6 degrees, or of parts of a slice, "
-            "can be missed."
+            f"At most {excess.high:.1%} more of the samples are classified as copies than false positives "
+            "explain. This does not prove that the model cannot reproduce a training image. Copies "
+            "rotated by "
+            "more than about 6 degrees, mirrored ones, or those of parts of a slice can be missed."
+        )
+    else:
+        good = None
+        text += "Whether training images are memorized cannot be decided" + _lacking(
+            None if not_copied else excess, None if hidden else membership, unseen
         )
     return {"good": good, "text": text, "criteria": _json(criteria)}
 
 
-def _outside(found: Estimate, low: float, high: float) -> bool | None:
-    """True if the 95 % interval lies above `low`, False if below `high`, None if neither."""
-    if found.low is None or found.high is None:
-        return None
-    return True if found.low > low else (False if found.high <= high else None)
+def _decisive(found: Estimate) -> Estimate:
+    """With the 95 % interval in the place of the 90 % one: a missed copy costs more than a withheld yes."""
+    return replace(found, low_90=found.low, high_90=found.high)
 
 
 def _lacking(excess: Estimate | None, membership: Estimate | None, unseen: Sequence[str] | None) -> str:
@@ -198,7 +231,8 @@ def _lacking(excess: Estimate | None, membership: Estimate | None, unseen: Seque
     if excess is not None:
         parts.append(excess.note or "the interval of the share of copies is too wide")
     if membership is not None:
-        wide = f"the AUC of membership inference may be above {MEMBERSHIP[1]}; more subjects would decide"
+        low, high = HIDDEN
+        wide = f"the AUC of membership inference may lie outside {low} to {high}; more subjects would decide"
         parts.append(membership.note or wide)
     if unseen is None:
         parts.append("it is not known what the model was trained on; give --model")

@@ -74,15 +74,18 @@ def test_an_interval_of_width_zero_has_a_note():
     classifier = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(32 * 32, 2))
     torch.nn.init.zeros_(classifier[1].weight), torch.nn.init.zeros_(classifier[1].bias)
     figures = train_on_synthetic_test_on_real(
-        classifier, discs(8), discs(8, seed=2), held_out, steps=1, draws=50
+        classifier, discs(20), discs(20, seed=2), held_out, steps=1, draws=50
     )
     assert figures["real"]["auc"].value == figures["real"]["auc"].low == 0.5
     assert "20 subjects are too few" in figures["real"]["auc"].note
 
 
 def test_too_few_subjects_or_samples_give_no_value_but_the_reason():
-    train, classifier = discs(8), None
-    missing = train_on_synthetic_test_on_real(classifier, train, discs(8).of_class("AD"), discs(10, seed=1))
-    assert missing["synthetic"]["auc"].value is None and missing["relative_auc"].note == "no samples of NC"
-    few = train_on_synthetic_test_on_real(classifier, train, discs(8), discs(4, 3, seed=1))
-    assert few["real"]["auc"].note == "4 held-out subjects of AD; at least 10 are needed"
+    train, classifier = discs(20), None
+    missing = train_on_synthetic_test_on_real(classifier, train, discs(20).of_class("AD"), discs(10, seed=1))
+    assert (
+        missing["synthetic"]["auc"].value is None
+        and missing["relative_auc"].note == "0 samples of NC: at least 20 are needed"
+    )
+    few = train_on_synthetic_test_on_real(classifier, train, discs(20), discs(4, 3, seed=1))
+    assert few["real"]["auc"].note == "4 held-out subjects of AD: at least 10 are needed"

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from simulated_cohorts import FAULTS, simulated_verdicts  # noqa: E402
 
+from adni_ldm.evaluation.conditioning import accuracy_metrics  # noqa: E402
 from adni_ldm.evaluation.effects import COMPARED, compare_measure  # noqa: E402
 from adni_ldm.evaluation.estimates import Estimate, difference_of_proportions, proportion  # noqa: E402
 from adni_ldm.evaluation.fidelity import RATIOS  # noqa: E402
@@ -74,6 +75,7 @@ def privacy(copies, samples, membership, **others):
     estimates = {
         "copies": found.with_reference(reference.value),
         "copies_excess": difference_of_proportions(found, reference),
+        "near_copies": proportion(0, samples),
         "unseen_cohorts": [],
     }
     if membership is not None:
@@ -88,6 +90,8 @@ def test_privacy_is_decided_by_both_intervals():
     assert privacy(1, 50, at_chance) is None, "one copy in 50 samples"
     assert privacy(0, 2, at_chance) is None, "two samples"
     assert privacy(10, 1000, None) is None, "membership was not tested"
+    assert privacy(10, 1000, at_chance, near_copies=proportion(1, 1000)) is False, "one exact copy"
+    assert privacy(10, 1000, with_interval(0.2, 0.1)) is False, "members have the higher loss"
     assert privacy(10, 1000, with_interval(0.6, 0.1)) is None
     assert privacy(10, 1000, with_interval(0.8, 0.15)) is False
     assert privacy(10, 1000, at_chance, unseen_cohorts=["a1b2 (unet)"]) is None
@@ -133,3 +137,29 @@ def test_without_an_effect_in_real_slices_the_accuracy_decides_only_where_that_i
         ventricle = compare_measure(*measured(values[0]), *measured(values[1]))
         answers[count] = _conditioning(accuracy, ventricle)["good"]
     assert answers == {40: None, 4000: True}
+    exaggerated = values[1] + 3 * np.repeat([1, 0], 2000)
+    ventricle = compare_measure(*measured(values[0]), *measured(exaggerated))
+    assert _conditioning(accuracy, ventricle)["good"] is False, "an effect that real slices do not have"
+
+
+def test_samples_without_any_effect_are_reported_and_do_not_crash():
+    """A model that ignores its label generates the same image for every class from the same noise."""
+    rng = np.random.default_rng(0)
+    real, same = rng.normal(size=600) + np.repeat([2.0, 0.0], 300), np.tile(rng.normal(size=300).round(1), 2)
+    accuracy = {"all": with_interval(0.5, 0.02).with_reference(0.9), "relative": with_interval(0, 0.05)}
+    verdict = _conditioning(accuracy, compare_measure(*measured(real), *measured(same)))
+    assert verdict["good"] is False and "no disease effect" in verdict["text"]
+
+
+def test_accuracy_is_balanced_and_needs_a_classifier_above_chance():
+    """900 of AD and 100 of NC, every one shown as AD, are no evidence of conditioning."""
+
+    def accuracy(sample_hits, real_hits):
+        samples = ImageSet(None, np.repeat([0, 1], [900, 100]), np.arange(1000).astype(str), ("AD", "NC"))
+        held_out = ImageSet(None, np.repeat([0, 1], 100), np.arange(200).astype(str), ("AD", "NC"))
+        return accuracy_metrics(sample_hits, samples, real_hits, held_out)["relative"]
+
+    real_hits = np.random.default_rng(0).random(200) < 0.85
+    assert accuracy(np.repeat([True, False], [900, 100]), real_hits).high < 0.2
+    at_chance = accuracy(np.ones(1000, bool), np.tile([True, False], 100))
+    assert at_chance.value is None and "above chance" in at_chance.note
