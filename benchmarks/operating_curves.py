@@ -18,8 +18,8 @@ from simulated_cohorts import FAULTS, ICC, SLICES, simulated_verdicts
 from tqdm.auto import tqdm
 
 SUBJECTS = (20, 50, 100, 200)  # of each class, held out
-COHORTS = (50, 50, 200, 20)  # simulated for each of these, of samples of the true population
-FAULTY = (20, 20, 50, 10)  # and with each fault
+COHORTS = (30, 30, 200, 10)  # simulated for each of these, of samples of the true population
+FAULTY = (10, 10, 30, 5)  # and with each fault
 
 
 def count_answers(
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--cohorts", type=int, nargs="+", default=COHORTS, help="for each of --subjects")
     parser.add_argument("--faulty", type=int, nargs="+", default=FAULTY, help="the same, with a fault")
     parser.add_argument(
-        "--effects", type=float, nargs="+", default=[2.0, 0.8], help="Cohen's d of the disease"
+        "--effects", type=float, nargs="+", default=[2.0], help="Cohen's d of the disease"
     )
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--output", type=Path, help="write the tables here too")
