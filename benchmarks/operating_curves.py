@@ -41,62 +41,61 @@ def main() -> None:
     parser.add_argument("--subjects", type=int, nargs="+", default=SUBJECTS, help="of each class, held out")
     parser.add_argument("--cohorts", type=int, nargs="+", default=COHORTS, help="for each of --subjects")
     parser.add_argument("--faulty", type=int, nargs="+", default=FAULTY, help="the same, with a fault")
-    parser.add_argument(
-        "--effects", type=float, nargs="+", default=[2.0], help="Cohen's d of the disease"
-    )
+    parser.add_argument("--effects", type=float, nargs="+", default=[2.0], help="Cohen's d of the disease")
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--output", type=Path, help="write the tables here too")
     options = parser.parse_args()
 
-    rows = [
+    rows = [  # the numbers of subjects that matter most come first
         (d, question, fault, subjects)
         for d in options.effects
+        for subjects in sorted(options.subjects, key=lambda count: abs(count - 100))
         for question, faults in FAULTS.items()
         for fault in ("perfect", *faults)
-        for subjects in options.subjects
-        if d == options.effects[0] or (question in ("usefulness", "faithfulness"))  # the others know no d
+        if d == options.effects[0] or question in ("usefulness", "faithfulness")  # the others know no d
     ]
     numbers = {
         subjects: {True: good, False: bad}
         for subjects, good, bad in zip(options.subjects, options.cohorts, options.faulty, strict=True)
     }
+    found: dict[tuple, Counter] = {}
+    with ProcessPoolExecutor(options.workers) as pool:
+        for d, question, fault, subjects in tqdm(rows, desc="operating curves"):
+            number = numbers[subjects][fault == "perfect"]
+            found[d, question, fault, subjects] = count_answers(
+                pool, question, fault, number, subjects=subjects, d=d, draws=200
+            )
+            if options.output:  # after every row, as it takes long
+                options.output.write_text(make_tables(found, numbers))
+    print(make_tables(found, numbers))
+
+
+def make_tables(found: dict[tuple, Counter], numbers: dict[int, dict[bool, int]]) -> str:
+    """A table for each d: questions and faults down, numbers of subjects across."""
     lines = [
         "# Operating characteristics of the verdicts",
         "",
         f"Simulated cohorts of {SLICES} slices a subject, intraclass correlation {ICC}, as many training as "
-        "held-out subjects, and 500 samples a class. d is Cohen's d of the disease on the ventricle and "
-        "on one of 16 features. Shares of cohorts, %: yes / inconclusive / no.",
+        "held-out subjects, and 500 samples a class. d is Cohen's d of the disease on the ventricle and on one "
+        "of 16 features. Shares of cohorts, %: yes / inconclusive / no.",
     ]
-    found: dict[tuple, Counter] = {}
-    with ProcessPoolExecutor(options.workers) as pool:
-        for d, question, fault, subjects in tqdm(rows, desc="operating curves"):
-            found[d, question, fault, subjects] = count_answers(
-                pool,
-                question,
-                fault,
-                numbers[subjects][fault == "perfect"],
-                subjects=subjects,
-                d=d,
-                draws=200,
-            )
     columns = " | ".join(
         f"{subjects} subjects a class ({one[True]} cohorts, {one[False]} with each fault)"
         for subjects, one in numbers.items()
     )
-    for d in options.effects:
+    for d in dict.fromkeys(key[0] for key in found):
         lines += ["", f"## d = {d:g}", "", f"| verdict | samples | {columns} |"]
         lines += ["| --- " * (2 + len(numbers)) + "|"]
-        for _, question, fault in dict.fromkeys(key[:3] for key in found if key[0] == d):
+        for question, fault in dict.fromkeys(key[1:3] for key in found if key[0] == d):
             cells = []
             for subjects in numbers:
-                counts = found[d, question, fault, subjects]
-                shares = (100 * counts[answer] / counts.total() for answer in (True, None, False))
-                cells.append(" / ".join(f"{share:.0f}" for share in shares))
+                counts = found.get((d, question, fault, subjects), Counter())
+                shares = [
+                    f"{100 * counts[answer] / (counts.total() or 1):.0f}" for answer in (True, None, False)
+                ]
+                cells.append(" / ".join(shares) if counts else "–")
             lines.append(f"| {question} | {fault} | {' | '.join(cells)} |")
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if options.output:
-        options.output.write_text(text)
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
