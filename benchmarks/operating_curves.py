@@ -76,8 +76,8 @@ def make_tables(found: dict[tuple, Counter], numbers: dict[int, dict[bool, int]]
         "# Operating characteristics of the verdicts",
         "",
         f"Simulated cohorts of {SLICES} slices a subject, intraclass correlation {ICC}, as many training as "
-        "held-out subjects, and 500 samples a class. d is Cohen's d of the disease on the ventricle and on one "
-        "of 16 features. Shares of cohorts, %: yes / inconclusive / no.",
+        "held-out subjects, and 500 samples a class. d is Cohen's d of the disease on the ventricle and on "
+        "one of 16 features. Shares of cohorts, %: yes / inconclusive / no.",
     ]
     columns = " | ".join(
         f"{subjects} subjects a class ({one[True]} cohorts, {one[False]} with each fault)"
