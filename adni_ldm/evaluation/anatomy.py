@@ -35,7 +35,7 @@ MEASURES = {  # name: label
     "brain_mm2": "brain, mm²",
     "border_mm": "cortical border, mm",
     "blobs_mm2": "bright areas outside the brain, mm²",
-    "intensity": "mean intensity of the brain, 0 to 1",
+    "intensity": "intensity of the brain, 0 to 1",
 }
 
 TISSUE, FLUID = 0.85, 0.45  # intensity of pure tissue and pure fluid, relative to the brain's median

@@ -224,7 +224,7 @@ class Criterion:
             (True, False): f"at least {self.low:g}",
             (False, True): f"at most {self.high:g}",
         }[finite]
-        return f"{text} (90 % CI {found.low_90:.2g} to {found.high_90:.2g}; {limits})"
+        return f"{text} ({found.low_90:.2g} to {found.high_90:.2g}; {limits})"
 
     def to_json(self) -> dict:
         """{"criterion": …, "value": …, "low_90": …, "high_90": …, "limits": [low, high], "met": …}."""

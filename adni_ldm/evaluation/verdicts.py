@@ -250,7 +250,7 @@ def _evidence(criteria: Sequence[Criterion], most: int = 4) -> str:
         text += _listed(" Undecided: ", undecided, most)
         factors = [one.more_data for one in undecided]
         if factors and all(factors):
-            text += f" About {max(factors):.1f} times as many subjects and samples would decide."
+            text += f" About {max(factors):.2g} times as many subjects and samples would decide."
     return text
 
 
