@@ -47,9 +47,9 @@ def leaves(tree):
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    """100 subjects, 15 of them in test and in val, 2 slices each at 32 px."""
+    """100 subjects, 15 of them in test and in val, 3 slices each at 32 px."""
     folder = tmp_path_factory.mktemp("evaluate") / "real"
-    write_phantom_cohort(folder, subjects=100, slices=2, image_size=32, seed=0, workers=1)
+    write_phantom_cohort(folder, subjects=100, slices=3, image_size=32, seed=0, workers=1)
     return folder
 
 
@@ -108,8 +108,8 @@ def test_real_slices_of_other_subjects_reach_the_reference(report):
     """Real slices of other subjects, given as samples: near the reference, and no copies."""
     metrics, _ = report
     whole = metrics["fidelity"]["all"]
-    assert whole["precision"]["value"] > 0.5 * whole["precision"]["reference"]
-    assert whole["recall"]["value"] > 0.5 * whole["recall"]["reference"]
+    assert whole["precision"]["value"] > 0.7 * whole["precision"]["reference"]
+    assert whole["recall"]["value"] > 0.7 * whole["recall"]["reference"]
     assert metrics["privacy"]["copies"]["value"] < 0.08
     ratio = metrics["anatomy"]["ventricle_ratio"]["effect_ratio"]
     assert ratio["low"] < 1 < ratio["high"]
