@@ -48,10 +48,11 @@ from adni_ldm.evaluation.history import (
     read_metadata,
 )
 from adni_ldm.evaluation.image_sets import ImageSet, generate_image_set, join, load_samples, real_set, thin
+from adni_ldm.evaluation.model_outputs import reconstruct
 from adni_ldm.evaluation.privacy import measure_memorization
 from adni_ldm.evaluation.questions import QUESTIONS, list_verdicts
 from adni_ldm.evaluation.report import FigureFolder, write_html, write_metrics
-from adni_ldm.evaluation.report_figures import plot_comparisons, plot_model, plot_spectra
+from adni_ldm.evaluation.report_figures import plot_comparisons, plot_model
 from adni_ldm.evaluation.spectrum import measure_spectra
 from adni_ldm.evaluation.tstr import train_on_synthetic_test_on_real
 from adni_ldm.evaluation.verdicts import verdicts
@@ -124,9 +125,10 @@ def main() -> int:
             classifier, generate, cfg.guidance_scales, held_out
         )
     memorization = measure_memorization(samples, all_train, held_out, pipeline=pipeline, seed=cfg.seed)
+    reconstructions = reconstruct(vae, held_out) if vae else None
     metrics = {
         "fidelity": fidelity(held_out, train, samples, features, seed=cfg.seed),
-        "spectrum": measure_spectra(held_out, samples, vae, cfg.seed),
+        "spectrum": measure_spectra(held_out, samples, reconstructions, cfg.seed),
         "tstr": train_on_synthetic_test_on_real(classifier, train, samples, held_out, **training),
         "conditioning": conditioning,
         "anatomy": compare_anatomy(all_real, anatomy[0], samples, anatomy[1], cfg.seed),
@@ -141,7 +143,9 @@ def main() -> int:
     path = folder.add("anatomy", "anatomy", caption)
     figures.save_anatomy(path, all_real, anatomy[0], samples, anatomy[1])
     caption = "Power of held-out slices and samples by spatial frequency, and of reconstructions with --model"
-    plot_spectra(folder.add("spectrum", "spectrum", caption), held_out, samples, vae, cfg.seed)
+    curves = {"held-out real slices": held_out.floats(), "samples": samples.floats()}
+    curves |= {} if reconstructions is None else {"reconstructions": reconstructions}
+    figures.save_spectrum(folder.add("spectrum", "spectrum", caption), curves)
     caption = f"UMAP of the features ({extract.name}) of real slices and samples, by class"
     path = folder.add("fidelity", "features", caption)
     title = f"UMAP of {extract.name} features"

@@ -36,7 +36,6 @@ from adni_ldm.evaluation import (  # noqa: E402
     model_outputs,
     nearest_neighbors,
     privacy,
-    spectrum,
     tstr,
 )
 from adni_ldm.evaluation.questions import QUESTIONS  # noqa: E402
@@ -291,12 +290,12 @@ def remember_common_work() -> None:
         model_outputs.denoising_losses,
         lambda model, images, **_: (hash_pipeline(model), content(images.images)),
     )
-    spectrum.reconstruct = once(
+    evaluate.reconstruct = once(
         model_outputs.reconstruct, lambda vae, images: (hash_weights(vae), content(images.images))
     )
-    for name in ("plot_comparisons", "plot_model", "plot_spectra", "write_html"):
+    for name in ("plot_comparisons", "plot_model", "write_html"):
         setattr(evaluate, name, lambda *_: None)
-    for name in ("save_anatomy", "save_umap"):
+    for name in ("save_anatomy", "save_spectrum", "save_umap"):
         setattr(evaluate.figures, name, lambda *_, **__: None)
 
 

@@ -7,7 +7,7 @@ ratio of the differences over the ratio of the standard deviations. All three ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -47,26 +47,21 @@ def compare_anatomy(
         {measure: `compare_measure`'s}, and "spread": the geometric mean of the ratios of standard deviations,
         samples ÷ real, over the classes and the measures COMPARED.
     """
-    values = {name: (real_values[name], sample_values[name]) for name in MEASURES}
-    results = {
-        name: compare_measure(real, pair[0], samples, pair[1], seed, draws) for name, pair in values.items()
+    draws_of = {
+        name: _draw_moments(real, real_values[name], samples, sample_values[name], seed, draws)
+        for name in MEASURES
     }
+    results = {name: _compare(found, real.class_names) for name, found in draws_of.items()}
     gap = next((one.note for one in results[COMPARED[0]]["spread"].values() if one.value is None), "")
     if gap:
         return results | {"spread": unknown(gap)}
-    logs = []
-    for label in range(len(real.class_names)):
-        rows = [one.labels == label for one in (real, samples)]
-        groups = [
-            Resamples.draw(one.subjects[chosen], draws, [seed, k, label])
-            for k, (one, chosen) in enumerate(zip((real, samples), rows))
+    groups = [draws_of[name][0] for name in COMPARED]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = [
+            np.log(one["synthetic", name][1] / one["real", name][1])
+            for name in real.class_names
+            for one in groups
         ]
-        for name in COMPARED:
-            of_real, of_samples = (
-                group.deviation(part[chosen]) for group, part, chosen in zip(groups, values[name], rows)
-            )
-            with np.errstate(divide="ignore", invalid="ignore"):
-                logs.append(np.log(of_samples / of_real))
     return results | {"spread": estimate(np.exp(np.mean(logs, axis=0)))}
 
 
@@ -85,16 +80,34 @@ def compare_measure(
         of each class, (samples - real) / SD of real; "spread", the ratio of the standard deviations of each
         class; "effect_real" and "effect_synthetic", Cohen's d (1988) of the first class against the last,
         over slices; and samples ÷ real of d, "effect_ratio", and of the difference of the means,
-        "difference_ratio", which have no value if the effect in real slices may be zero.
+        "difference_ratio", which have no value if the effect in real slices may be negligible.
     """
-    names = real.class_names
+    return _compare(_draw_moments(real, real_values, samples, sample_values, seed, draws), real.class_names)
+
+
+def _draw_moments(
+    real: ImageSet,
+    real_values: np.ndarray,
+    samples: ImageSet,
+    sample_values: np.ndarray,
+    seed: int,
+    draws: int,
+) -> tuple[dict[tuple[str, str], tuple[np.ndarray, np.ndarray]], dict[tuple[str, str], str]]:
+    """Bootstrap draws (B + 1,) of mean and standard deviation, and what there is too little of, each
+    by ("real" or "synthetic", class)."""
     groups, gaps = {}, {}
-    for label, name in enumerate(names):
+    for label, name in enumerate(real.class_names):
         for which, one, values in (("real", real, real_values), ("synthetic", samples, sample_values)):
             rows = (one.labels == label) & np.isfinite(values)  # without what could not be measured
             gaps[which, name] = _gap(one.subjects[rows], which, name)
             resamples = Resamples.draw(one.subjects[rows], draws, [seed, which == "synthetic", label])
             groups[which, name] = resamples.mean(values[rows]), resamples.deviation(values[rows])
+    return groups, gaps
+
+
+def _compare(drawn: tuple[dict, dict], names: Sequence[str]) -> dict[str, dict[str, Estimate] | Estimate]:
+    """What `compare_measure` returns, of what `_draw_moments` did."""
+    groups, gaps = drawn
 
     def estimated(draws_of, *keys: tuple[str, str]) -> Estimate:
         gap = next((gaps[key] for key in keys if gaps[key]), "")

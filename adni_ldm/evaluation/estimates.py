@@ -2,8 +2,7 @@
 
 A verdict rests on criteria. A criterion is a quantity with limits, inside of which samples count as
 equivalent to real slices. It is met if the 90 % interval lies inside the limits, which is the pair of
-one-sided tests of Schuirmann 1987 (TOST) at 5 % each; not met if it lies outside; else the data cannot
-decide.
+one-sided tests of Schuirmann 1987 (TOST) at 5 % each, not met if it lies outside, and undecided else.
 """
 
 from __future__ import annotations
@@ -128,7 +127,7 @@ class Resamples:
 def proportion(hits: float, total: float) -> Estimate:
     """Proportion of `total` independent trials, with Wilson's score interval (Wilson 1927).
 
-    An effective number of trials need not be an integer.
+    The number of hits need not be an integer: a share of clustered rows may stand for so many trials.
     """
     if total == 0:
         return unknown("no observations")
@@ -153,8 +152,7 @@ def clustered_proportion(hits: np.ndarray, subjects: np.ndarray) -> Estimate:
 
 
 def difference_of_proportions(one: Estimate, other: Estimate) -> Estimate:
-    """one - other of two independent proportions, with the hybrid score interval of Newcombe 1998 (method
-    10)."""
+    """one - other of independent proportions, with the hybrid score interval of Newcombe 1998, method 10."""
     difference = one.value - other.value
 
     def bounds(low: float, high: float, other_low: float, other_high: float) -> tuple[float, float]:
@@ -189,11 +187,17 @@ class Criterion:
     low: float = -math.inf
     high: float = math.inf
     required: bool = True  # False: counts only where it is not met
+    interval: tuple[float | None, float | None] | None = None  # that decides; None: the 90 % one
+
+    @property
+    def bounds(self) -> tuple[float | None, float | None]:
+        """The interval that decides; None where there is none."""
+        return self.interval or (self.estimate.low_90, self.estimate.high_90)
 
     @property
     def met(self) -> bool | None:
-        """True if the 90 % interval lies inside the limits, False if outside, None if it reaches across."""
-        low, high = self.estimate.low_90, self.estimate.high_90
+        """True if the interval lies inside the limits, False if outside, None if it reaches across."""
+        low, high = self.bounds
         if low is None or high is None:
             return None
         if self.low <= low and high <= self.high:
@@ -204,19 +208,20 @@ class Criterion:
     def more_data(self) -> float | None:
         """By what factor more subjects and samples the interval would lie inside, at this value; None if the
         value itself lies outside. The width of an interval goes with the root of the numbers."""
-        found = self.estimate
-        if found.value is None or found.low_90 is None or not self.low < found.value < self.high:
+        value, (low, high) = self.estimate.value, self.bounds
+        if value is None or low is None or not self.low < value < self.high:
             return None
-        below, above = found.value - found.low_90, found.high_90 - found.value
-        return max(1.0, (below / (found.value - self.low)) ** 2, (above / (self.high - found.value)) ** 2)
+        return max(
+            1.0, ((value - low) / (value - self.low)) ** 2, ((high - value) / (self.high - value)) ** 2
+        )
 
     def __str__(self) -> str:
-        """ "name 1.37 (90 % CI 1.21 to 1.55; limits 0.7 to 1.4)"."""
-        found = self.estimate
+        """As in: name 1.37 (1.21 to 1.55; limits 0.7 to 1.4)."""
+        found, (low, high) = self.estimate, self.bounds
         if found.value is None:
             return f"{self.name} ({found.note or 'not measured'})"
         text = f"{self.name} {found.value:.2g}"
-        if found.low_90 is None:
+        if low is None:
             return text
         finite = math.isfinite(self.low), math.isfinite(self.high)
         limits = {
@@ -224,14 +229,13 @@ class Criterion:
             (True, False): f"at least {self.low:g}",
             (False, True): f"at most {self.high:g}",
         }[finite]
-        return f"{text} ({found.low_90:.2g} to {found.high_90:.2g}; {limits})"
+        return f"{text} ({low:.2g} to {high:.2g}; {limits})"
 
     def to_json(self) -> dict:
         """{"criterion": …, "value": …, "low_90": …, "high_90": …, "limits": [low, high], "met": …}."""
         limits = [limit if math.isfinite(limit) else None for limit in (self.low, self.high)]
-        found = self.estimate
-        interval = {"value": found.value, "low_90": found.low_90, "high_90": found.high_90}
-        return {"criterion": self.name, **interval, "limits": limits, "met": self.met}
+        found = {"value": self.estimate.value, **dict(zip(("low_90", "high_90"), self.bounds))}
+        return {"criterion": self.name, **found, "limits": limits, "met": self.met}
 
 
 def decide(criteria: Sequence[Criterion]) -> bool | None:

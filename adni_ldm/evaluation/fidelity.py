@@ -128,7 +128,9 @@ def compare_features(
         few_draws = min(draws, FID_DRAWS)
         reference = frechet_distance(features[0], features[1])
         results["fid"] = _frechet_estimate(*sets, few_draws).with_reference(reference)
-    values, references = _manifold_draws(*sets, draws, 1), _manifold_draws(*reference_sets, draws, 2)
+    real_radii = _real_radii(*real)
+    values = _manifold_draws(*sets, real_radii, draws, 1)
+    references = _manifold_draws(*reference_sets, real_radii, draws, 2)
     for name, ratio in zip(MANIFOLD, RATIOS):
         results[name] = estimate(values[name]).with_reference(references[name][0])
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -238,7 +240,8 @@ def manifold_metrics(
     The ball of a slice reaches to its k-th nearest slice of another subject. The intervals resample, by
     subject, the slices that are counted; the balls are kept.
     """
-    found = _manifold_draws(real, other, real_subjects, other_subjects, draws)
+    real_radii = _real_radii(real, real_subjects)
+    found = _manifold_draws(real, other, real_subjects, other_subjects, real_radii, draws)
     return {name: estimate(values) for name, values in found.items()}
 
 
@@ -247,12 +250,16 @@ def _manifold_draws(
     other: np.ndarray,
     real_subjects: np.ndarray,
     other_subjects: np.ndarray,
+    real_radii: tuple[np.ndarray, np.ndarray],
     draws: int,
     seed: int = 1,
 ) -> dict[str, np.ndarray]:
-    """The bootstrap draws (B + 1,) of each of MANIFOLD; `seed` is that of `other`, of `real` it is 0."""
+    """The bootstrap draws (B + 1,) of each of MANIFOLD; `seed` is that of `other`, of `real` it is 0.
+
+    `real_radii` are those of `real` to the third and the fifth neighbor.
+    """
     distances = cdist(real, other)  # (N, M)
-    real_3, real_5 = (radii(real, real_subjects, k)[:, None] for k in (3, 5))
+    real_3, real_5 = (one[:, None] for one in real_radii)
     of_real = Resamples.draw(real_subjects, draws, 0)
     of_other = Resamples.draw(other_subjects, draws, seed)
     return {
@@ -261,6 +268,11 @@ def _manifold_draws(
         "density": of_other.mean((distances <= real_5).sum(0) / 5),
         "coverage": of_real.mean((distances <= real_5).any(1)),
     }
+
+
+def _real_radii(real: np.ndarray, subjects: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The balls of precision and recall, and those of density and coverage."""
+    return radii(real, subjects, 3), radii(real, subjects, 5)
 
 
 def radii(features: np.ndarray, subjects: np.ndarray, k: int) -> np.ndarray:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from diffusers import AutoencoderKL
-
 from adni_ldm.data.slices import evenly_spaced
 from adni_ldm.evaluation import figures
 from adni_ldm.evaluation.estimates import Estimate
@@ -91,14 +89,3 @@ def _run_folders(model: Path) -> dict[str, Path]:
     if (model / "training_config.json").is_file():
         found["autoencoder"] = Path(read_json(model / "training_config.json").get("vae") or "")
     return {title: folder for title, folder in found.items() if (folder / "loss.png").is_file()}
-
-
-def plot_spectra(
-    path: str | Path, held_out: ImageSet, samples: ImageSet, vae: AutoencoderKL | None, seed: int
-) -> None:
-    """Power spectra of at most 1,000 held-out slices, of samples, and of reconstructions of the former."""
-    some = held_out.take(thin(held_out.subjects, 1000, seed))
-    curves = {"held-out real slices": some.floats(), "samples": samples.floats()}
-    if vae:
-        curves["reconstructions"] = reconstruct(vae, some)
-    figures.save_spectrum(path, curves)

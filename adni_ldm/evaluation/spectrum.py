@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 
 from adni_ldm.evaluation.estimates import Estimate, Resamples, estimate, unknown
 from adni_ldm.evaluation.image_sets import ImageSet, too_few
-from adni_ldm.evaluation.model_outputs import reconstruct
 
 # Radial frequency as a share of Nyquist's, half a cycle a pixel. Below is the shape of the head, which the
 # anatomical measures compare.
@@ -79,12 +77,13 @@ def compare_spectra(
 
 
 def measure_spectra(
-    held_out: ImageSet, samples: ImageSet, vae: AutoencoderKL | None, seed: int
+    held_out: ImageSet, samples: ImageSet, reconstructions: torch.Tensor | None, seed: int
 ) -> dict[str, dict[str, Estimate]]:
-    """Power by frequency band relative to held-out slices: of samples, and of their reconstructions."""
+    """Power by frequency band relative to held-out slices: of samples, and of reconstructions of the slices,
+    (N, 1, H, H) in [-1, 1]."""
     real = held_out, band_power(held_out.floats())
     spectra = {"samples": compare_spectra(*real, samples, band_power(samples.floats()), seed=seed)}
-    if vae:
-        power = band_power(reconstruct(vae, held_out))
+    if reconstructions is not None:
+        power = band_power(reconstructions)
         spectra["reconstructions"] = compare_spectra(*real, held_out, power, seed=seed)
     return spectra

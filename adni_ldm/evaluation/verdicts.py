@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 
 from adni_ldm.evaluation.anatomy import MEASURES
 from adni_ldm.evaluation.effects import COMPARED, NEGLIGIBLE
@@ -53,8 +52,8 @@ def _fidelity(features: Mapping[str, Estimate], anatomy: Mapping, power: Mapping
     good = decide(criteria)
     text += {
         True: "In these features, in anatomy, spread and sharpness, samples are equivalent to slices of "
-        "other "
-        "subjects. Differences outside these measures are not measured.",
+        "other subjects within the limits of the criteria. Up to a fifth of the samples may lie outside the "
+        "real distribution, and differences outside these measures are not measured.",
         False: "The samples do not match the distribution of real slices.",
         None: "The data cannot decide.",
     }[good]
@@ -78,20 +77,20 @@ def fidelity_criteria(
         for name, one in anatomy[measure]["location"].items():
             yield Criterion(f"mean of {label} in {name}, difference in SD", one, -LOCATION, LOCATION)
         for name, one in anatomy[measure]["spread"].items():
-            yield Criterion(f"SD of {label} in {name} ÷ real", _widened(one), *SPREAD, required=False)
+            title = f"SD of {label} in {name} ÷ real"
+            yield Criterion(title, one, *SPREAD, required=False, interval=_interval_99(one))
     yield Criterion("SD within classes ÷ real, over all measures", anatomy["spread"], *SPREAD)
     for band, one in power.items():
         yield Criterion(f"power {band} of Nyquist ÷ real", one, *POWER)
 
 
-def _widened(ratio: Estimate) -> Estimate:
-    """A ratio with its 99 % interval in the place of the 90 % one, of a normal logarithm."""
+def _interval_99(ratio: Estimate) -> tuple[float, float] | None:
+    """The 99 % interval of a ratio whose logarithm is normal, from its 90 % one; None where it has none."""
     if ratio.value is None or not ratio.low_90:
-        return ratio
-    low, high = (
-        ratio.value * (one / ratio.value) ** (2.576 / 1.645) for one in (ratio.low_90, ratio.high_90)
-    )
-    return replace(ratio, low_90=low, high_90=high)
+        return None
+    widening = 2.576 / 1.645  # quantiles of the normal distribution
+    low, high = (ratio.value * (one / ratio.value) ** widening for one in (ratio.low_90, ratio.high_90))
+    return low, high
 
 
 def _tstr(estimates: Mapping) -> dict:
@@ -154,16 +153,16 @@ def _why(effect: Estimate, difference: Estimate) -> str:
     spread = difference.value / effect.value  # d is the difference over the spread
     strength = "exaggerated" if effect.value > 1 else "too weak"
     by_means = abs(math.log(difference.value)) >= abs(math.log(spread))
+    cause = "the means make" if by_means else "the spread makes"
     return (
         f"Cohen's d of the ventricles is {strength}: {_with_interval(effect, '.2f')} times that in real "
-        f"slices, "
-        f"with a difference between the class means of {difference.value:.2f} and a spread within the "
-        f"classes of "
-        f"{spread:.2f} times the real ones; {'the means make' if by_means else 'the spread makes'} it. "
+        f"slices. The difference between the class means is {difference.value:.2f} and the standard "
+        f"deviation within the classes {spread:.2f} times the real one: {cause} it. "
     )
 
 
 def _privacy(estimates: Mapping) -> dict:
+    """By the 95 % intervals: a missed copy costs more than a withheld yes."""
     copies, near, excess = (
         estimates.get(name) or unknown("") for name in ("copies", "near_copies", "copies_excess")
     )
@@ -176,27 +175,30 @@ def _privacy(estimates: Mapping) -> dict:
     unseen = estimates.get("unseen_cohorts", [])
     criteria = [  # with the limits that decide: others for a yes than for a no
         Criterion(
-            "share of samples nearer than any real slice",
-            replace(near, low_90=near.value, high_90=near.value),
-            high=0.0,
+            "share of samples nearer than any real slice", near, high=0.0, interval=(near.value, near.value)
         ),
         Criterion(
-            "share of copies less the reference", _decisive(excess), high=0.0 if copied else COPIES_MARGIN
+            "share of copies less the reference",
+            excess,
+            high=0.0 if copied else COPIES_MARGIN,
+            interval=(excess.low, excess.high),
         ),
         Criterion(
-            "AUC of membership inference", _decisive(membership), *(IDENTIFIED if identified else HIDDEN)
+            "AUC of membership inference",
+            membership,
+            *(IDENTIFIED if identified else HIDDEN),
+            interval=(membership.low, membership.high),
         ),
     ]
     text = ""
     if copies.value is not None and copies.reference is not None:
         text = (
             f"{_with_interval(copies, '.1%')} of the samples are classified as copies of a training slice; "
-            f"so "
-            f"are {copies.reference:.1%} of the real slices of held-out subjects. "
+            f"so are {copies.reference:.1%} of the real slices of held-out subjects. "
         )
     if near.value:
         text += (
-            f"{near.value:.1%} are nearer to a training slice than any held-out slice by a factor of two. "
+            f"{near.value:.1%} are nearer to a training slice than any held-out slice, by a factor of two. "
         )
     if membership.value is not None:
         text += f"Membership inference from the model's loss: AUC {_with_interval(membership, '.2f')}. "
@@ -209,8 +211,7 @@ def _privacy(estimates: Mapping) -> dict:
         text += (
             f"At most {excess.high:.1%} more of the samples are classified as copies than false positives "
             "explain. This does not prove that the model cannot reproduce a training image. Copies "
-            "rotated by "
-            "more than about 6 degrees, mirrored ones, or those of parts of a slice can be missed."
+            "rotated by more than about 6 degrees, mirrored ones, or those of parts of a slice can be missed."
         )
     else:
         good = None
@@ -218,11 +219,6 @@ def _privacy(estimates: Mapping) -> dict:
             None if not_copied else excess, None if hidden else membership, unseen
         )
     return {"good": good, "text": text, "criteria": _json(criteria)}
-
-
-def _decisive(found: Estimate) -> Estimate:
-    """With the 95 % interval in the place of the 90 % one: a missed copy costs more than a withheld yes."""
-    return replace(found, low_90=found.low, high_90=found.high)
 
 
 def _lacking(excess: Estimate | None, membership: Estimate | None, unseen: Sequence[str] | None) -> str:
