@@ -86,7 +86,7 @@ def build_page(cfg: AppConfig) -> gr.Blocks:
                 number = gr.Slider(
                     1, cfg.max_images, min(4, cfg.max_images), step=1, label="Number of slices"
                 )
-                inputs = [label, number, *sampling_settings(cfg), seed_field()]
+                inputs = [label, number, *sampling_settings(cfg, model), seed_field()]
                 button = gr.Button("Sample", variant="primary")
             on_click(button, model.sample, inputs)
         with gr.Tab("Compare classes"), gr.Row():
@@ -94,7 +94,7 @@ def build_page(cfg: AppConfig) -> gr.Blocks:
                 gr.Markdown("One slice of each class, sampled from the same noise, and their difference.")
                 source = gr.Radio(model.classes, value=last, label="From class")
                 target = gr.Radio(model.classes, value=first, label="To class")
-                inputs = [source, target, *sampling_settings(cfg), seed_field()]
+                inputs = [source, target, *sampling_settings(cfg, model), seed_field()]
                 button = gr.Button("Compare", variant="primary")
             on_click(button, model.compare, inputs)
         with gr.Tab("Counterfactual"), gr.Row():
@@ -108,7 +108,7 @@ def build_page(cfg: AppConfig) -> gr.Blocks:
                 source = gr.Radio(model.classes, value=None, label="Class of the slice")
                 target = gr.Radio(model.classes, value=first, label="Target class")
                 strength = gr.Slider(0, 1, 0.8, step=0.05, label="Strength: how far the slice is noised")
-                inputs = [pixels, source, target, strength, *sampling_settings(cfg)]
+                inputs = [pixels, source, target, strength, *sampling_settings(cfg, model)]
                 button = gr.Button("Compute counterfactual", variant="primary")
             quiet = {"api_visibility": "private", "show_progress": "hidden"}
             upload.upload(model.accept, upload, [upload, pixels, accepted], **quiet)
@@ -118,10 +118,13 @@ def build_page(cfg: AppConfig) -> gr.Blocks:
     return page
 
 
-def sampling_settings(cfg: AppConfig) -> list[gr.Slider]:
+def sampling_settings(cfg: AppConfig, model: Model) -> list[gr.Slider]:
+    """Sliders that start at the model's own settings, as far as they are in range."""
+    steps = max(2, min(model.sampling["num_inference_steps"], cfg.max_steps))
+    scale = min(model.sampling["guidance_scale"], 5)
     return [
-        gr.Slider(2, cfg.max_steps, min(30, cfg.max_steps), step=1, label="Denoising steps"),
-        gr.Slider(0, 5, 1.5, step=0.1, label="Guidance scale (1: no guidance)"),
+        gr.Slider(2, cfg.max_steps, steps, step=1, label="Denoising steps"),
+        gr.Slider(0, 5, scale, step=0.1, label="Guidance scale (1: no guidance)"),
     ]
 
 
@@ -150,6 +153,7 @@ class Model:
             self.pipeline.to(torch.accelerator.current_accelerator())
         self.classes = list(self.pipeline.class_embedding.config.class_names)
         self.side = self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
+        self.sampling = self.pipeline.sampling_settings()
         self.hash = hash_pipeline(self.pipeline)
         self.data = {record["hash"] for record in model_records(self.pipeline.components)}
         self.precision = choose_precision(None)
@@ -263,7 +267,7 @@ class Model:
 
     def _metadata(self, files, labels, seeds, steps: int, guidance: float) -> list[dict]:
         """Rows of metadata.csv, as sample.py writes them."""
-        settings = {"num_inference_steps": steps, "guidance_scale": guidance, "eta": 0.0, "scheduler": "ddim"}
+        settings = self.pipeline.sampling_settings(steps, guidance) | {"scheduler": "ddim"}
         settings |= {"precision": self.precision, "model_hash": self.hash}
         return [
             {"file_name": name, "label": label, "seed": seed, **settings}

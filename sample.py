@@ -61,20 +61,18 @@ def main() -> None:
     use_scheduler(pipeline, cfg.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(state.device)
-    options = {"num_inference_steps": cfg.num_inference_steps, "guidance_scale": cfg.guidance_scale}
+    options = pipeline.sampling_settings(cfg.num_inference_steps, cfg.guidance_scale, cfg.eta)
 
     # ---- Counterfactual or class interpolation instead of samples ----------------------------------------
     if cfg.from_image or cfg.morph:
+        del options["eta"]  # inversion is deterministic
         if state.is_main_process:
             print(write_transition(cfg, output_dir, pipeline, options))
         return
 
     # ---- Output folder: empty, or of a run with the same settings ----------------------------------------
-    options |= {"eta": cfg.eta, "guidance_interval": tuple(cfg.guidance_interval)}
     columns = {
-        "num_inference_steps": cfg.num_inference_steps,
-        "guidance_scale": cfg.guidance_scale,
-        "eta": cfg.eta,
+        **options,
         "scheduler": cfg.scheduler,
         "precision": precision,
         "model": cfg.model,
@@ -82,6 +80,7 @@ def main() -> None:
         "data_hash": "+".join(dict.fromkeys(data["hash"] for data in model_records(pipeline.components))),
         "guidance_interval": " ".join(map(str, cfg.guidance_interval)),
     }
+    options["guidance_interval"] = tuple(cfg.guidance_interval)
     settings = {name: value for name, value in columns.items() if name != "model"}
     settings |= {"class": list(labels.values()), "seed": cfg.seed}
     settings |= {"num_images": cfg.num_images, "batch_size": cfg.batch_size}

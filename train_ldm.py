@@ -67,7 +67,6 @@ def main() -> None:
         from adni_ldm.evaluation.online import OnlineEvaluation, save_best
 
         options = {"max_slices": cfg.evaluate_slices, "count": cfg.evaluate_images, "seed": cfg.seed}
-        options |= {"steps": cfg.num_inference_steps, "guidance_scale": cfg.guidance_scale}
         options |= {"classifier_steps": cfg.classifier_steps, "device": run.device}
         evaluate = OnlineEvaluation(train, val, **options)
 
@@ -82,14 +81,14 @@ def main() -> None:
         # Validate the EMA weights.
         if run.every(cfg.validation_steps):
             with run.ema_weights(), run.accelerator.autocast():
-                pipeline = build_pipeline(run, vae, denoiser, scheduler)
+                pipeline = build_pipeline(run, cfg, start, vae, denoiser, scheduler)
                 if run.is_main:  # the other processes continue, and wait at the next gradient
-                    save_samples(pipeline, run.output_dir / "samples.png", cfg)
+                    save_samples(pipeline, run.output_dir / "samples.png", cfg.seed)
                     batches = run.validation_batches(val_latents, count=256)
                     run.log(val_loss=validation_loss(pipeline, batches, loss_of))
         if run.every(cfg.evaluation_steps):
             with run.ema_weights(), run.accelerator.autocast():
-                pipeline = build_pipeline(run, vae, denoiser, scheduler)
+                pipeline = build_pipeline(run, cfg, start, vae, denoiser, scheduler)
                 if run.is_main:
                     figures = evaluate(pipeline)
                     run.log(**figures)
@@ -99,7 +98,7 @@ def main() -> None:
     run.apply_ema()
     if cfg.lora_rank and run.is_main:
         save_lora(denoiser, run.output_dir)
-    pipeline = build_pipeline(run, vae, denoiser, scheduler)
+    pipeline = build_pipeline(run, cfg, start, vae, denoiser, scheduler)
     run.save(pipeline, f"pipeline in {cfg.output_dir}: python sample.py --class all --model {cfg.output_dir}")
     if cfg.push_to_hub and run.is_main:
         push_model(run.output_dir, cfg.hub_model_id, [cfg.data_dir], cfg.table, accept_privacy_risk=True)
@@ -165,12 +164,19 @@ def build(
 
 
 def build_pipeline(
-    run: TrainingRun, vae: AutoencoderKL, denoiser: ConditionalDenoiser, scheduler: DDPMScheduler
+    run: TrainingRun,
+    cfg: TrainLDMConfig,
+    start: ClassConditionalLDMPipeline | None,
+    vae: AutoencoderKL,
+    denoiser: ConditionalDenoiser,
+    scheduler: DDPMScheduler,
 ) -> ClassConditionalLDMPipeline:
     """The present weights as a pipeline, LoRA merged, with DDIM on the same noise schedule."""
     unet, tokens = (run.full_weights(part) for part in (denoiser.unet, denoiser.class_embedding))
     sampler = DDIMScheduler.from_config(scheduler.config, set_alpha_to_one=True)
     pipeline = ClassConditionalLDMPipeline(vae, merge_lora(unet), tokens, sampler)
+    given = (cfg.num_inference_steps, cfg.guidance_scale, cfg.eta)
+    pipeline.register_to_config(**(start or pipeline).sampling_settings(*given))  # is sampled with, and saved
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -182,16 +188,12 @@ def validation_loss(pipeline: ClassConditionalLDMPipeline, batches: Iterable, lo
     return torch.stack([loss_of(model, batch, rng)[0] for batch, rng in batches]).mean().item()
 
 
-def save_samples(
-    pipeline: ClassConditionalLDMPipeline, path: Path, cfg: TrainLDMConfig, count: int = 8
-) -> None:
+def save_samples(pipeline: ClassConditionalLDMPipeline, path: Path, seed: int, count: int = 8) -> None:
     """Save a row of samples of each class; a column starts from the same noise."""
-    seeds = [image_seed(cfg.seed, index) for index in range(count)]
-    options = {"num_inference_steps": cfg.num_inference_steps, "guidance_scale": cfg.guidance_scale}
-    rows = {}
-    for label, name in enumerate(pipeline.class_embedding.config.class_names):
-        rows[name] = torch.cat(list(generate_images(pipeline, [label] * count, seeds, count, **options)))
-    save_rows(path, rows)
+    seeds = [image_seed(seed, index) for index in range(count)]
+    names = pipeline.class_embedding.config.class_names
+    images = (next(generate_images(pipeline, [label] * count, seeds, count)) for label in range(len(names)))
+    save_rows(path, dict(zip(names, images)))
 
 
 if __name__ == "__main__":

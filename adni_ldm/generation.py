@@ -48,6 +48,15 @@ def use_scheduler(pipeline: ClassConditionalLDMPipeline, name: str) -> None:
         pipeline.scheduler.register_to_config(_use_default_values=defaults)
 
 
+def describe_sampling(pipeline: ClassConditionalLDMPipeline) -> str:
+    """The scheduler and the sampling settings that a call without settings uses, for people to read."""
+    own = pipeline.config
+    return (
+        f"{type(pipeline.scheduler).__name__}, {own.num_inference_steps} steps, guidance scale "
+        f"{own.guidance_scale:g}, η = {own.eta:g}"
+    )
+
+
 def image_seed(seed: int, index: int) -> int:
     """Return the seed of image `index` in a run with `seed`; hashed, so that nearby seeds share no image."""
     return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint32)[0])
@@ -96,7 +105,7 @@ def generate_progressively(
     def report_progress(_pipeline, step, _timestep, tensors):
         if closed.is_set():
             raise InterruptedError("the iterator was closed")
-        if (step + 1) % every == 0 and step + 1 < options["num_inference_steps"]:
+        if (step + 1) % every == 0 and step + 1 < pipeline.num_timesteps:
             updates.put((step + 1, pipeline.decode_latents(tensors["latents"]).float().cpu()))
         return {}
 
@@ -107,7 +116,8 @@ def generate_progressively(
                 batches = generate_images(
                     pipeline, labels, seeds, len(labels), precision, **callback, **options
                 )
-                updates.put((options["num_inference_steps"], next(batches)))
+                images = next(batches)
+                updates.put((pipeline.num_timesteps, images))
             updates.put(None)
         except Exception as error:
             updates.put(error)
@@ -135,14 +145,16 @@ def denoising_trajectory(
     `precision` and `options` as in `generate_images`.
     """
     shape = (1, pipeline.unet.config.in_channels, *[pipeline.unet.config.sample_size] * 2)
-    latents = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(pipeline.device)]
+    generator = torch.Generator().manual_seed(seed)  # the noise of the steps follows the initial noise
+    latents = [torch.randn(shape, generator=generator).to(pipeline.device)]
+    options |= {"generator": generator, "output_type": "latent"}
 
     def keep(_pipeline, _step, _timestep, tensors):
         latents.append(tensors["latents"])
         return {}
 
     with _autocast(pipeline.device, precision):
-        pipeline(label, latents=latents[0], output_type="latent", callback_on_step_end=keep, **options)
+        pipeline(label, latents=latents[0], callback_on_step_end=keep, **options)
     rows = torch.linspace(0, len(latents) - 1, min(frames, len(latents))).round().int().tolist()
     chosen = torch.cat([latents[row] for row in rows])
     return pipeline.decode_latents(chosen).float().cpu()
@@ -155,16 +167,20 @@ def interpolate_classes(
     target: str | int,
     seed: int,
     frames: int,
-    num_inference_steps: int = 50,
-    guidance_scale: float = 1.5,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
 ) -> torch.Tensor:
     """Interpolate between two classes from one initial noise: (frames, 1, H, W) in [0, 1].
 
-    The class tokens are interpolated linearly; the first and the last frame are the DDIM samples of the two
-    classes from that seed. Raises ValueError for an unknown class, or a scheduler that does not follow the
-    training's noise schedule.
+    The class tokens are interpolated linearly; the first and the last frame are the deterministic DDIM
+    samples (η = 0) of the two classes from that seed. Number of steps and guidance scale are by default the
+    model's own. Raises ValueError for an unknown class, or a scheduler that does not follow the training's
+    noise schedule.
     """
     check_scheduler(pipeline.scheduler)
+    num_inference_steps, guidance_scale, _ = pipeline.sampling_settings(
+        num_inference_steps, guidance_scale
+    ).values()
     embedding, config = pipeline.class_embedding, pipeline.unet.config
     labels = [*embedding.labels_of([source, target]), embedding.null_label]
     first, last, null = embedding(torch.tensor(labels, device=pipeline.device)).tokens.split(1)  # (1, 2, D)

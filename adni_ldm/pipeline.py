@@ -105,6 +105,9 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         unet: denoiser of normalized latents; its cross-attention reads the class tokens.
         class_embedding: labels (B,) to class tokens (B, 2, D); its last label is the null class.
         scheduler: any diffusers scheduler that has the training's noise schedule and `prediction_type`.
+        num_inference_steps, guidance_scale, eta: the model's own sampling settings, saved with it in
+            model_index.json, for calls that give no others. With η = 1 (ancestral sampling) and without
+            guidance, samples vary within the classes as real slices do: docs/sampling.md.
     """
 
     model_cpu_offload_seq = "class_embedding->unet->vae"
@@ -117,9 +120,13 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         unet: UNet2DConditionModel,
         class_embedding: ModelMixin,
         scheduler: SchedulerMixin,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        eta: float = 1.0,
     ):
         super().__init__()
         self.register_modules(vae=vae, unet=unet, class_embedding=class_embedding, scheduler=scheduler)
+        self.register_to_config(**self.sampling_settings(num_inference_steps, guidance_scale, eta))
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
@@ -128,25 +135,45 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
     @property
     def guidance_scale(self) -> float:
         """Guidance scale w of the present call; a callback may change it by `pipeline._guidance_scale`."""
-        return self._guidance_scale
+        return self.__dict__.get("_guidance_scale", self.config.guidance_scale)
 
     @property
     def do_classifier_free_guidance(self) -> bool:
         """Whether the U-Net is evaluated with the class and without it."""
-        return self._guidance_scale != 1
+        return self.guidance_scale != 1
 
     @property
     def num_timesteps(self) -> int:
         """Number of timesteps of the present call."""
         return self._num_timesteps
 
+    def sampling_settings(
+        self,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        eta: float | None = None,
+    ) -> dict[str, int | float]:
+        """The settings that are given, and the model's own, of its config, in place of None.
+
+        Raises ValueError for less than one step, or η outside 0 to 1.
+        """
+        steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+        scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        eta = self.config.eta if eta is None else eta
+        if steps < 1:
+            raise ValueError(f"num_inference_steps={steps} must be at least 1")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"{eta=} must lie in [0, 1]")
+        # floats: diffusers warns of integers in their place when it loads a pipeline
+        return {"num_inference_steps": steps, "guidance_scale": float(scale), "eta": float(eta)}
+
     @torch.no_grad()
     def __call__(
         self,
         class_labels: str | int | Iterable[str | int],
-        num_inference_steps: int = 50,
-        guidance_scale: float = 1.5,
-        eta: float = 0.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        eta: float | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -158,19 +185,22 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
     ) -> ImagePipelineOutput | tuple:
         """Sample `num_images_per_prompt` slices for each class label.
 
+        Number of steps, guidance scale and η that are None are the model's own, which its config has.
+
         Args:
             class_labels: classes by name or number, one or several: "AD", 0, ["AD", "NC"].
             num_inference_steps: denoising steps.
             guidance_scale: classifier-free guidance scale w in ε = ε(∅) + w (ε(c) − ε(∅)), the form of Ho &
                 Salimans 2022, arXiv:2207.12598, equation 6, with w for w + 1; 1 means no guidance.
-            eta: stochasticity of DDIM (Song et al. 2021, arXiv:2010.02502, equation 16), 0 to 1; other
-                schedulers ignore it.
+            eta: stochasticity of DDIM (Song et al. 2021, arXiv:2010.02502, equation 16), from 0, which is
+                deterministic, to 1, ancestral sampling; other schedulers ignore it.
             guidance_interval: guidance interval (Kynkäänniemi et al. 2024, arXiv:2404.07724) as fractions of
                 the noise schedule: 0 is the clean image, 1 pure noise. Timesteps outside of it are not
                 guided, at half the cost.
-            generator: one for the whole batch, or a list with one per image, which makes an image
-                independent of the batch that it was sampled in.
-            latents: initial noise (B, C, h, w) of unit variance; sampled from `generator` if None.
+            generator: of the initial noise and then of the steps' noise: one for the whole batch, or a list
+                with one per image, which makes an image independent of the batch that it was sampled in.
+            latents: initial noise (B, C, h, w) of unit variance; sampled from `generator` if None. With
+                η > 0 the image depends on the steps' noise, hence on `generator`, as well.
             output_type: "pil" (8-bit grey), "np" (B, H, W, 1) or "pt" (B, 1, H, W) in [0, 1], or "latent"
                 (B, C, h, w), normalized.
             callback_on_step_end: called as f(pipeline, step, timestep, {"latents": …}); may return a dict
@@ -186,11 +216,10 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         low, high = guidance_interval
         if not 0 <= low < high <= 1:
             raise ValueError(f"guidance_interval={guidance_interval} must be LOW < HIGH within 0 and 1")
-        self._check_inputs(
-            len(labels), generator, output_type, num_inference_steps, callback_on_step_end_tensor_inputs
-        )
+        self._check_inputs(len(labels), generator, output_type, callback_on_step_end_tensor_inputs)
         check_scheduler(self.scheduler)
-        self._guidance_scale = guidance_scale
+        settings = self.sampling_settings(num_inference_steps, guidance_scale, eta)
+        num_inference_steps, self._guidance_scale, eta = settings.values()
         latents = self._initial_latents(len(labels), generator, latents)
         null = torch.full_like(labels, self.class_embedding.null_label)
         tokens = self._tokens(torch.cat([null, labels]))  # (2B, 2, D)
@@ -232,9 +261,7 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
             raise ValueError(f"no images: {class_labels=}, {num_images_per_prompt=}")
         return torch.tensor(labels).repeat_interleave(num_images_per_prompt)
 
-    def _check_inputs(self, batch_size, generator, output_type, num_inference_steps, tensor_inputs) -> None:
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1")
+    def _check_inputs(self, batch_size, generator, output_type, tensor_inputs) -> None:
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type={output_type!r} must be one of pil, np, pt, latent")
         if isinstance(generator, list) and len(generator) != batch_size:
@@ -295,19 +322,19 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         source: str | int = "NC",
         target: str | int = "AD",
         strength: float = 0.8,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 1.5,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
     ) -> Counterfactual:
         """Translate slices (B, 1, H, W) in [-1, 1] of the class `source` to the class `target`.
 
         DDIM inversion in the class `source`, then DDIM sampling in the class `target` and, to measure the
-        error of the method, in `source` again.
+        error of the method, in `source` again: all of it deterministic (η = 0), whatever the model's own η.
 
         Args:
             strength: fraction of the noise schedule that is inverted, 0 (the autoencoder alone) to 1 (pure
                 noise). A higher strength lets the class change more and preserves less of the subject.
-            num_inference_steps: DDIM steps in each direction, two or more.
-            guidance_scale: guidance scale w of ε = ε(source) + w (ε(target) − ε(source)).
+            num_inference_steps: DDIM steps in each direction, two or more; None: the model's own.
+            guidance_scale: guidance scale w of ε = ε(source) + w (ε(target) − ε(source)); None: the model's.
 
         Raises:
             ValueError: a wrong argument, or a scheduler of another noise schedule or that scales its latents.
@@ -315,6 +342,9 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         size, size_given = self.unet.config.sample_size * self.vae_scale_factor, tuple(image.shape)
         if image.ndim != 4 or size_given[1:] != (1, size, size) or not image.abs().max() <= 1.01:
             raise ValueError(f"image must be (B, 1, {size}, {size}) in [-1, 1], not {size_given}")
+        num_inference_steps, guidance_scale, _ = self.sampling_settings(
+            num_inference_steps, guidance_scale
+        ).values()
         if not 0 <= strength <= 1 or num_inference_steps < 2:
             raise ValueError(f"{strength=} must lie in [0, 1], {num_inference_steps=} be 2 or more")
         check_scheduler(self.scheduler)

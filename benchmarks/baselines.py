@@ -47,7 +47,7 @@ from adni_ldm.precision import choose_precision
 CLASSES = ("AD", "NC")
 METHODS = {
     "ours": "train_vae.py and train_ldm.py with the preset and as many steps as the time allows, measured "
-    "from the start of the command to the saved model. 50 DDIM steps, guidance scale 1.5.",
+    "from the start of the command to the saved model. Sampled with the model's own settings.",
     "monai": "MONAI's AutoencoderKL, PatchDiscriminator and DiffusionModelUNet as its 2-D LDM tutorial "
     "(generation/2d_ldm) trains them: batch size 64, RandAffine, L1 + 1e-6 KL + 0.01 adversarial loss after "
     "a tenth of the time, Adam 1e-4 and 5e-4, epsilon, linear betas, 1000 DDPM steps with clipping at ±4 "

@@ -1,6 +1,6 @@
 """Validity of counterfactuals on the synthetic cohort, where the true effect is known: a table by strength.
 
-    python benchmarks/counterfactual.py --run runs/demo [--strengths 0.4 0.6 0.8] [--guidance_scales 1.5]
+    python benchmarks/counterfactual.py --run runs/demo [--strengths 0.4 0.6 0.8] [--guidance_scales 1 1.5]
 
 Counterfactuals of held-out subjects (RUN/data/test) of the cohort that the model in RUN/ldm was trained on,
 from NC to AD and from AD to NC. The columns are defined below the table.
@@ -48,7 +48,7 @@ def main() -> None:
     )
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder with data/ and ldm/")
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
-    parser.add_argument("--guidance_scales", type=float, nargs="+", default=[1.5])
+    parser.add_argument("--guidance_scales", type=float, nargs="+", help="default: the model's own")
     parser.add_argument("--steps", type=int, default=20, help="DDIM steps in each direction")
     parser.add_argument("--slices", type=int, default=3, help="of each subject, evenly over its slices")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder that the page is written to")
@@ -65,7 +65,8 @@ def main() -> None:
     area = ventricle_area(given, slices.pixel_mm[0])
     real = area[chosen.label == "AD"].mean() - area[chosen.label == "NC"].mean()
     rows = []
-    settings = [(scale, strength) for scale in args.guidance_scales for strength in args.strengths]
+    scales = args.guidance_scales or [pipeline.config.guidance_scale]
+    settings = [(scale, strength) for scale in scales for strength in args.strengths]
     for scale, strength in tqdm(settings, desc="strengths", file=sys.stderr):
         result = convert(pipeline, given, chosen.label, strength, args.steps, scale)
         change = ventricle_area(result.images, slices.pixel_mm[0]) - area

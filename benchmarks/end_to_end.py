@@ -27,7 +27,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from tqdm.auto import tqdm
 
 from adni_ldm.figures import save_rows
-from adni_ldm.generation import generate_images, image_seed
+from adni_ldm.generation import describe_sampling, generate_images, image_seed
 from adni_ldm.loading import load_pipeline
 from adni_ldm.precision import choose_precision
 from adni_ldm.preprocessing.phantom import Subject
@@ -64,13 +64,13 @@ def main() -> None:
         rows = [train("train_vae", f"configs/{preset.name}/vae.yaml", common, vae, work / "vae")]
         rows.append(train("train_ldm", f"configs/{preset.name}/ldm.yaml", common, ldm, work / "ldm"))
         compared, quality, figure = compare(data, work / "ldm/vae", options.compared)
-        samples, sampling = generate(work / "ldm", options.samples)
+        samples, sampling, how = generate(work / "ldm", options.samples)
 
     channels = options.latent_channels or preset.vae["latent_channels"]
     rows.append(("both", "", "", sum(row[-1] for row in rows)))
     lines = [
         f"{options.subjects} subjects of {options.slices} slices of {preset.image_size} px, {channels} "
-        f"latent channels. {options.samples} samples by 50 DDIM steps with guidance in {sampling:.1f} s.",
+        f"latent channels. {options.samples} samples in {sampling:.1f} s: {how}.",
         "",
         *table(STAGES, [(*row, f"{seconds:.0f}") for *row, seconds in rows]),
         "",
@@ -142,19 +142,21 @@ def without_noise(subject: Subject, _: str) -> Subject:
     return dataclasses.replace(subject, noise=0.0)
 
 
-def generate(model: Path, count: int) -> tuple[torch.Tensor, float]:
-    """Generate slices of AD and NC in turn; returns them and the seconds, after a warm-up on a GPU."""
+def generate(model: Path, count: int) -> tuple[torch.Tensor, float, str]:
+    """Generate slices of AD and NC in turn, as the model does by default.
+
+    Returns them, the seconds (on a GPU after a warm-up), and the sampling settings.
+    """
     pipeline, precision = load_pipeline(str(model)).to(DEVICE), choose_precision(None)
     pipeline.set_progress_bar_config(disable=True)
     labels, seeds = [index % 2 for index in range(count)], [image_seed(0, index) for index in range(count)]
-    options = {"num_inference_steps": 50, "guidance_scale": 1.5}
     if DEVICE.type == "cuda":
-        list(generate_images(pipeline, labels, seeds, count, precision, **options))
+        list(generate_images(pipeline, labels, seeds, count, precision))
     synchronize()
     started = time.perf_counter()
-    samples = torch.cat(list(generate_images(pipeline, labels, seeds, count, precision, **options)))
+    samples = torch.cat(list(generate_images(pipeline, labels, seeds, count, precision)))
     synchronize()
-    return samples, time.perf_counter() - started
+    return samples, time.perf_counter() - started, describe_sampling(pipeline)
 
 
 if __name__ == "__main__":

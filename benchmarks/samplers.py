@@ -19,20 +19,21 @@ import torch  # isort: skip
 from held_out import FEATURES, HeldOutMetrics
 
 from adni_ldm.evaluation.image_sets import generate_image_set
-from adni_ldm.generation import use_scheduler
+from adni_ldm.generation import describe_sampling, use_scheduler
 from adni_ldm.loading import load_pipeline
 from adni_ldm.precision import choose_precision
 
 GUIDANCE = 1.5
-SAMPLERS = {  # scheduler, steps, guidance scale, guided part of the noise schedule
-    "DDIM 50, the default": ("ddim", 50, GUIDANCE, (0.0, 1.0)),
-    "DPM-Solver++ 20": ("dpm++", 20, GUIDANCE, (0.0, 1.0)),
-    "DDIM 20": ("ddim", 20, GUIDANCE, (0.0, 1.0)),
-    "UniPC 20": ("unipc", 20, GUIDANCE, (0.0, 1.0)),
-    "DPM-Solver++ 10": ("dpm++", 10, GUIDANCE, (0.0, 1.0)),
-    "DPM-Solver++ 20, guided below 0.7": ("dpm++", 20, GUIDANCE, (0.0, 0.7)),
-    "DPM-Solver++ 20, no guidance": ("dpm++", 20, 1.0, (0.0, 1.0)),
-    "DPM-Solver++ 20, guidance 2.5": ("dpm++", 20, 2.5, (0.0, 1.0)),
+SAMPLERS = {  # scheduler, steps, guidance scale, η, guided part of the noise schedule; None: the model's own
+    "DDIM, the model's default": ("ddim", None, None, None, (0.0, 1.0)),
+    "DDIM 50": ("ddim", 50, GUIDANCE, 0.0, (0.0, 1.0)),
+    "DPM-Solver++ 20": ("dpm++", 20, GUIDANCE, 0.0, (0.0, 1.0)),
+    "DDIM 20": ("ddim", 20, GUIDANCE, 0.0, (0.0, 1.0)),
+    "UniPC 20": ("unipc", 20, GUIDANCE, 0.0, (0.0, 1.0)),
+    "DPM-Solver++ 10": ("dpm++", 10, GUIDANCE, 0.0, (0.0, 1.0)),
+    "DPM-Solver++ 20, guided below 0.7": ("dpm++", 20, GUIDANCE, 0.0, (0.0, 0.7)),
+    "DPM-Solver++ 20, no guidance": ("dpm++", 20, 1.0, 0.0, (0.0, 1.0)),
+    "DPM-Solver++ 20, guidance 2.5": ("dpm++", 20, 2.5, 0.0, (0.0, 1.0)),
 }
 COLUMNS = ("sampler", "KID × 1000", "precision", "recall", "AD − NC, mm²", "64 samples, s")
 
@@ -55,9 +56,11 @@ def main() -> None:
         rows.append((name, *row(pipeline, metrics, settings, options)))
         print(" | ".join(rows[-1]), flush=True)
 
+    use_scheduler(pipeline, "ddim")
     lines = [
         f"{options.samples} slices per row against {len(metrics.held_out)} of held-out subjects; {size} px; "
-        f"guidance scale {GUIDANCE} unless stated otherwise. KID with its 95 % CI.",
+        f"guidance scale {GUIDANCE} and η = 0 unless stated otherwise. The model's default is "
+        f"{describe_sampling(pipeline)}. KID with its 95 % CI.",
         "",
         *table(COLUMNS, rows),
         "",
@@ -80,9 +83,10 @@ def reconstructed(pipeline, metrics: HeldOutMetrics) -> tuple[str, ...]:
 
 def row(pipeline, metrics: HeldOutMetrics, settings: tuple, options: argparse.Namespace) -> tuple[str, ...]:
     """The cells of one entry of SAMPLERS."""
-    sampler, steps, guidance, interval = settings
+    sampler, steps, guidance, eta, interval = settings
     use_scheduler(pipeline, sampler)
-    call = {"num_inference_steps": steps, "guidance_scale": guidance, "guidance_interval": interval}
+    call = {"num_inference_steps": steps, "guidance_scale": guidance, "eta": eta}
+    call["guidance_interval"] = interval
     synchronize()
     started = time.perf_counter()
     count, precision = options.samples // 2, choose_precision(None)

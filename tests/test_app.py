@@ -28,6 +28,7 @@ from adni_ldm.errors import UserError
 from adni_ldm.generation import generate_images, generate_progressively, hash_pipeline, image_seed
 from adni_ldm.hub.report import Report, find_report
 from adni_ldm.hub.space import push_space, write_space
+from adni_ldm.pipeline import ClassConditionalLDMPipeline
 from adni_ldm.web.components import verdict_list
 from adni_ldm.web.uploads import read_upload
 
@@ -164,11 +165,11 @@ def stored_files(server):
     return [path for path in files if path.stat().st_size]
 
 
-def expected_samples(label, seed, number, steps, guidance_scale=1.5):
+def expected_samples(label, seed, number, steps):
     """What sample.py generates, (number, H, W) in 8 bits."""
     seeds = [image_seed(seed, index) for index in range(number)]
-    options = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
-    images = next(generate_images(make_pipeline(), [label] * number, seeds, number, **options))
+    images = generate_images(make_pipeline(), [label] * number, seeds, number, num_inference_steps=steps)
+    images = next(images)
     return (images[:, 0] * 255).round().numpy()
 
 
@@ -200,6 +201,7 @@ def test_sample(visit, screenshot, server):
     assert list(rows.file_name) == list(files) == [f"NC/{index:06d}.png" for index in range(3)]
     assert list(rows.seed) == [image_seed(5, index) for index in range(3)]
     assert set(rows.num_inference_steps) == {200} and set(rows.label) == {"NC"}
+    assert set(rows.guidance_scale) == {1} and set(rows.eta) == {1}, "the model's own"
     assert set(rows.model_hash) == {hash_pipeline(make_pipeline())}
     for image, content in zip(images.values(), files.values()):
         assert np.array_equal(image, np.asarray(Image.open(io.BytesIO(content))))
@@ -397,6 +399,20 @@ def test_which_report_is_shown(tmp_path, model):
     assert "<li>" not in verdict_list(Report(missing="none"))
     with pytest.raises(UserError, match="contains no metrics.json"):
         find_report(str(model), str(tmp_path), own, data)
+
+
+@pytest.mark.parametrize(("most", "shown"), [(100, 31), (20, 20)])
+def test_the_sliders_start_at_the_models_own_settings(pipeline, tmp_path, most, shown):
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    import app
+    from adni_ldm.config import AppConfig
+
+    own = {"num_inference_steps": 31, "guidance_scale": 2.5}
+    ClassConditionalLDMPipeline(**pipeline.components, **own).save_pretrained(tmp_path)
+    blocks = app.build_page(AppConfig(model=str(tmp_path), max_steps=most)).blocks.values()
+    sliders = [(block.label, block.value) for block in blocks if isinstance(block, app.gr.Slider)]
+    assert sliders.count(("Denoising steps", shown)) == 3
+    assert sliders.count(("Guidance scale (1: no guidance)", 2.5)) == 3
 
 
 def test_sampling_ends_when_the_visitor_leaves(pipeline):

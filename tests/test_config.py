@@ -50,6 +50,8 @@ def test_a_yaml_that_is_wrong_is_refused_by_name(line, message, tmp_path):
         ["--max_steps", "0"],
         ["--val_fraction", "1"],
         ["--label_dropout", "1"],
+        ["--num_inference_steps", "0"],
+        ["--eta", "1.5"],
         ["--prediction_type", "epsilon"],
     ],
 )

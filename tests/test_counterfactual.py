@@ -12,6 +12,7 @@ from test_recipes import run
 import sample
 from adni_ldm.errors import UserError
 from adni_ldm.generation import generate_images, interpolate_classes
+from adni_ldm.pipeline import ClassConditionalLDMPipeline
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_inversion_undoes_ddim_of_the_scheduler(pipeline):
     """DDIM inversion recovers the initial noise of a sample, from pure noise."""
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     latents = pipeline(
-        "AD", num_inference_steps=50, guidance_scale=1, latents=noise, output_type="latent"
+        "AD", num_inference_steps=50, guidance_scale=1, eta=0, latents=noise, output_type="latent"
     ).images
     timesteps = pipeline.scheduler.timesteps.flip(0)
     tokens = pipeline.class_embedding(torch.tensor([0])).tokens
@@ -91,11 +92,23 @@ def test_a_morph_begins_and_ends_with_samples_of_the_classes(pipeline):
     for guidance_scale in (1, 1.5):
         options = {"num_inference_steps": 5, "guidance_scale": guidance_scale}
         frames = interpolate_classes(pipeline, "NC", "AD", seed=7, frames=4, **options)
-        ends = torch.cat(list(generate_images(pipeline, [1, 0], [7, 7], 2, **options)))
+        ends = torch.cat(list(generate_images(pipeline, [1, 0], [7, 7], 2, eta=0, **options)))
         assert frames.shape == (4, 1, 16, 16)
         assert torch.allclose(frames[[0, -1]], ends, atol=1e-4)
         steps = (frames[1:] - frames[:-1]).abs().mean((1, 2, 3))
         assert (steps > 0).all() and (frames[-1] - frames[0]).abs().mean() > steps.max(), "bit by bit"
+
+
+def test_steps_and_guidance_are_the_models_own_and_nothing_is_random(pipeline, slices):
+    """Also of a model that samples with η = 1: inversion needs determinism."""
+    own = {"num_inference_steps": 3, "guidance_scale": 2.0}
+    tuned = ClassConditionalLDMPipeline(**pipeline.components, **own, eta=1.0)
+    found, again = (tuned.counterfactual(slices, "NC", "AD") for _ in range(2))
+    expected = pipeline.counterfactual(slices, "NC", "AD", **own)
+    assert all(torch.equal(*parts) for parts in (*zip(found, again), *zip(found, expected)))
+    frames = [interpolate_classes(*args) for args in [(tuned, "NC", "AD", 7, 3)] * 2]
+    expected = interpolate_classes(pipeline, "NC", "AD", 7, 3, **own)
+    assert torch.equal(*frames) and torch.equal(frames[0], expected)
 
 
 @pytest.mark.parametrize(
@@ -197,6 +210,7 @@ def test_missing_arguments_are_named(model, phantom_dir, tmp_path, monkeypatch):
         (("--morph", 5, "--to", "AD"), "--from is missing"),
         (("--morph", 1, "--from", "NC", "--to", "AD"), "at least 2 frames"),
         (("--morph", 5, "--from", "NC", "--to", "AD", "--scheduler", "euler"), "--scheduler ddim"),
+        (("--morph", 5, "--from", "NC", "--to", "AD", "--eta", 1), "--eta 0 only"),
     ):
         command = ("sample.py", "--model", model, "--output_dir", tmp_path / "out", *words)
         monkeypatch.setattr("sys.argv", [str(word) for word in command])

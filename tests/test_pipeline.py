@@ -1,7 +1,9 @@
 """Sampling: against exact denoisers, from which seed, and that a saved pipeline loads anywhere."""
 
+import json
 import subprocess
 import sys
+import warnings
 
 import diffusers
 import numpy as np
@@ -82,7 +84,7 @@ def test_guidance_in_an_interval_asks_for_the_class_alone_outside_of_it(pipeline
     def generate(scale, interval=(0.0, 1.0)):
         batch_sizes.clear()
         options = {"guidance_scale": scale, "guidance_interval": interval, "output_type": "latent"}
-        return pipeline("NC", 10, latents=latents, **options).images
+        return pipeline("NC", 10, eta=0, latents=latents, **options).images
 
     some = generate(3, (0.2, 0.7))  # the timesteps are 999, 899, … 99
     assert batch_sizes == [1, 1, 1, 2, 2, 2, 2, 2, 1, 1]
@@ -132,7 +134,7 @@ def test_ddim_reaches_the_solution_with_any_number_of_steps(pipeline, steps):
     """Also where diffusers' own step, 1000 // steps timesteps long, misses the next timestep."""
     give_exact_denoiser(pipeline, std=1.0)
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    samples = pipeline("AD", steps, guidance_scale=1, latents=noise, output_type="latent").images
+    samples = pipeline("AD", steps, guidance_scale=1, eta=0, latents=noise, output_type="latent").images
     errors = samples - (3 + noise)
     assert errors.abs().mean() < 1.6 / steps, "of first order"
     assert abs(samples.mean() - noise.mean() - 3) < 0.02
@@ -176,7 +178,7 @@ def test_20_steps_of_dpm_solver_are_more_accurate_than_50_of_ddim(pipeline, std)
 
     def error(name, steps):
         use_scheduler(pipeline, name)
-        options = {"latents": noise, "guidance_scale": 1, "output_type": "latent"}
+        options = {"latents": noise, "guidance_scale": 1, "eta": 0, "output_type": "latent"}
         samples = pipeline(["AD"] * 8, steps, **options).images
         return (samples - (3.0 + std * noise)).square().mean().sqrt().item()
 
@@ -187,7 +189,7 @@ def test_20_steps_of_dpm_solver_are_more_accurate_than_50_of_ddim(pipeline, std)
 
 def test_an_image_depends_on_its_seed_and_not_on_its_batch(pipeline):
     seeds = [image_seed(3, index) for index in range(5)]
-    for options in ({}, {"eta": 1.0}):
+    for options in ({"eta": 0.0}, {"eta": 1.0}):
         batches = [
             torch.cat(
                 list(
@@ -210,6 +212,20 @@ def test_eta_makes_ddim_stochastic(pipeline):
     )
     assert torch.equal(still, still_again)
     assert not torch.allclose(still, moved)
+
+
+def test_images_of_one_seed_have_the_same_noise_at_every_step(pipeline):
+    """In both classes, and in any batch: the denoiser here ignores the class, so the images are equal."""
+    give_exact_denoiser(pipeline, std=1.0)
+    options = {"eta": 1.0, "output_type": "latent"}
+    four = pipeline(["AD", "NC"], 4, num_images_per_prompt=2, generator=seeded(7, 8, 7, 8), **options).images
+    assert torch.equal(four[:2], four[2:]) and not torch.allclose(four[0], four[1], atol=1e-2)
+    alone = pipeline("AD", 4, generator=seeded(8), **options).images
+    assert torch.allclose(alone[0], four[1], atol=1e-5)
+    noise = torch.randn(1, 4, 8, 8, generator=seeded(8)[0])
+    continued = seeded(8)
+    torch.randn(1, 4, 8, 8, generator=continued[0])
+    assert torch.equal(pipeline("AD", 4, latents=noise, generator=continued, **options).images, alone)
 
 
 def test_the_class_changes_the_image(pipeline):
@@ -252,7 +268,7 @@ def test_a_callback_changes_the_guidance_scale(pipeline):
         return tensors
 
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    options = {"latents": latents, "output_type": "latent", "guidance_scale": 1.0}
+    options = {"latents": latents, "output_type": "latent", "guidance_scale": 1.0, "eta": 0}
     changed = pipeline("AD", 4, callback_on_step_end=increase, **options).images
     assert batch_sizes == [1, 2, 2, 2]
     assert pipeline.guidance_scale == 3 and pipeline.do_classifier_free_guidance
@@ -278,6 +294,7 @@ def test_a_half_precision_pipeline_decodes_in_float32(pipeline):
         ({"class_labels": []}, "no images"),
         ({"class_labels": "AD", "output_type": "jpg"}, "output_type"),
         ({"class_labels": "AD", "num_inference_steps": 0}, "num_inference_steps"),
+        ({"class_labels": "AD", "eta": 1.5}, "eta=1.5 must lie in"),
         ({"class_labels": "AD", "guidance_interval": (0.5, 0.5)}, "guidance_interval"),
         ({"class_labels": ["AD", "NC"], "generator": seeded(0)}, "1 generators for 2 images"),
         ({"class_labels": "AD", "latents": torch.zeros(1, 4, 4, 4)}, "latents must have shape"),
@@ -290,6 +307,7 @@ def test_wrong_input_is_refused(pipeline, arguments, message):
 
 
 def test_a_trajectory_goes_from_noise_to_the_image(pipeline):
+    assert pipeline.config.eta == 1
     frames = denoising_trajectory(pipeline, 0, seed=7, frames=4, num_inference_steps=6)
     image = next(generate_images(pipeline, [0], [7], 1, num_inference_steps=6))
     assert frames.shape == (4, 1, 16, 16)
@@ -306,15 +324,17 @@ from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
 pipeline.set_progress_bar_config(disable=True)
 generator = torch.Generator().manual_seed(0)
-images = pipeline(["AD", 1], num_inference_steps=3, generator=generator, output_type="pt").images
+images = pipeline(["AD", 1], generator=generator, output_type="pt").images
 torch.save(images, sys.argv[2])
 pipeline.save_pretrained(sys.argv[3])
 """
 
 
 def test_a_saved_pipeline_samples_the_same_with_and_without_the_package(pipeline, tmp_path):
-    options = {"num_inference_steps": 3, "output_type": "pt"}
+    own = {"num_inference_steps": 3, "guidance_scale": 2, "eta": 0.5}
+    options = {"output_type": "pt", **own}
     expected = pipeline(["AD", 1], generator=torch.Generator().manual_seed(0), **options).images
+    pipeline = ClassConditionalLDMPipeline(**pipeline.components, **own)
     pipeline.save_pretrained(tmp_path / "saved")
 
     # With the package: its own classes, no code of the folder.
@@ -323,8 +343,8 @@ def test_a_saved_pipeline_samples_the_same_with_and_without_the_package(pipeline
     assert type(loaded) is ClassConditionalLDMPipeline and type(loaded.class_embedding) is ClassEmbedding
     assert hash_pipeline(loaded) == hash_pipeline(pipeline)
     loaded.set_progress_bar_config(disable=True)
-    again = loaded(["AD", 1], generator=torch.Generator().manual_seed(0), **options).images
-    assert torch.equal(again, expected)
+    again = loaded(["AD", 1], generator=torch.Generator().manual_seed(0), output_type="pt").images
+    assert torch.equal(again, expected), "with the settings that are saved"
 
     # Without it, in a fresh process, and saved on from there.
     loaded.save_pretrained(tmp_path / "saved")
@@ -333,7 +353,39 @@ def test_a_saved_pipeline_samples_the_same_with_and_without_the_package(pipeline
         [sys.executable, "-c", FRESH_PROCESS, *paths], capture_output=True, text=True, cwd=tmp_path
     )
     assert result.returncode == 0, result.stderr
+    assert not {"Expected types", "eta", "guidance_scale"} & set(result.stderr.split()), result.stderr
     assert torch.allclose(torch.load(tmp_path / "images.pt"), expected, atol=1e-6)
-    assert hash_pipeline(ClassConditionalLDMPipeline.from_pretrained(tmp_path / "again")) == hash_pipeline(
-        pipeline
-    )
+    resaved = ClassConditionalLDMPipeline.from_pretrained(tmp_path / "again")
+    assert hash_pipeline(resaved) == hash_pipeline(pipeline) and resaved.sampling_settings() == own
+
+
+def test_the_sampling_settings_are_in_the_index_and_in_the_call(pipeline, tmp_path, caplog):
+    assert pipeline.sampling_settings() == {"num_inference_steps": 50, "guidance_scale": 1, "eta": 1}
+    own = {"num_inference_steps": 3, "guidance_scale": 2, "eta": 0}
+    ClassConditionalLDMPipeline(**pipeline.components, **own).save_pretrained(tmp_path)
+    index = tmp_path / "model_index.json"
+    saved = json.loads(index.read_text())
+    assert {name: saved[name] for name in own} == own
+
+    diffusers.utils.logging.enable_propagation()
+    with warnings.catch_warnings(action="error"):
+        loaded = ClassConditionalLDMPipeline.from_pretrained(tmp_path)
+        other = ClassConditionalLDMPipeline.from_pretrained(tmp_path, guidance_scale=1.5)
+        index.write_text(json.dumps({name: value for name, value in saved.items() if name not in own}))
+        old = ClassConditionalLDMPipeline.from_pretrained(tmp_path)
+        assert (loaded.guidance_scale, other.guidance_scale) == (2, 1.5), "before a call, and no warning"
+    diffusers.utils.logging.disable_propagation()
+    assert not caplog.records
+    assert loaded.sampling_settings() == own and loaded.sampling_settings(eta=0.5) == own | {"eta": 0.5}
+    assert other.sampling_settings() == own | {"guidance_scale": 1.5}
+    assert old.sampling_settings() == pipeline.sampling_settings(), "a folder of before they were saved"
+
+    noise = torch.randn(1, 4, 8, 8)
+    for given in ({}, {"num_inference_steps": 5}, {"guidance_scale": 0}, {"eta": 1.0}):
+        images = [
+            pipe("AD", latents=noise, generator=seeded(0), output_type="latent", **options).images
+            for pipe, options in ((loaded, given), (pipeline, own | given))
+        ]
+        assert torch.equal(*images)
+    with pytest.raises(ValueError, match="eta=-1"):
+        ClassConditionalLDMPipeline(**pipeline.components, eta=-1)

@@ -76,6 +76,8 @@ def test_train_ldm_leaves_a_whole_pipeline(ldm_dir):
         json.loads((ldm_dir / "scheduler/scheduler_config.json").read_text())["_class_name"]
         == "DDIMScheduler"
     )
+    own = load_pipeline(str(ldm_dir)).sampling_settings()
+    assert own == {"num_inference_steps": 2, "guidance_scale": 1, "eta": 1}, "as given; the class's own"
     table = pd.read_csv(ldm_dir / "metrics.csv")
     assert table.loss.dropna().size == 3 and table.val_loss.dropna().size == 2
     assert all((ldm_dir / name).is_file() for name in ("samples.png", "loss.png", "training_config.json"))

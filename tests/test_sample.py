@@ -1,6 +1,7 @@
 """sample.py: distributed over processes, interrupted and continued; refuses the folder of another run."""
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -99,6 +101,29 @@ def test_two_processes_generate_what_one_does(model, whole, tmp_path):
     table = pd.read_csv(whole / "metadata.csv")
     assert list(table.file_name) == [f"{name}/{index:06d}.png" for name in ("AD", "NC") for index in range(7)]
     assert table.seed.nunique() == 7 and list(table.seed[:7]) == list(table.seed[7:])
+    assert set(table.eta) == {1} and set(table.guidance_scale) == {1}, "random at every step"
+
+
+def test_settings_not_given_are_the_models_own_and_are_recorded(model, monkeypatch, tmp_path):
+    own = {"num_inference_steps": 3, "guidance_scale": 2.0, "eta": 0.25}
+    pipeline = ClassConditionalLDMPipeline.from_pretrained(model, **own)
+    pipeline.save_pretrained(tmp_path / "own")
+    command = ("sample.py", "--model", tmp_path / "own", "--output_dir", tmp_path / "samples")
+
+    def run(*more):
+        words = (*command, "--num_images", 1, "--mixed_precision", "no", *more)
+        monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+        sample.main()
+
+    run()
+    table, settings = pd.read_csv(tmp_path / "samples/metadata.csv"), tmp_path / "samples/.settings.json"
+    assert {name: table[name][0] for name in own} == own
+    assert own.items() <= json.loads(settings.read_text()).items()
+    image = pipeline("AD", generator=torch.Generator().manual_seed(image_seed(0, 0))).images[0]
+    assert np.array_equal(Image.open(tmp_path / "samples/AD/000000.png"), image)
+    run("--num_inference_steps", 3, "--guidance_scale", 2, "--eta", 0.25)  # the same settings: it continues
+    with pytest.raises(UserError, match="guidance_scale was 2.0, is 1.0; eta was 0.25, is 0.0;"):
+        run("--guidance_scale", 1, "--eta", 0, "--seed", 1)
 
 
 def test_a_killed_run_continues_and_equals_an_undisturbed_one(model, whole, generate, tmp_path):
@@ -139,6 +164,7 @@ def test_a_folder_of_something_else_is_refused(generate, whole, tmp_path):
     before = contents(whole)
     changes = {
         ("--seed", 1): "seed was 0, is 1",
+        ("--guidance_scale", 1.5, "--eta", 0): "guidance_scale was 1.0, is 1.5; eta was 1.0, is 0.0",
         ("--guidance_interval", 0.2, 0.8): "guidance_interval was 0.0 1.0, is 0.2 0.8",
         ("--class", "AD"): r"class was \['AD', 'NC'\], is \['AD'\]",
         ("--num_images", 8, "--batch_size", 4): "num_images was 7, is 8; batch_size was 3, is 4",
@@ -154,7 +180,8 @@ def test_a_folder_of_something_else_is_refused(generate, whole, tmp_path):
 
 
 def test_wrong_numbers_are_refused(generate, tmp_path):
-    for change in (("--guidance_interval", 0.8, 0.2), ("--guidance_interval", 0.5), ("--num_images", 0)):
+    changes = (("--guidance_interval", 0.8, 0.2), ("--guidance_interval", 0.5), ("--num_images", 0))
+    for change in (*changes, ("--num_inference_steps", 0), ("--eta", 1.5)):
         with pytest.raises(UserError, match=f"{change[0]} "):
             generate(tmp_path / "none", *change)
     assert not (tmp_path / "none").exists()

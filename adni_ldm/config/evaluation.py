@@ -48,7 +48,9 @@ class EvaluateConfig:
         help="Guidance scales at which the class-conditioning accuracy of --model is measured.",
     )
     curve_images: int = HfArg(default=24, help="Samples of each class at each of these scales; 0 for none.")
-    curve_steps: int = HfArg(default=20, help="Number of denoising steps of these samples.")
+    curve_steps: int | None = HfArg(
+        default=None, help="Number of denoising steps of these samples. Default: the model's own."
+    )
     require: list[str] = HfArg(
         default_factory=list,
         help="Exit with status 4 unless the verdicts on these questions are favourable, separated by commas: "

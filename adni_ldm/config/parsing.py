@@ -52,10 +52,18 @@ def parse_config(
 
 
 def check_at_least(least: float, config, *names: str) -> None:
-    """Raise UserError if one of these settings is below `least`."""
+    """Raise UserError if one of these settings is given and below `least`."""
     for name in names:
-        if getattr(config, name) < least:
-            raise UserError(f"--{name} {getattr(config, name)} must be at least {least}")
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name} {value} must be at least {least}")
+
+
+def check_sampling(config) -> None:
+    """Raise UserError if --num_inference_steps or --eta is given and no sampling could use it."""
+    check_at_least(1, config, "num_inference_steps")
+    if config.eta is not None and not 0 <= config.eta <= 1:
+        raise UserError(f"--eta {config.eta} must lie in [0, 1]")
 
 
 def run_command(description: str, commands: Mapping[str, Callable[[list[str]], int | None]]) -> int | None:

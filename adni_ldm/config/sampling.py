@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from transformers.hf_argparser import HfArg
 
-from adni_ldm.config.parsing import check_at_least
+from adni_ldm.config.parsing import check_at_least, check_sampling
 from adni_ldm.errors import UserError
 
 
@@ -18,17 +18,24 @@ class SampleConfig:
     model: str = HfArg(default="runs/ldm", help="Folder or Hub name of a pipeline of train_ldm.py.")
     output_dir: str = HfArg(default="samples", help="Output folder, with one subfolder per class.")
     num_images: int = HfArg(default=16, help="Number of slices per class.")
-    num_inference_steps: int = HfArg(default=50, help="Denoising steps.")
-    guidance_scale: float = HfArg(
-        default=1.5,
-        help="Scale of classifier-free guidance; 1 disables it. Higher scales exaggerate class differences.",
+    num_inference_steps: int | None = HfArg(
+        default=None, help="Denoising steps. Default: the model's own, saved by train_ldm.py."
+    )
+    guidance_scale: float | None = HfArg(
+        default=None,
+        help="Scale of classifier-free guidance; 1 disables it. Higher scales exaggerate class differences. "
+        "Default: the model's own.",
     )
     guidance_interval: list[float] = HfArg(
         default_factory=lambda: [0.0, 1.0],
         help="LOW HIGH: guidance interval as fractions of the noise schedule, 0 the clean image and 1 pure "
-        "noise. Steps outside it take half the time.",
+        "noise. Steps outside it take half the time. Without effect at guidance scale 1.",
     )
-    eta: float = HfArg(default=0.0, help="Stochasticity of DDIM: 0 is deterministic, 1 is that of DDPM.")
+    eta: float | None = HfArg(
+        default=None,
+        help="Stochasticity of DDIM: 0 is deterministic, 1 is that of DDPM (ancestral sampling); the other "
+        "schedulers ignore it. Default: the model's own; 0 for --from_image and --morph.",
+    )
     scheduler: str = HfArg(
         default="ddim",
         help="Scheduler of the sampling steps.",
@@ -65,7 +72,8 @@ class SampleConfig:
     )
 
     def __post_init__(self):
-        check_at_least(1, self, "num_images", "num_inference_steps", "batch_size")
+        check_at_least(1, self, "num_images", "batch_size")
+        check_sampling(self)
         interval = self.guidance_interval
         if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
             values = " ".join(map(str, interval))

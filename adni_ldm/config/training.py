@@ -8,7 +8,7 @@ from typing import Annotated, TypeVar, get_type_hints
 from transformers.hf_argparser import HfArg
 
 from adni_ldm.config.classes import CLASSES_HELP, TABLE_HELP, class_names
-from adni_ldm.config.parsing import check_at_least
+from adni_ldm.config.parsing import check_at_least, check_sampling
 from adni_ldm.errors import UserError
 from adni_ldm.files import write_json
 
@@ -247,9 +247,16 @@ class TrainLDMConfig(TrainingConfig):
     classifier_steps: MayChange[int] = HfArg(
         default=200, help="Training steps, of 64 slices each, of online evaluation's classifier."
     )
-    num_inference_steps: MayChange[int] = HfArg(default=50, help="DDIM steps of these samples.")
-    guidance_scale: MayChange[float] = HfArg(
-        default=1.5, help="Classifier-free guidance scale of these samples; 1 is no guidance."
+    num_inference_steps: MayChange[int | None] = HfArg(
+        default=None,
+        help="DDIM steps of these samples, saved in the pipeline as its own. Default, of the next two as "
+        "well: those of --init_from, else those of the pipeline's class (docs/sampling.md).",
+    )
+    guidance_scale: MayChange[float | None] = HfArg(
+        default=None, help="Their classifier-free guidance scale, saved in the pipeline; 1 is no guidance."
+    )
+    eta: MayChange[float | None] = HfArg(
+        default=None, help="Their stochasticity, saved in the pipeline; 0 is deterministic, 1 ancestral."
     )
     push_to_hub: MayChange[bool] = HfArg(
         default=False, help="Push the pipeline to --hub_model_id when training ends, as a private repository."
@@ -276,6 +283,7 @@ class TrainLDMConfig(TrainingConfig):
                 "is pure noise: add --rescale_betas_zero_snr false, or use v_prediction"
             )
         check_at_least(0, self, "lora_rank", "latent_variants")
+        check_sampling(self)
         if not 0 <= self.label_dropout < 1:
             raise UserError(f"--label_dropout {self.label_dropout} must be in [0, 1)")
 

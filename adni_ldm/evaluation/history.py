@@ -82,7 +82,8 @@ def read_metadata(folder: str | Path) -> dict[str, str]:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: cannot be read as a table ({error}); sample.py writes it") from error
-    columns = ("model", "model_hash", "data_hash", "guidance_scale", "num_inference_steps", "scheduler")
+    columns = ("model", "model_hash", "data_hash")
+    columns += ("guidance_scale", "num_inference_steps", "eta", "scheduler")
     return {name: ", ".join(sorted(set(table[name]))) for name in columns if name in table}
 
 

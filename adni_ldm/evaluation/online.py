@@ -29,6 +29,8 @@ BEST = "best"  # folder of the best pipeline so far, beside the checkpoints
 class OnlineEvaluation:
     """KID, class-conditioning accuracy and share of copies, of `count` samples of each class.
 
+    Samples are generated with the pipeline's own sampling settings.
+
     Needed in one process only. Leaves the random state of the training as it is. Samples are generated under
     the caller's autocast; what is compared is computed in float32.
 
@@ -36,7 +38,6 @@ class OnlineEvaluation:
         train: slices that the model is trained on.
         held_out: slices of other subjects.
         max_slices: use about this many of either, the same share of every subject's.
-        steps: number of DDIM steps.
     """
 
     def __init__(
@@ -47,14 +48,11 @@ class OnlineEvaluation:
         max_slices: int,
         count: int,
         classifier_steps: int,
-        steps: int,
-        guidance_scale: float,
         seed: int,
         device: torch.device,
     ):
         self.train, self.held_out = (image_set(part, max_slices, seed) for part in (train, held_out))
         self.count, self.seed = count, seed
-        self.options = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
         title = "training the classifier for evaluation"
         self.classifier = train_classifier(
             self.train, seed=seed, device=device, steps=classifier_steps, description=title
@@ -65,7 +63,7 @@ class OnlineEvaluation:
 
     def __call__(self, pipeline: ClassConditionalLDMPipeline) -> dict[str, float]:
         """{"kid": …, "class_accuracy": …, "copies": …}, without those that cannot be estimated."""
-        samples = generate_image_set(pipeline, self.count, self.seed, **self.options)
+        samples = generate_image_set(pipeline, self.count, self.seed)
         neighbors = self._nearest(samples)
         copies, _ = copy_metrics(neighbors, samples, self.held_out_neighbors, self.held_out, self.train)
         sets = (self.features, self.extract(samples), self.held_out.subjects, samples.subjects)

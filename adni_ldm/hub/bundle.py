@@ -30,7 +30,6 @@ from adni_ldm.hub.report import Report
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
 
 PREVIEWS = 4  # of each class
-STEPS = 30
 _PUSHED_METRICS = ("verdicts", "fidelity", "spectrum", "tstr", "conditioning", "anatomy", "privacy")
 _PUSHED_METRICS += ("model_hash", "data_hash")
 _PUSHED_COLUMNS = ("file_name", "label", "seed", "num_inference_steps", "guidance_scale", "eta", "scheduler")
@@ -125,7 +124,7 @@ def _save_previews(pipeline: ClassConditionalLDMPipeline, folder: Path) -> list[
     seeds = [image_seed(0, index) for index in range(PREVIEWS)]
     names = []
     for label, name in enumerate(pipeline.class_embedding.config.class_names):
-        batches = generate_images(pipeline, [label] * PREVIEWS, seeds, PREVIEWS, num_inference_steps=STEPS)
+        batches = generate_images(pipeline, [label] * PREVIEWS, seeds, PREVIEWS)
         for index, image in enumerate(image for batch in batches for image in batch):
             names.append(f"previews/{name}-{index}.png")
             to_pil(image).save(folder / names[-1])

@@ -14,7 +14,7 @@ from adni_ldm.data.manifest import read_manifest
 from adni_ldm.data.provenance import model_records
 from adni_ldm.data.slices import read_slices
 from adni_ldm.files import read_json
-from adni_ldm.generation import hash_pipeline
+from adni_ldm.generation import describe_sampling, hash_pipeline
 from adni_ldm.hub.report import Report, list_figures
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
 
@@ -24,6 +24,7 @@ TAGS = ("diffusers", "latent-diffusion", "class-conditional", "medical-imaging",
 NOT_METHOD = {"data_dir", "output_dir", "table", "vae", "init_from", "resume_from_checkpoint", "report_to"}
 NOT_METHOD |= {"hub_model_id", "push_to_hub", "accept_privacy_risk", "num_workers", "log_steps"}
 NOT_METHOD |= {"checkpointing_steps", "checkpoints_total_limit", "latent_cache", "allow_remote_tracker"}
+NOT_METHOD |= {"num_inference_steps", "guidance_scale", "eta"}  # the pipeline has them, with their defaults
 
 
 def write_model_card(
@@ -185,6 +186,7 @@ def _sizes(pipeline: ClassConditionalLDMPipeline) -> dict[str, str]:
         "U-Net (UNet2DConditionModel)": f"{count(pipeline.unet)}, channels {list(unet.block_out_channels)}",
         "class embedding": f"{count(pipeline.class_embedding)}, tokens of width {unet.cross_attention_dim}",
         "prediction type": str(pipeline.scheduler.config.prediction_type),
+        "sampling, by default": describe_sampling(pipeline),
     }
 
 

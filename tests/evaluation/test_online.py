@@ -28,7 +28,7 @@ class Slices:
 def evaluate(monkeypatch):
     samples = discs(12, seed=2)
     monkeypatch.setattr(online, "generate_image_set", lambda *_args, **_options: samples)
-    options = {"max_slices": 40, "count": 12, "classifier_steps": 4, "steps": 1, "guidance_scale": 1.0}
+    options = {"max_slices": 40, "count": 12, "classifier_steps": 4}
     sets = (Slices(discs(20, 2, seed=seed)) for seed in (0, 1))
     return online.OnlineEvaluation(*sets, **options, seed=0, device=torch.device("cpu"))
 

@@ -78,6 +78,9 @@ def test_the_pushed_repository_is_private_and_complete(hub, trained, pushed):
     previews = {f"previews/{name}-{index}.png" for name in ("AD", "NC") for index in range(4)}
     more = {"README.md", "metrics.csv", "loss.png", "metrics.json", ".gitattributes"}
     assert set(repo.files) == weights | code | configs | previews | more, "and nothing else of the run"
+    own = {"num_inference_steps": 3, "guidance_scale": 1.5, "eta": 0.5}
+    assert own.items() <= json.loads(repo.files["model_index.json"]).items()
+    assert "| DDIMScheduler, 3 steps, guidance scale 1.5, η = 0.5 |" in repo.files["README.md"].decode()
     assert (trained / "secret.txt").is_file() and (trained / "samples.png").is_file()
     for key in (b'"ids": "', b'"slices": "'):
         assert not any(key in data and key + b'"' not in data for data in repo.files.values())

@@ -138,6 +138,17 @@ def test_a_pipeline_goes_on_with_its_autoencoder_tuned_to_other_slices(base, pha
         run(train_ldm, *words, "--vae", tmp_path / "other", "--output_dir", tmp_path / "odd")
 
 
+def test_sampling_settings_are_by_default_those_of_the_pipeline_tuned_from(base, phantom_dir, run, tmp_path):
+    """They are what validation and online evaluation sample with, and what is saved."""
+    own = {"num_inference_steps": 3, "guidance_scale": 2.0, "eta": 0.5}
+    ClassConditionalLDMPipeline.from_pretrained(base, **own).save_pretrained(tmp_path / "start")
+    words = ("--init_from", tmp_path / "start", "--data_dir", phantom_dir, *LDM, *STILL)
+    words += ("--evaluation_steps", 1, "--evaluate_images", 20, "--classifier_steps", 2)
+    run(train_ldm, *words, "--guidance_scale", 1, "--output_dir", tmp_path / "tuned")
+    for folder in ("tuned", "tuned/best"):
+        assert load(tmp_path / folder).sampling_settings() == own | {"guidance_scale": 1}
+
+
 def test_what_is_no_autoencoder_of_slices_is_refused(phantom_dir, base, run, tmp_path):
     build_autoencoder(16, widths=(16, 32)).save_pretrained(tmp_path / "vae")
     config = json.loads((tmp_path / "vae/config.json").read_text())
