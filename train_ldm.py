@@ -58,8 +58,7 @@ def main() -> None:
     cache = cfg.latent_cache or Path(HF_HOME, "adni_ldm", "latents")
     latents = encode_posteriors(vae, train, run.accelerator, cache, run.hashes["train"], cfg.latent_variants)
     val_latents = encode_posteriors(vae, val, run.accelerator, cache, run.hashes["val"])
-    run.depends_on(vae=vae)
-    run.notes["latents"] = latents.sha256
+    run.depends_on_latents(vae, latents)
 
     # ---- Train ---------------------------------------------------------------------------------------------
     run.prepare(denoiser, backbone=denoiser.unet)

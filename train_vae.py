@@ -5,8 +5,8 @@
 
 Writes a diffusers AutoencoderKL folder with the mean and standard deviation of the latents over the training
 set in its config.json; beside it metrics.csv, loss.png, reconstructions.png and training_config.json.
-Fine-tunes any diffusers AutoencoderKL with --init_from, those of colour images included. `python train_vae.py
---help` lists every setting.
+Fine-tunes any diffusers AutoencoderKL with --init_from, those of colour images included; with --decoder_only
+its latents stay as they are. `python train_vae.py --help` lists every setting.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from adni_ldm.figures import save_rows
 from adni_ldm.loading import load_autoencoder
 from adni_ldm.models import ReconstructingVAE, build_autoencoder, latent_shape
 from adni_ldm.training.adversarial_loss import AdversarialLoss, PatchDiscriminator, check_adversarial_loss
-from adni_ldm.training.latents import channel_statistics, encode_slices
+from adni_ldm.training.latents import channel_statistics, encode_slices, latent_encoder
 from adni_ldm.training.losses import kl_divergence, reconstruction_loss, spectral_loss
 from adni_ldm.training.perceptual_loss import load_perceptual_loss
 from adni_ldm.training.run import TrainingRun
@@ -64,6 +64,7 @@ def main() -> None:
     shape = latent_shape(vae, cfg.image_size)  # (C, h, w)
     epoch = max(1, len(train) // run.images_per_update)
     zero = torch.zeros((), device=run.device)
+    kl_weight = 0.0 if cfg.decoder_only else cfg.kl_weight  # a frozen encoder has a constant one
     for batch, rng in run.batches(train):
         images = batch["image"]  # (B, 1, H, W), [-1, 1]
         adversarial = discriminator is not None and run.updates >= adversarial_start
@@ -80,7 +81,7 @@ def main() -> None:
         if adversarial:
             g_loss, d_loss = adversarial_loss(images, reconstruction, rec_loss)
         kl = kl_divergence(mean, logvar)
-        loss = rec_loss + cfg.kl_weight * kl + g_loss
+        loss = rec_loss + kl_weight * kl + g_loss
 
         # Learn. Autoencoder and discriminator share no weight, so one backward pass serves both losses.
         metrics = {"loss": loss, "reconstruction_loss": distance, "kl": kl}
@@ -96,11 +97,12 @@ def main() -> None:
             with run.ema_weights():
                 validate(run, cfg, vae, val)
 
-    # ---- Measure the latents and save ----------------------------------------------------------------------
+    # ---- Measure the latents, unless they were measured and are the same, and save -------------------------
     run.apply_ema()
     vae = run.full_weights(vae)
-    mean, std = channel_statistics(encode_slices(vae, train, run.accelerator))
-    vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0, shift_factor=None)
+    if not (cfg.decoder_only and vae.config.latents_mean):
+        mean, std = channel_statistics(encode_slices(vae, train, run.accelerator))
+        vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0, shift_factor=None)
     run.record_training(vae)
     run.save(
         vae, f"VAE in {cfg.output_dir}: reconstructions.png shows held-out slices and their reconstructions"
@@ -114,6 +116,9 @@ def build(run: TrainingRun, cfg: TrainVAEConfig) -> AutoencoderKL:
         return build_autoencoder(*shape)
     vae = load_autoencoder(cfg.init_from)
     run.check_leakage(f"--init_from {cfg.init_from}", vae)
+    run.depends_on(**{"weights of --init_from": vae})
+    if cfg.decoder_only:
+        latent_encoder(vae).requires_grad_(False)
     return vae
 
 

@@ -158,6 +158,11 @@ class TrainVAEConfig(TrainingConfig):
         default=None, help="Updates before the adversarial loss starts. Default: half of --max_steps."
     )
     discriminator_width: int = HfArg(default=64, help="Channels of the discriminator's first layer.")
+    decoder_only: bool = HfArg(
+        default=False,
+        help="With --init_from: train the decoder and leave the encoder, and so all latents, as they are: an "
+        "LDM trained on them samples with the new decoder. --kl_weight has no effect.",
+    )
     use_ema: bool = HfArg(default=False, help="Save the exponential moving average (EMA) of the weights.")
     ema_halflife_images: float = HfArg(default=11_000, help=EMA_HELP)
     eval_images: MayChange[int] = HfArg(
@@ -168,6 +173,10 @@ class TrainVAEConfig(TrainingConfig):
         super().__post_init__()
         weights = ("kl_weight", "spectral_weight", "perceptual_weight", "discriminator_weight")
         check_at_least(0, self, *weights)
+        if self.decoder_only and not self.init_from:
+            raise UserError(
+                "--decoder_only: an encoder with random weights is of no use frozen; add --init_from"
+            )
         if self.discriminator_weight and self.image_size < 32:
             raise UserError(
                 f"--image_size {self.image_size}: a discriminator needs slices of 32 pixels or more"

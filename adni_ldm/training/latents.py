@@ -3,8 +3,8 @@
     latents = encode_posteriors(vae, slices, accelerator, cache="runs/latents", content="3f0c…")
     latents[[17, 4]].sample(rng)                    # two latents; other random numbers give others
 
-The cache has one folder for each combination of VAE weights, slices and settings, named by their hash:
-another VAE or another cohort has another folder, and later runs read the same ones.
+The cache has one folder for each combination of encoder weights, slices and settings, named by their hash:
+another encoder or another cohort has another folder, and later runs read the same ones.
 
     KEY/posteriors.npy      float32 (variants, N, 2, C, h, w): mean and standard deviation; memory-mapped
     KEY/latents.json        labels, the channels' statistics, and the SHA-256 of both; written last
@@ -28,6 +28,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import AutoencoderKL
 from filelock import FileLock
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
@@ -103,6 +104,11 @@ def _to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def latent_encoder(vae: AutoencoderKL) -> nn.ModuleDict:
+    """The parts of the VAE that latents depend on, which --decoder_only freezes."""
+    return nn.ModuleDict({"encoder": vae.encoder, "quant_conv": vae.quant_conv})
 
 
 def encode_posteriors(
@@ -260,6 +266,6 @@ def _key(vae: AutoencoderKL, slices: Dataset, content: str, variants: int, devic
     measured = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
     config = {name: vae.config[name] for name in vae.config if name[0] != "_" and name not in measured}
     # Kinds of device round differently.
-    parts = [RECORD, hash_weights(vae), config, content, len(slices), variants, device.type]
+    parts = [RECORD, hash_weights(latent_encoder(vae)), config, content, len(slices), variants, device.type]
     parts += [CHUNK, MAX_DEGREES, MAX_SHIFT, MAX_GAIN]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=list).encode()).hexdigest()[:24]

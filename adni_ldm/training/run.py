@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import DistributedType
+from diffusers import AutoencoderKL
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 from torch.utils.data import Dataset
@@ -32,6 +33,7 @@ from adni_ldm.training.checkpoints import check_earlier_run, load_checkpoint, sa
 from adni_ldm.training.compute import check_compute_options, set_compute_options
 from adni_ldm.training.ema import HalfLifeEMA, ema_weights, update_ema
 from adni_ldm.training.fsdp import gather_full_weights
+from adni_ldm.training.latents import LatentPosteriors, latent_encoder
 from adni_ldm.training.launch import describe_compute, start_accelerator
 from adni_ldm.training.metrics import MetricsLogger
 from adni_ldm.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate, trainable
@@ -91,6 +93,11 @@ class TrainingRun:
     def depends_on(self, **modules: nn.Module) -> None:
         """Record the weights that the run starts from: a resume with other ones is refused."""
         self.hashes |= {name: hash_weights(module) for name, module in modules.items()}
+
+    def depends_on_latents(self, vae: AutoencoderKL, latents: LatentPosteriors) -> None:
+        """Record the encoder; a resume with another decoder, which changes samples alone, only warns."""
+        self.depends_on(**{"encoder of the VAE": latent_encoder(vae)})
+        self.notes |= {"latents": latents.sha256, "VAE": hash_weights(vae)}
 
     # ---- Networks, optimizer, EMA, resume ----------------------------------------------------------------
 
