@@ -3,7 +3,7 @@
     python train_vae.py --config configs/demo/vae.yaml
     accelerate launch --config_file accelerate_config.yaml train_vae.py --config configs/adni/vae.yaml
 
-Writes a diffusers AutoencoderKL folder with the mean and standard deviation of the latents over the training
+Writes an AutoencoderKL folder with the mean and standard deviation of the latents over the training
 set in its config.json; beside it metrics.csv, loss.png, reconstructions.png and training_config.json.
 Fine-tunes any diffusers AutoencoderKL with --init_from, those of colour images included; with --decoder_only
 its latents stay as they are. `python train_vae.py --help` lists every setting.
@@ -14,7 +14,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 from torch.utils.data import DataLoader, Subset
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
@@ -23,7 +22,7 @@ from adni_ldm.data.slices import SliceTensors, evenly_spaced
 from adni_ldm.errors import run_recipe
 from adni_ldm.figures import save_rows
 from adni_ldm.loading import load_autoencoder
-from adni_ldm.models import ReconstructingVAE, build_autoencoder, latent_shape
+from adni_ldm.models import ReconstructingVAE, SliceAutoencoder, build_autoencoder, latent_shape
 from adni_ldm.training.adversarial_loss import AdversarialLoss, PatchDiscriminator, check_adversarial_loss
 from adni_ldm.training.latents import channel_statistics, encode_slices, latent_encoder
 from adni_ldm.training.losses import kl_divergence, reconstruction_loss, spectral_loss
@@ -103,17 +102,18 @@ def main() -> None:
     if not (cfg.decoder_only and vae.config.latents_mean):
         mean, std = channel_statistics(encode_slices(vae, train, run.accelerator))
         vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0, shift_factor=None)
+    measure_decoder_noise(vae, val, cfg.batch_size, run.device)
     run.record_training(vae)
     run.save(
         vae, f"VAE in {cfg.output_dir}: reconstructions.png shows held-out slices and their reconstructions"
     )
 
 
-def build(run: TrainingRun, cfg: TrainVAEConfig) -> AutoencoderKL:
+def build(run: TrainingRun, cfg: TrainVAEConfig) -> SliceAutoencoder:
     """The autoencoder: from scratch, or the one to fine-tune."""
     if not cfg.init_from:
         shape = (cfg.image_size, cfg.latent_channels, cfg.widths, cfg.layers_per_block, cfg.mid_attention)
-        return build_autoencoder(*shape)
+        return build_autoencoder(*shape, cfg.patch_size)
     vae = load_autoencoder(cfg.init_from)
     run.check_leakage(f"--init_from {cfg.init_from}", vae)
     run.depends_on(**{"weights of --init_from": vae})
@@ -122,7 +122,7 @@ def build(run: TrainingRun, cfg: TrainVAEConfig) -> AutoencoderKL:
     return vae
 
 
-def validate(run: TrainingRun, cfg: TrainVAEConfig, vae: AutoencoderKL, val: SliceTensors) -> None:
+def validate(run: TrainingRun, cfg: TrainVAEConfig, vae: SliceAutoencoder, val: SliceTensors) -> None:
     """Log PSNR, SSIM and KL of held-out slices and save reconstructions. Every process calls it."""
     vae = run.full_weights(vae)
     count = len(val) if run.updates == cfg.max_steps else cfg.eval_images
@@ -136,7 +136,7 @@ def validate(run: TrainingRun, cfg: TrainVAEConfig, vae: AutoencoderKL, val: Sli
 
 @torch.no_grad()
 def measure(
-    run: TrainingRun, vae: AutoencoderKL, slices: SliceTensors, indices: list[int], batch_size: int
+    run: TrainingRun, vae: SliceAutoencoder, slices: SliceTensors, indices: list[int], batch_size: int
 ) -> dict[str, float]:
     """Mean PSNR (dB), SSIM and KL (nats per latent element) of slices decoded from the posterior's mean.
 
@@ -158,7 +158,20 @@ def measure(
 
 
 @torch.no_grad()
-def save_reconstructions(vae: AutoencoderKL, slices: SliceTensors, path: Path, device: torch.device) -> None:
+def measure_decoder_noise(
+    vae: SliceAutoencoder, slices: SliceTensors, batch_size: int, device: torch.device
+) -> None:
+    """Set what a sampled decoder adds, from posterior samples of at most 512 held-out slices."""
+    chosen = Subset(slices, evenly_spaced(len(slices), 512))
+    generator, pairs = torch.Generator().manual_seed(0), []  # pairs of (B, 1, H, W)
+    for batch in DataLoader(chosen, batch_size=batch_size):
+        latents = vae.encode(batch["image"].to(device)).latent_dist.sample(generator)
+        pairs.append((batch["image"], vae.decode(latents, return_dict=False)[0].cpu()))
+    vae.set_decoder_noise(*(torch.cat(part) for part in zip(*pairs)))
+
+
+@torch.no_grad()
+def save_reconstructions(vae: SliceAutoencoder, slices: SliceTensors, path: Path, device: torch.device) -> None:
     """Save ten held-out slices above their reconstructions."""
     images = torch.stack(
         [slices[index]["image"] for index in evenly_spaced(len(slices), 10)]

@@ -5,29 +5,29 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from diffusers import AutoencoderKL
 from diffusers.utils import logging
 from torch import nn
 
 from adni_ldm.errors import UserError
+from adni_ldm.models.slice_autoencoder import SliceAutoencoder
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
 
 Model = TypeVar("Model")
 
 
-def load_autoencoder(name: str) -> AutoencoderKL:
+def load_autoencoder(name: str) -> SliceAutoencoder:
     """Load an autoencoder of one-channel slices, float32 on the CPU; an RGB autoencoder is converted to grey.
 
     `name` is a folder or Hub name of any diffusers AutoencoderKL, or of a pipeline with one in `vae/`. Raises
     UserError if there is none, or it does not have one channel or three, in and out.
     """
 
-    def from_pretrained(name: str, **options) -> AutoencoderKL:
+    def from_pretrained(name: str, **options) -> SliceAutoencoder:
         try:
-            return AutoencoderKL.from_pretrained(name, **options)
+            return SliceAutoencoder.from_pretrained(name, **options)
         except OSError as error:
             try:
-                return AutoencoderKL.from_pretrained(name, subfolder="vae", **options)
+                return SliceAutoencoder.from_pretrained(name, subfolder="vae", **options)
             except OSError:
                 raise error from None
 
@@ -35,7 +35,7 @@ def load_autoencoder(name: str) -> AutoencoderKL:
     channels = (vae.config.in_channels, vae.config.out_channels)
     if channels == (3, 3):
         fold_to_grey(vae)
-    elif channels != (1, 1):
+    elif channels != (vae.patch_size**2,) * 2:
         raise UserError(
             f"{name}: this autoencoder has {channels[0]} input and {channels[1]} output channels; not 1 or 3"
         )
@@ -43,7 +43,7 @@ def load_autoencoder(name: str) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def fold_to_grey(vae: AutoencoderKL) -> None:
+def fold_to_grey(vae: SliceAutoencoder) -> None:
     """Convert an RGB autoencoder to grey slices, in place.
 
     A slice has the latent of the RGB image with the slice in each channel, and is decoded to the mean of the

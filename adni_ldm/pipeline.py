@@ -88,6 +88,10 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
         )
 
 
+# Components of our own, and their modules: files that travel with a pipeline.
+CUSTOM = {"vae": "slice_autoencoder", "class_embedding": "class_embedding"}
+
+
 class Counterfactual(NamedTuple):
     """Slices (B, 1, H, W) in [-1, 1], and differences between slices as fractions of the intensity range."""
 
@@ -123,11 +127,13 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
         eta: float = 1.0,
+        decoder_noise: bool = True,
     ):
         super().__init__()
         self.register_modules(vae=vae, unet=unet, class_embedding=class_embedding, scheduler=scheduler)
         self.register_to_config(**self.sampling_settings(num_inference_steps, guidance_scale, eta))
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.register_to_config(decoder_noise=decoder_noise)
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) * getattr(vae, "patch_size", 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     # ---- Sampling ----------------------------------------------------------------------------------------
@@ -175,6 +181,7 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         guidance_scale: float | None = None,
         eta: float | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        decoder_noise: bool | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -251,7 +258,11 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
                 if step + 1 == len(timesteps) or (step + 1) % self.scheduler.order == 0:
                     progress.update()
 
-        images = latents if output_type == "latent" else self.decode_latents(latents, output_type)
+        images = latents
+        if output_type != "latent":
+            noisy = self.config.decoder_noise if decoder_noise is None else decoder_noise
+            source = (generator or torch.default_generator) if noisy else None
+            images = self.decode_latents(latents, output_type, source)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -301,14 +312,18 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         return {name: value for name, value in offered.items() if name in accepted}
 
     @torch.no_grad()
-    def decode_latents(self, latents: torch.Tensor, output_type: str = "pt"):
-        """Decode normalized latents (B, C, h, w) to slices; `output_type` as in `__call__`."""
+    def decode_latents(self, latents: torch.Tensor, output_type: str = "pt", generator=None):
+        """Decode normalized latents (B, C, h, w) to slices; `output_type` as in `__call__`.
+
+        With a generator, or one for each latent, the decoder is sampled where its noise has been measured.
+        """
         # Half precision overflows in the decoder's activations, so it always runs in float32.
         dtype = self.vae.dtype
         if dtype != torch.float32:
             self.vae.to(torch.float32)
         with torch.autocast(latents.device.type, enabled=False):
-            images = self.vae.decode(denormalize_latents(self.vae, latents), return_dict=False)[0]
+            latents = denormalize_latents(self.vae, latents)
+            images = self.vae.decode(latents, return_dict=False, generator=generator)[0]
         if dtype != torch.float32:
             self.vae.to(dtype)
         return self.image_processor.postprocess(images, output_type=output_type)
@@ -428,15 +443,19 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         """Write `model_index.json`, and beside it the code that `trust_remote_code=True` loads.
 
         diffusers looks for a custom class in a file of the folder when the index names it as a pair
-        [file, class]: `pipeline.py` at the top and `class_embedding/class_embedding.py`.
+        [file, class]: `pipeline.py` at the top, and each custom component's in the component's folder.
         """
         super().save_config(save_directory, **kwargs)
-        index_path, embedding = Path(save_directory, self.config_name), type(self.class_embedding)
+        index_path = Path(save_directory, self.config_name)
         index = json.loads(index_path.read_text())
         index["_class_name"] = ["pipeline", ClassConditionalLDMPipeline.__name__]
-        index["class_embedding"] = ["class_embedding", embedding.__name__]
+        files = {"pipeline.py": ClassConditionalLDMPipeline}
+        for part, module in CUSTOM.items():
+            defined = type(getattr(self, part))
+            if defined.__module__.rpartition(".")[2] == module:  # not diffusers' own AutoencoderKL
+                index[part] = [module, defined.__name__]
+                files[f"{part}/{module}.py"] = defined
         index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        files = {"pipeline.py": ClassConditionalLDMPipeline, "class_embedding/class_embedding.py": embedding}
         for name, defined in files.items():
             source, target = Path(inspect.getsourcefile(defined)), Path(save_directory, name)
             target.parent.mkdir(exist_ok=True)
@@ -449,10 +468,10 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         loaded = super().load_config(*args, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         if cls.__module__ == "adni_ldm.pipeline" and isinstance(config.get("_class_name"), list):
-            # imported by name, since this file must load without the package
-            module = importlib.import_module("adni_ldm.models.class_embedding")
             config["_class_name"] = cls.__name__
-            config["class_embedding"] = [module.__name__, "ClassEmbedding"]
+            for part, name in CUSTOM.items():  # by name, since this file must load without the package
+                module = importlib.import_module(f"adni_ldm.models.{name}")
+                config[part] = [module.__name__, "".join(map(str.capitalize, name.split("_")))]
         return loaded
 
     @classmethod

@@ -70,8 +70,9 @@ class TrainingConfig:
     )
     optimizer: str = HfArg(
         default="adamw",
-        help="AdamW, or bitsandbytes' AdamW with 8-bit moments: a quarter of their memory (CUDA).",
-        metadata={"choices": ["adamw", "adamw8bit"]},
+        help="AdamW; bitsandbytes' AdamW with 8-bit moments, a quarter of their memory (CUDA); or Muon for "
+        "matrices and kernels with AdamW for the rest, which learns more in a step (no FSDP, no DeepSpeed).",
+        metadata={"choices": ["adamw", "adamw8bit", "muon"]},
     )
     offload_ema: RoundingOnly[bool] = HfArg(default=False, help="Keep the EMA of the weights in host memory.")
     deterministic: RoundingOnly[bool] = HfArg(
@@ -133,6 +134,11 @@ class TrainVAEConfig(TrainingConfig):
     widths: list[int] = HfArg(
         default_factory=lambda: [64, 128, 256, 256],
         help="Channels per level, fine to coarse; each level but the first halves the side.",
+    )
+    patch_size: int = HfArg(
+        default=1,
+        help="Side of the patches of pixels that enter the network as channels; 2 is faster and as sharp, "
+        "with one width less.",
     )
     latent_channels: int = HfArg(default=4, help="Channels of the latent.")
     layers_per_block: int = HfArg(default=1, help="Residual blocks per level.")

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
-from diffusers import AutoencoderKL
 from torch import nn
 
 from adni_ldm.errors import UserError
+from adni_ldm.models.slice_autoencoder import SliceAutoencoder
 
 
 def build_autoencoder(
@@ -17,22 +17,24 @@ def build_autoencoder(
     widths: Sequence[int] = (64, 128, 256, 256),  # channels per level; each level but one halves
     layers_per_block: int = 1,
     mid_attention: bool = False,  # self-attention at the coarsest level: (h·w)² memory, little gain
-) -> AutoencoderKL:
+    patch_size: int = 1,  # side of the patches of pixels that the first level sees as channels
+) -> SliceAutoencoder:
     """Build an autoencoder of slices (B, 1, H, W) in [-1, 1], after Rombach et al. 2022 (arXiv:2112.10752),
-    section 3.1; latents are (B, latent_channels, H / f, W / f), f = 2^(len(widths) - 1).
+    section 3.1; latents are (B, latent_channels, H / f, W / f), f = patch_size · 2^(len(widths) - 1).
 
     Its latents are not normalized yet: `train_vae.py` measures `latents_mean` and `latents_std` at its end,
     and writes them into the config. `scaling_factor` stays 1, so that these two are the whole normalization.
-    Raises UserError if `image_size` cannot be halved once per level.
+    Raises UserError if `image_size` is not a multiple of f.
     """
-    if image_size % 2 ** (len(widths) - 1):
+    factor = patch_size * 2 ** (len(widths) - 1)
+    if image_size % factor:
         raise UserError(
-            f"image_size={image_size} cannot be halved {len(widths) - 1} times: "
-            f"choose a multiple of {2 ** (len(widths) - 1)}, or fewer widths"
+            f"image_size={image_size} is not a multiple of {factor}, the patch size times 2 for each level "
+            "but the first: choose one, or fewer widths"
         )
-    return AutoencoderKL(
-        in_channels=1,
-        out_channels=1,
+    vae = SliceAutoencoder(
+        in_channels=patch_size**2,
+        out_channels=patch_size**2,
         down_block_types=("DownEncoderBlock2D",) * len(widths),
         up_block_types=("UpDecoderBlock2D",) * len(widths),
         block_out_channels=tuple(widths),
@@ -43,14 +45,16 @@ def build_autoencoder(
         scaling_factor=1.0,
         mid_block_add_attention=mid_attention,
     )
+    vae.register_to_config(_patch_size=patch_size)
+    return vae
 
 
-def latent_shape(vae: AutoencoderKL, image_size: int) -> tuple[int, int, int]:
+def latent_shape(vae: SliceAutoencoder, image_size: int) -> tuple[int, int, int]:
     """Return the shape (C, h, w) of the latents of slices (1, image_size, image_size).
 
     Raises UserError if `image_size` is not a multiple of the autoencoder's downsampling factor.
     """
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = vae.downsampling
     if image_size % factor:
         raise UserError(
             f"--image_size {image_size} must be a multiple of {factor}, this VAE's downsampling factor"
@@ -66,7 +70,7 @@ class ReconstructingVAE(nn.Module):
     overflows in the decoder.
     """
 
-    def __init__(self, vae: AutoencoderKL, decode_in_float32: bool = False):
+    def __init__(self, vae: SliceAutoencoder, decode_in_float32: bool = False):
         super().__init__()
         self.vae = vae
         self.decode_in_float32 = decode_in_float32

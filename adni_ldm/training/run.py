@@ -36,7 +36,13 @@ from adni_ldm.training.fsdp import gather_full_weights
 from adni_ldm.training.latents import LatentPosteriors, latent_encoder
 from adni_ldm.training.launch import describe_compute, start_accelerator
 from adni_ldm.training.metrics import MetricsLogger
-from adni_ldm.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate, trainable
+from adni_ldm.training.optimizer import (
+    build_optimizer,
+    check_optimizer,
+    learning_rate_at,
+    set_learning_rate,
+    trainable,
+)
 from adni_ldm.training.run_record import hash_slices, record_start, run_identity
 from adni_ldm.training.update_guard import UpdateGuard, stop_nonfinite
 
@@ -55,6 +61,7 @@ class TrainingRun:
         names = ("output_dir", "mixed_precision", "gradient_accumulation_steps", "report_to", "seed")
         names += ("batch_size", "max_grad_norm", "deterministic")
         self.accelerator = start_accelerator(**{name: getattr(cfg, name) for name in names})
+        check_optimizer(cfg.optimizer, self.accelerator.distributed_type)
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         self.print = self.accelerator.print
         self.on_gpu = self.device.type != "cpu"
