@@ -79,8 +79,10 @@ def main() -> None:
         "model_hash": hash_pipeline(pipeline),
         "data_hash": "+".join(dict.fromkeys(data["hash"] for data in model_records(pipeline.components))),
         "guidance_interval": " ".join(map(str, cfg.guidance_interval)),
+        "decoder_noise": pipeline.config.decoder_noise if cfg.decoder_noise is None else cfg.decoder_noise,
     }
     options["guidance_interval"] = tuple(cfg.guidance_interval)
+    options["decoder_noise"] = columns["decoder_noise"]
     settings = {name: value for name, value in columns.items() if name != "model"}
     settings |= {"class": list(labels.values()), "seed": cfg.seed}
     settings |= {"num_images": cfg.num_images, "batch_size": cfg.batch_size}

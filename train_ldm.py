@@ -138,11 +138,10 @@ def build(
         run.check_leakage(cfg.init_from, start.unet)
         set_latent_size(start.unet, channels, size)
         scheduler = DDPMScheduler.from_config(start.scheduler.config)
-        tokens = start.class_embedding.with_classes(run.data.class_names)
-        denoiser = ConditionalDenoiser(start.unet, tokens)
+        unet, tokens = start.unet, start.class_embedding.with_classes(run.data.class_names)
     else:
-        unet = build_denoiser(channels, size, cfg.unet_widths, cfg.token_dim, cfg.layers_per_block)
-        denoiser = ConditionalDenoiser(unet, ClassEmbedding(run.data.class_names, cfg.token_dim))
+        shape = (channels, size, cfg.unet_widths, cfg.token_dim, cfg.layers_per_block, cfg.attention_levels)
+        unet, tokens = build_denoiser(*shape), ClassEmbedding(run.data.class_names, cfg.token_dim)
         scheduler = DDPMScheduler(
             num_train_timesteps=cfg.num_train_timesteps,
             beta_schedule="scaled_linear",
@@ -153,7 +152,8 @@ def build(
             timestep_spacing="trailing",  # sampling starts at the last timestep, which is pure noise
             clip_sample=False,  # latents are not confined to [-1, 1]
         )
-    run.record_training(denoiser.unet)
+    denoiser = ConditionalDenoiser(unet, tokens)
+    run.record_training(unet)
     if start:
         run.depends_on(**{"weights of --init_from": denoiser})
     if cfg.lora_rank:

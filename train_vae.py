@@ -171,7 +171,9 @@ def measure_decoder_noise(
 
 
 @torch.no_grad()
-def save_reconstructions(vae: SliceAutoencoder, slices: SliceTensors, path: Path, device: torch.device) -> None:
+def save_reconstructions(
+    vae: SliceAutoencoder, slices: SliceTensors, path: Path, device: torch.device
+) -> None:
     """Save ten held-out slices above their reconstructions."""
     images = torch.stack(
         [slices[index]["image"] for index in evenly_spaced(len(slices), 10)]

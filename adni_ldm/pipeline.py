@@ -204,6 +204,8 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
             guidance_interval: guidance interval (Kynkäänniemi et al. 2024, arXiv:2404.07724) as fractions of
                 the noise schedule: 0 is the clean image, 1 pure noise. Timesteps outside of it are not
                 guided, at half the cost.
+            decoder_noise: whether the decoder is sampled, which adds the noise and the finest texture of real
+                slices, or its mean is the image; None: as the model's config says. For VAEs of train_vae.py.
             generator: of the initial noise and then of the steps' noise: one for the whole batch, or a list
                 with one per image, which makes an image independent of the batch that it was sampled in.
             latents: initial noise (B, C, h, w) of unit variance; sampled from `generator` if None. With

@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--cohorts", type=int, nargs="+", default=COHORTS, help="for each of --subjects")
     parser.add_argument("--faulty", type=int, nargs="+", default=FAULTY, help="the same, with a fault")
     parser.add_argument("--effects", type=float, nargs="+", default=[2.0], help="Cohen's d of the disease")
+    parser.add_argument("--questions", nargs="+", default=list(FAULTS), choices=list(FAULTS))
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--output", type=Path, help="write the tables here too")
     options = parser.parse_args()
@@ -50,8 +51,8 @@ def main() -> None:
         (d, question, fault, subjects)
         for d in options.effects
         for subjects in sorted(options.subjects, key=lambda count: abs(count - 100))
-        for question, faults in FAULTS.items()
-        for fault in ("perfect", *faults)
+        for question in options.questions
+        for fault in ("perfect", *FAULTS[question])
         if d == options.effects[0] or question in ("usefulness", "faithfulness")  # the others know no d
     ]
     numbers = {

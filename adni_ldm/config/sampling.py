@@ -36,6 +36,11 @@ class SampleConfig:
         help="Stochasticity of DDIM: 0 is deterministic, 1 is that of DDPM (ancestral sampling); the other "
         "schedulers ignore it. Default: the model's own; 0 for --from_image and --morph.",
     )
+    decoder_noise: bool | None = HfArg(
+        default=None,
+        help="Sample the decoder: add the noise and finest texture of real slices, which no latent holds. "
+        "false decodes the mean. Default: the model's own (true).",
+    )
     scheduler: str = HfArg(
         default="ddim",
         help="Scheduler of the sampling steps.",

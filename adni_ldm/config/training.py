@@ -215,6 +215,11 @@ class TrainLDMConfig(TrainingConfig):
         default_factory=lambda: [128, 256, 384, 512], help="Channels per level of the U-Net, fine to coarse."
     )
     layers_per_block: int = HfArg(default=2, help="Residual blocks per level of the U-Net.")
+    attention_levels: int | None = HfArg(
+        default=None,
+        help="Number of levels of the U-Net, from the coarsest, with attention beside that of its middle. "
+        "Default: all but the finest.",
+    )
     token_dim: int = HfArg(default=256, help="Width of a class token.")
     prediction_type: str = HfArg(
         default="v_prediction",

@@ -18,10 +18,13 @@ def build_denoiser(
     widths: Sequence[int] = (128, 256, 384, 512),  # channels per level, fine to coarse
     token_dim: int = 256,  # width of the class tokens
     layers_per_block: int = 2,
+    attention_levels: int
+    | None = None,  # coarsest levels with attention; None: all but the finest
 ) -> UNet2DConditionModel:
     """Build a U-Net for latents (B, C, h, w), after Rombach et al. 2022 (arXiv:2112.10752), section 3.3.
 
-    Every level but the finest has attention: there its cost, (h·w)², is highest and convolution suffices.
+    Unless told otherwise every level but the finest has attention: there its cost, (h·w)², is highest and
+    convolution suffices.
     Raises UserError if the latent cannot be halved once per level, or a width is not a multiple of HEAD_DIM.
     """
     halvings = len(widths) - 1
@@ -32,12 +35,16 @@ def build_denoiser(
         )
     if uneven := [width for width in widths if width % HEAD_DIM]:
         raise UserError(f"widths {uneven} are not multiples of {HEAD_DIM}")
+    attended = halvings if attention_levels is None else attention_levels
+    if not 0 <= attended <= len(widths):
+        raise UserError(f"attention_levels={attended}: choose 0 to {len(widths)}, the number of levels")
+    plain = len(widths) - attended
     return UNet2DConditionModel(
         sample_size=latent_size,
         in_channels=latent_channels,
         out_channels=latent_channels,
-        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * halvings,
-        up_block_types=("CrossAttnUpBlock2D",) * halvings + ("UpBlock2D",),
+        down_block_types=("DownBlock2D",) * plain + ("CrossAttnDownBlock2D",) * attended,
+        up_block_types=("CrossAttnUpBlock2D",) * attended + ("UpBlock2D",) * plain,
         block_out_channels=tuple(widths),
         layers_per_block=layers_per_block,
         cross_attention_dim=token_dim,

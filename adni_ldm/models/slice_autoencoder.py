@@ -19,9 +19,9 @@ from diffusers.utils.torch_utils import randn_tensor
 class SliceAutoencoder(AutoencoderKL):
     """AutoencoderKL of one-channel slices (B, 1, H, W) in [-1, 1]; latents are (B, C, H / f, W / f).
 
-    With a patch size p, a slice enters the network as p² channels of H / p pixels (pixel unshuffle) and leaves
-    it likewise (Shi et al. 2016, arXiv:1609.05158). Convolutions over all pixels, the slowest ones, are then
-    not needed. Any AutoencoderKL folder loads as one of patch size 1.
+    With a patch size p, a slice enters the network as p² channels of H / p pixels (pixel unshuffle) and
+    leaves it likewise (Shi et al. 2016, arXiv:1609.05158). Convolutions over all pixels, the slowest ones,
+    are then not needed. Any AutoencoderKL folder loads as one of patch size 1.
 
     The decoder of a VAE is a distribution p(x | z), of which `decode` returns the mean: an image that lacks
     the noise and the finest texture, which no latent holds. `decode(z, generator=…)` samples p(x | z), a
