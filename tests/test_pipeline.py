@@ -315,6 +315,27 @@ def test_a_trajectory_goes_from_noise_to_the_image(pipeline):
     assert not torch.allclose(frames[:1], image, atol=1e-2)
 
 
+def test_the_decoder_is_sampled_unless_its_mean_is_asked_for(pipeline, tmp_path):
+    options = {"num_inference_steps": 3, "output_type": "pt"}
+    latents = torch.randn(4, 4, 8, 8) * 0.1
+    decoded = pipeline.vae.decode(latents).sample.detach()
+    pipeline.vae.set_decoder_noise(decoded + 0.05 * torch.randn_like(decoded), decoded)
+
+    def images(pipeline=pipeline, **more) -> torch.Tensor:
+        return pipeline(["AD", "NC"], generator=seeded(1, 2), **options, **more).images
+
+    mean = images(decoder_noise=False)
+    assert (images() - mean).std() == pytest.approx(0.025, rel=0.5)  # [0, 1]: half of the noise in [-1, 1]
+    assert torch.equal(images(), images())
+    one = pipeline("NC", generator=seeded(2), **options).images
+    assert torch.allclose(one, images()[1:], atol=1e-5), "an image depends on its batch"
+    ClassConditionalLDMPipeline(**pipeline.components, decoder_noise=False).save_pretrained(tmp_path)
+    loaded = ClassConditionalLDMPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(images(loaded), mean)
+    assert not torch.equal(images(loaded, decoder_noise=True), mean)
+
+
 FRESH_PROCESS = """
 import sys
 sys.modules["adni_ldm"] = None  # as where it is not installed: importing it raises

@@ -25,8 +25,8 @@ class SliceAutoencoder(AutoencoderKL):
 
     The decoder of a VAE is a distribution p(x | z), of which `decode` returns the mean: an image that lacks
     the noise and the finest texture, which no latent holds. `decode(z, generator=…)` samples p(x | z), a
-    Gaussian whose spatial spectrum and whose standard deviation by intensity are those of the residuals of
-    held-out slices, `set_decoder_noise`. Such texture has the right statistics and is not anatomy.
+    Gaussian with the residuals' standard deviation by intensity and with the spatial spectrum of what the
+    reconstructions of held-out slices lack, `set_decoder_noise`. Such texture has the right statistics and is not anatomy.
     """
 
     @property
@@ -80,9 +80,9 @@ class SliceAutoencoder(AutoencoderKL):
     def set_decoder_noise(self, images: torch.Tensor, reconstructions: torch.Tensor) -> None:
         """Measure the residuals of held-out slices (N, 1, H, W) in [-1, 1] and keep them in the config.
 
-        `deviation` (33,) is the root mean square residual of pixels of a decoded intensity, from -1 to 1, and
-        `spectrum` (17,) the power of the residuals in units of that deviation by radial frequency, from 0 to
-        the corner of the spectrum, √2 of Nyquist's, with mean 1.
+        `deviation` (33,) is the root mean square residual of pixels of a decoded intensity, from -1 to 1.
+        `spectrum` (17,), in units of that deviation, is the power that reconstructions lack by radial
+        frequency, from 0 to the corner of the spectrum, √2 of Nyquist's; at most that of the residuals.
         """
         decoded, residual = reconstructions.float(), images.float() - reconstructions.float()
         decoded = decoded.clamp(-1, 1)
@@ -92,11 +92,13 @@ class SliceAutoencoder(AutoencoderKL):
         known = torch.nonzero(count).flatten().numpy()  # intensities that occur; between them, interpolated
         deviation = np.interp(np.arange(33), known, square.sqrt()[known].numpy())
         scale = _interpolate((decoded + 1) / 2, torch.tensor(deviation).float())
-        power = torch.fft.rfft2(residual / scale.clamp(min=1e-3)).abs().square().mean((0, 1))
-        ring = (_radius(images.shape[-1], power.device) * 16).round().long().flatten()
-        spectrum = torch.zeros(17).index_add(0, ring, power.flatten()) / torch.bincount(ring, minlength=17)
-        smooth = _interpolate(_radius(images.shape[-1], power.device), spectrum)
-        spectrum = spectrum / smooth.mean()
+        ring = (_radius(images.shape[-1], images.device) * 16).round().long().flatten()
+        slices, means, errors = (
+            torch.zeros(17).index_add(0, ring, _power(part).flatten()) / torch.bincount(ring, minlength=17)
+            for part in (images, decoded, residual)
+        )
+        lacking = (slices - means).clamp(min=0).minimum(errors)
+        spectrum = lacking / scale.square().sum((1, 2, 3)).mean().clamp(min=1e-12)
         self.register_to_config(
             _decoder_noise={
                 "deviation": [round(value, 6) for value in deviation.tolist()],
@@ -109,6 +111,11 @@ def _radius(side: int, device: torch.device) -> torch.Tensor:
     """Radial frequency (side, side // 2 + 1) of `rfft2`, 0 to 1 at the corner of the spectrum."""
     down, along = torch.fft.fftfreq(side, device=device), torch.fft.rfftfreq(side, device=device)
     return torch.hypot(down[:, None], along[None, :]) / 0.5**0.5
+
+
+def _power(images: torch.Tensor) -> torch.Tensor:
+    """Mean power (H, W // 2 + 1) of the frequencies of images (N, 1, H, W)."""
+    return torch.fft.rfft2(images.float()).abs().square().mean((0, 1))
 
 
 def _interpolate(positions: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

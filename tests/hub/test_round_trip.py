@@ -72,7 +72,7 @@ def test_the_pushed_repository_is_private_and_complete(hub, trained, pushed):
     assert repo.private
     weights = {path for path in repo.files if path.endswith(".safetensors")}
     assert weights == {f"{p}/diffusion_pytorch_model.safetensors" for p in ("vae", "unet", "class_embedding")}
-    code = {"pipeline.py", "class_embedding/class_embedding.py"}
+    code = {"pipeline.py", "class_embedding/class_embedding.py", "vae/slice_autoencoder.py"}
     configs = {f"{p}/config.json" for p in ("vae", "unet", "class_embedding")}
     configs |= {"model_index.json", "scheduler/scheduler_config.json"}
     previews = {f"previews/{name}-{index}.png" for name in ("AD", "NC") for index in range(4)}

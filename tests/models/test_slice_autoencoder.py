@@ -50,18 +50,18 @@ def test_a_sampled_decoder_has_the_residuals_of_the_held_out_slices():
     """Residuals that grow with intensity, smooth, and absent in the background, are reproduced so."""
     torch.manual_seed(0)
     vae = build_autoencoder(32, widths=WIDTHS)
-    decoded = smooth_images(64)
+    decoded = smooth_images(512)
     decoded[..., :8] = -1  # background
-    color = F.avg_pool2d(torch.randn(64, 1, 34, 34), 3, stride=1)
+    color = F.avg_pool2d(torch.randn(512, 1, 34, 34), 3, stride=1)
     residual = 0.1 * (decoded + 1) * color
     vae.set_decoder_noise(decoded + residual, decoded)
     noise = vae._noise(decoded, torch.Generator().manual_seed(1))
     assert noise[..., :8].abs().max() < 2e-3
     for low in (-0.5, 0.0, 0.5):
         inside = (decoded > low) & (decoded < low + 0.4)
-        assert noise[inside].std() == pytest.approx(residual[inside].std().item(), rel=0.1)
+        assert noise[inside].std() == pytest.approx(residual[inside].std().item(), rel=0.2)
     (_, found), (_, expected) = (radial_power(part - 1) for part in (noise, residual))
-    np.testing.assert_allclose(found.mean(0)[2:12], expected.mean(0)[2:12], rtol=0.2, atol=0.03)
+    np.testing.assert_allclose(found.mean(0)[2:12], expected.mean(0)[2:12], rtol=0.3, atol=0.03)
     assert expected.mean(0)[12] < 0.5 * expected.mean(0)[3], "the spectrum is not flat"
 
 
