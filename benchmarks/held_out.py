@@ -12,10 +12,12 @@ import torch
 from torchvision.models import vgg16
 
 from adni_ldm.data.slices import load_slices
-from adni_ldm.evaluation.anatomy import ventricle_area
+from adni_ldm.evaluation.anatomy import measure_anatomy, ventricle_area
+from adni_ldm.evaluation.effects import cohens_d
 from adni_ldm.evaluation.estimates import Estimate
 from adni_ldm.evaluation.fidelity import kernel_distance, manifold_metrics
 from adni_ldm.evaluation.image_sets import real_set
+from adni_ldm.evaluation.spectrum import band_power
 
 FEATURES = (
     "features are those of a VGG16 with random weights of a fixed seed (Naeem et al. 2020, "
@@ -38,12 +40,15 @@ class HeldOutMetrics:
     """Metrics against the test split of a cohort.
 
     `others`, `count` of the training slices, define the scale of the features, and in the samples' place the
-    reference value of each metric.
+    reference value of each metric. `fresh` is another cohort whose training subjects, who are more, take the
+    place of the test split.
     """
 
-    def __init__(self, cohort: Path, image_size: int, count: int):
+    def __init__(self, cohort: Path, image_size: int, count: int, fresh: Path | None = None):
         splits = load_slices(cohort)
-        self.train, self.held_out = (real_set(splits[split], image_size) for split in ("train", "test"))
+        self.train = real_set(splits["train"], image_size)
+        held_out = load_slices(fresh)["train"] if fresh else splits["test"]
+        self.held_out = real_set(held_out, image_size)
         self.pixel_mm = pd.read_csv(cohort / "test/metadata.csv").pixel_mm[0]
         order = np.random.default_rng(0).permutation(len(self.train))
         self.others = self.train.take(np.sort(order[:count]))
@@ -66,6 +71,25 @@ class HeldOutMetrics:
         found = self.compare(images, subjects)
         manifold = (f"{found[name].value:.2f}" for name in ("precision", "recall"))
         return format_kid(found["kid"]), *manifold, f"{self.ventricle_difference(images, labels):.0f}"
+
+    def spread(self, images: torch.Tensor, labels: np.ndarray) -> tuple[str, ...]:
+        """Cells of what is ÷ that of held-out slices: the SD within each class of ventricle, brain and
+        intensity, Cohen's d of the ventricle, and power by frequency band."""
+        if not hasattr(self, "_measured"):
+            real = self.held_out.floats()
+            self._measured = measure_anatomy(real, self.pixel_mm), band_power(real)
+        real, real_power = self._measured
+        sides = (measure_anatomy(images, self.pixel_mm), labels), (real, self.held_out.labels)
+        cells = []
+        for name in ("ventricle_mm2", "brain_mm2", "intensity"):
+            found, expected = ([one[name][classes == k].std() for k in (0, 1)] for one, classes in sides)
+            cells.append(", ".join(f"{ratio:.2f}" for ratio in np.divide(found, expected)))
+        effects = []
+        for one, classes in sides:
+            ad, nc = (one["ventricle_mm2"][classes == k] for k in (0, 1))
+            effects.append(cohens_d((ad.mean(), ad.std()), (nc.mean(), nc.std())))
+        power = (value.mean() / real_power[band].mean() for band, value in band_power(images).items())
+        return *cells, f"{effects[0] / effects[1]:.2f}", ", ".join(f"{value:.2f}" for value in power)
 
     def reference(self) -> tuple[str, ...]:
         """The same cells of training slices in the samples' place."""

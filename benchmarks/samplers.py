@@ -24,18 +24,23 @@ from adni_ldm.loading import load_pipeline
 from adni_ldm.precision import choose_precision
 
 GUIDANCE = 1.5
-SAMPLERS = {  # scheduler, steps, guidance scale, η, guided part of the noise schedule; None: the model's own
-    "DDIM, the model's default": ("ddim", None, None, None, (0.0, 1.0)),
-    "DDIM 50": ("ddim", 50, GUIDANCE, 0.0, (0.0, 1.0)),
-    "DPM-Solver++ 20": ("dpm++", 20, GUIDANCE, 0.0, (0.0, 1.0)),
-    "DDIM 20": ("ddim", 20, GUIDANCE, 0.0, (0.0, 1.0)),
-    "UniPC 20": ("unipc", 20, GUIDANCE, 0.0, (0.0, 1.0)),
-    "DPM-Solver++ 10": ("dpm++", 10, GUIDANCE, 0.0, (0.0, 1.0)),
-    "DPM-Solver++ 20, guided below 0.7": ("dpm++", 20, GUIDANCE, 0.0, (0.0, 0.7)),
-    "DPM-Solver++ 20, no guidance": ("dpm++", 20, 1.0, 0.0, (0.0, 1.0)),
-    "DPM-Solver++ 20, guidance 2.5": ("dpm++", 20, 2.5, 0.0, (0.0, 1.0)),
+OLD = {"guidance_scale": GUIDANCE, "eta": 0.0}
+SAMPLERS = {  # scheduler, and arguments of the pipeline; what is not given is the model's own
+    "DDIM, the model's default": ("ddim", {}),
+    "the default, decoder's mean": ("ddim", {"decoder_noise": False}),
+    "DDIM 50, η = 0, decoder's mean": ("ddim", {"eta": 0.0, "decoder_noise": False}),
+    "DDIM 50, η = 0, guidance 1.5, decoder's mean": ("ddim", {**OLD, "decoder_noise": False}),
+    "DDIM 25": ("ddim", {"num_inference_steps": 25}),
+    "DDIM 100": ("ddim", {"num_inference_steps": 100}),
+    "DDPM 100": ("ddpm", {"num_inference_steps": 100}),
+    "DPM-Solver++ 20": ("dpm++", {"num_inference_steps": 20}),
+    "DPM-Solver++ SDE 20": ("dpm++_sde", {"num_inference_steps": 20}),
+    "UniPC 20": ("unipc", {"num_inference_steps": 20}),
+    "DDIM 50, guidance 1.5": ("ddim", {"guidance_scale": GUIDANCE}),
+    "DDIM 50, guidance 2.5 below 0.7": ("ddim", {"guidance_scale": 2.5, "guidance_interval": (0.0, 0.7)}),
 }
-COLUMNS = ("sampler", "KID × 1000", "precision", "recall", "AD − NC, mm²", "64 samples, s")
+COLUMNS = ("sampler", "KID × 1000", "precision", "recall", "AD − NC, mm²", "SD of ventricle", "SD of brain")
+COLUMNS += ("SD of intensity", "d", "power", "64 samples, s")
 
 
 def main() -> None:
@@ -44,13 +49,15 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=256, help="slices of each row, half of them AD")
     parser.add_argument("--batch_size", type=int, default=64, help="slices generated at once")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder that the page is written to")
+    parser.add_argument("--fresh", type=Path, help="a prepared cohort to compare with, for the test split")
     options = parser.parse_args()
 
     pipeline = load_pipeline(str(options.run / "ldm")).to(DEVICE)
     pipeline.set_progress_bar_config(disable=True)
     size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    metrics = HeldOutMetrics(options.run / "data", size, options.samples)
-    rows = [("real training slices (reference)", *metrics.reference(), "–")]
+    metrics = HeldOutMetrics(options.run / "data", size, options.samples, options.fresh)
+    spread = metrics.spread(metrics.others.floats(), metrics.others.labels)
+    rows = [("real training slices (reference)", *metrics.reference(), *spread, "–")]
     rows.append(("the same, reconstructed", *reconstructed(pipeline, metrics), "–"))
     for name, settings in SAMPLERS.items():
         rows.append((name, *row(pipeline, metrics, settings, options)))
@@ -59,14 +66,14 @@ def main() -> None:
     use_scheduler(pipeline, "ddim")
     lines = [
         f"{options.samples} slices per row against {len(metrics.held_out)} of held-out subjects; {size} px; "
-        f"guidance scale {GUIDANCE} and η = 0 unless stated otherwise. The model's default is "
-        f"{describe_sampling(pipeline)}. KID with its 95 % CI.",
+        f"settings that a row does not name are the model's, {describe_sampling(pipeline)}. KID with its 95 "
+        "% CI. SD within the classes AD, NC, Cohen's d of the ventricle, and power from 0.15 to 0.35, from "
+        "0.35 to 0.6 and above 0.6 of Nyquist's frequency: of the row ÷ of the held-out slices.",
         "",
         *table(COLUMNS, rows),
         "",
         f"- AD − NC is the difference of the mean area of the lateral ventricle, by segmentation: "
         f"{metrics.truth():.0f} mm² in held-out slices.",
-        "- Target: KID of 20 steps of DPM-Solver++ no worse, within its interval, than of 50 of DDIM.",
         f"- {FEATURES}",
     ]
     report("samplers", "Samplers", lines, options.results)
@@ -78,22 +85,23 @@ def reconstructed(pipeline, metrics: HeldOutMetrics) -> tuple[str, ...]:
     others, vae = metrics.others, pipeline.vae
     parts = [vae.encode(part.to(DEVICE)).latent_dist.mean for part in others.floats().split(64)]
     images = torch.cat([vae.decode(part).sample.clamp(-1, 1).cpu() for part in parts])
-    return metrics.cells(images, others.subjects, others.labels)
+    cells = metrics.cells(images, others.subjects, others.labels)
+    return *cells, *metrics.spread(images, others.labels)
 
 
 def row(pipeline, metrics: HeldOutMetrics, settings: tuple, options: argparse.Namespace) -> tuple[str, ...]:
     """The cells of one entry of SAMPLERS."""
-    sampler, steps, guidance, eta, interval = settings
+    sampler, call = settings
     use_scheduler(pipeline, sampler)
-    call = {"num_inference_steps": steps, "guidance_scale": guidance, "eta": eta}
-    call["guidance_interval"] = interval
     synchronize()
     started = time.perf_counter()
     count, precision = options.samples // 2, choose_precision(None)
     samples = generate_image_set(pipeline, count, 0, options.batch_size, precision=precision, **call)
     synchronize()
     seconds = (time.perf_counter() - started) * 64 / len(samples)
-    return *metrics.cells(samples.floats(), samples.subjects, samples.labels), f"{seconds:.1f}"
+    images = samples.floats()
+    cells = metrics.cells(images, samples.subjects, samples.labels)
+    return *cells, *metrics.spread(images, samples.labels), f"{seconds:.1f}"
 
 
 if __name__ == "__main__":

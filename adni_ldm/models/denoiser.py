@@ -18,8 +18,7 @@ def build_denoiser(
     widths: Sequence[int] = (128, 256, 384, 512),  # channels per level, fine to coarse
     token_dim: int = 256,  # width of the class tokens
     layers_per_block: int = 2,
-    attention_levels: int
-    | None = None,  # coarsest levels with attention; None: all but the finest
+    attention_levels: int | None = None,  # coarsest levels with attention; None: all but the finest
 ) -> UNet2DConditionModel:
     """Build a U-Net for latents (B, C, h, w), after Rombach et al. 2022 (arXiv:2112.10752), section 3.3.
 

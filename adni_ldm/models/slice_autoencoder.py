@@ -26,7 +26,8 @@ class SliceAutoencoder(AutoencoderKL):
     The decoder of a VAE is a distribution p(x | z), of which `decode` returns the mean: an image that lacks
     the noise and the finest texture, which no latent holds. `decode(z, generator=…)` samples p(x | z), a
     Gaussian with the residuals' standard deviation by intensity and with the spatial spectrum of what the
-    reconstructions of held-out slices lack, `set_decoder_noise`. Such texture has the right statistics and is not anatomy.
+    reconstructions of held-out slices lack, `set_decoder_noise`. Such texture has the right statistics and
+    is not anatomy.
     """
 
     @property
