@@ -232,8 +232,10 @@ class Criterion:
         return f"{text} ({low:.2g} to {high:.2g}; {limits})"
 
     def to_json(self) -> dict:
-        """{"criterion": …, "value": …, "low": …, "high": …, "limits": [low, high], "met": …}; `low` to `high` is
-        the interval that decides, `bounds`."""
+        """{"criterion": …, "value": …, "low": …, "high": …, "limits": [low, high], "met": …}.
+
+        `low` to `high` is the interval that decides, `bounds`.
+        """
         limits = [limit if math.isfinite(limit) else None for limit in (self.low, self.high)]
         found = {"value": self.estimate.value, **dict(zip(("low", "high"), self.bounds))}
         return {"criterion": self.name, **found, "limits": limits, "met": self.met}
