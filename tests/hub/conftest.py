@@ -33,6 +33,8 @@ def write_run(run, data_dir):
     listing = open_folder(data_dir)
     records = training_records(describe_data(listing, read_slices(listing)))
     pipeline.vae.register_to_config(_trained_on=records, _name_or_path="/home/somebody/runs/vae")
+    noise = {"deviation": [0.1] * 33, "spectrum": [1.0] * 17}  # the pushed model must keep it
+    pipeline.vae.register_to_config(_decoder_noise=noise)
     pipeline.unet.register_to_config(_trained_on=records)
     pipeline.register_to_config(num_inference_steps=3, guidance_scale=1.5, eta=0.5)
     pipeline.save_pretrained(run)
