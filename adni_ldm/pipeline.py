@@ -88,8 +88,11 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
         )
 
 
-# Components of our own, and their modules: files that travel with a pipeline.
-CUSTOM = {"vae": "slice_autoencoder", "class_embedding": "class_embedding"}
+# Components of our own, with their modules, files that travel with a pipeline, and their classes.
+CUSTOM = {
+    "vae": ("slice_autoencoder", "SliceAutoencoder"),
+    "class_embedding": ("class_embedding", "ClassEmbedding"),
+}
 
 
 class Counterfactual(NamedTuple):
@@ -469,7 +472,7 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         index = json.loads(index_path.read_text())
         index["_class_name"] = ["pipeline", ClassConditionalLDMPipeline.__name__]
         files = {"pipeline.py": ClassConditionalLDMPipeline}
-        for part, module in CUSTOM.items():
+        for part, (module, _) in CUSTOM.items():
             defined = type(getattr(self, part))
             if defined.__module__.rpartition(".")[2] == module:  # not diffusers' own AutoencoderKL
                 index[part] = [module, defined.__name__]
@@ -488,9 +491,9 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         if cls.__module__ == "adni_ldm.pipeline" and isinstance(config.get("_class_name"), list):
             config["_class_name"] = cls.__name__
-            for part, name in CUSTOM.items():  # by name, since this file must load without the package
+            for part, (name, kind) in CUSTOM.items():  # by name: this file must load without the package
                 module = importlib.import_module(f"adni_ldm.models.{name}")
-                config[part] = [module.__name__, "".join(map(str.capitalize, name.split("_")))]
+                config[part] = [module.__name__, kind]
         return loaded
 
     @classmethod

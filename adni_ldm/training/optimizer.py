@@ -75,9 +75,9 @@ class Muon(torch.optim.AdamW):
                 if parameter.ndim < 2 or min(parameter.shape[:2]) < self.SMALLEST or parameter.grad is None:
                     continue
                 state, gradient = self.state[parameter], parameter.grad
-                # AdamW's loading of a state expects a "step" in it
-                state.setdefault("step", torch.zeros(()))
-                momentum = state.setdefault("momentum_buffer", torch.zeros_like(parameter))
+                if not state:  # AdamW's loading of a state expects a "step" in it
+                    state.update(step=torch.zeros(()), momentum_buffer=torch.zeros_like(parameter))
+                momentum = state["momentum_buffer"]
                 momentum.lerp_(gradient, 1 - self.MOMENTUM)
                 update = gradient.lerp(momentum, self.MOMENTUM).flatten(1)  # Nesterov
                 by_shape.setdefault(update.shape, []).append((group, parameter, update))
