@@ -38,7 +38,6 @@ from adni_ldm.precision import choose_precision
 from adni_ldm.web import components
 from adni_ldm.web.uploads import read_upload
 
-PROGRESS = gr.Progress()  # as a default value, it marks the argument that gradio reports progress through
 PREVIEWS = 10  # intermediate images shown while sampling
 ABOUT = """# Brain MRI slices by diagnosis
 
@@ -165,14 +164,13 @@ class Model:
         steps: int,
         guidance: float,
         seed: int,
-        progress: gr.Progress = PROGRESS,
     ) -> Iterator[tuple[str, str]]:
         """The slices that sample.py generates for this seed."""
         labels, seeds = [label] * number, [image_seed(seed, index) for index in range(number)]
-        for images in self._denoise(labels, seeds, steps, guidance, progress):
+        for step, images in self._denoise(labels, seeds, steps, guidance):
             images = [to_pil(image) for image in images]
             shown = components.gallery((image, f"{label} {index}") for index, image in enumerate(images))
-            yield "", shown
+            yield components.progress_bar(step, steps), shown
         files = {f"{label}/{index:06d}.png": image for index, image in enumerate(images)}
         rows = self._metadata(files, labels, seeds, steps, guidance)
         shown += components.download_link("slices.zip", files, rows)
@@ -185,20 +183,19 @@ class Model:
         steps: int,
         guidance: float,
         seed: int,
-        progress: gr.Progress = PROGRESS,
     ) -> Iterator[tuple[str, str]]:
         """One slice of each class from the same noise, and their difference."""
         if source == target:
             yield components.alert("Choose two different classes."), ""
             return
         seeds = [image_seed(seed, 0)] * 2
-        for images in self._denoise([source, target], seeds, steps, guidance, progress):
+        for step, images in self._denoise([source, target], seeds, steps, guidance):
             difference = images[1] - images[0]  # (1, H, W)
             limit = colour_limit(difference)
             images = [*map(to_pil, images), difference_image(difference, limit)]
             captions = (source, target, caption_difference(f"{target} − {source}", limit))
             shown = components.gallery(zip(images, captions))
-            yield "", shown
+            yield components.progress_bar(step, steps), shown
         files = dict(zip((f"{source}.png", f"{target}.png", "difference.png"), images))
         rows = self._metadata(files, [source, target, "difference"], [*seeds, seeds[0]], steps, guidance)
         shown += components.download_link("comparison.zip", files, rows)
@@ -254,16 +251,15 @@ class Model:
         return components.status(text), shown
 
     def _denoise(
-        self, labels: Sequence[str], seeds: Sequence[int], steps: int, guidance: float, progress: gr.Progress
-    ) -> Iterator[torch.Tensor]:
-        """Images (B, 1, H, W) in [0, 1] at PREVIEWS steps on the way, and at last the samples."""
+        self, labels: Sequence[str], seeds: Sequence[int], steps: int, guidance: float
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """(step, images (B, 1, H, W) in [0, 1]) at PREVIEWS steps on the way, and at last the samples."""
         options = {"num_inference_steps": steps, "guidance_scale": guidance}
         every = max(1, steps // PREVIEWS)
         numbers = self.pipeline.class_embedding.labels_of(labels)
         previews = generate_progressively(self.pipeline, numbers, seeds, every, self.precision, **options)
         for step, images in previews:
-            progress(step / steps, desc=f"Step {step} of {steps}")
-            yield images.clamp(0, 1)
+            yield step, images.clamp(0, 1)
 
     def _metadata(self, files, labels, seeds, steps: int, guidance: float) -> list[dict]:
         """Rows of metadata.csv, as sample.py writes them."""

@@ -186,7 +186,7 @@ def test_sample(visit, screenshot, server):
         """() => { window.seen = new Set(); window.bars = new Set();
         new MutationObserver(() => {
             document.querySelectorAll('.slices img').forEach(i => window.seen.add(i.src));
-            document.querySelectorAll('[role=progressbar]').forEach(p => window.bars.add(p.ariaLabel));
+            document.querySelectorAll('progress').forEach(p => window.bars.add(p.ariaLabel));
         }).observe(document.body, {childList: true, subtree: true}) }"""
     )
     page.get_by_role("button", name="Sample").click()

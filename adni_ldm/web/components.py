@@ -47,6 +47,12 @@ def status(text: str) -> str:
     return f'<p role="status">{escape(text)}</p>'
 
 
+def progress_bar(step: int, steps: int) -> str:
+    """How far sampling is. gr.Progress vanishes with every image that is shown before the last."""
+    text = f"Step {step} of {steps}"
+    return f'<progress aria-label="{text}" value="{step}" max="{steps}"></progress> {text}'
+
+
 def alert(text: str) -> str:
     """An error message that a screen reader reads out at once."""
     return f'<p role="alert" class="alert">{escape(text)}</p>'
