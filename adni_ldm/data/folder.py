@@ -277,7 +277,13 @@ def _read_metadata(listing: FolderListing, path: Path) -> dict[str, dict[str, st
             f"{path}: has no column file_name; add it, with paths such as AD/218391_78.png"
         )
         return {}
-    return {os.path.normpath(row["file_name"]): row for row in rows}
+    nameless = [line for line, row in enumerate(rows, start=2) if not row["file_name"]]
+    if nameless:
+        listing.problems.append(
+            f"{path}: row {nameless[0]} has no file_name (of {_count(nameless, 'such row')}); "
+            "add the path of its image, or remove the row"
+        )
+    return {os.path.normpath(row["file_name"]): row for row in rows if row["file_name"]}
 
 
 def _report_empty_classes(

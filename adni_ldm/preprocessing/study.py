@@ -107,8 +107,10 @@ def read_study(
 
     files = find_scans(root, bids, ignore)
     linked, rejected = _join(root, files, rows, table)
-    scans = [_to_scan(path, rows.loc[index], bids) for path, index in linked]
-    scans.sort(key=lambda scan: scan.key)
+    found = [_to_scan(path, rows.loc[index], bids) for path, index in linked]
+    # A scan is stored in a folder of its key: without one, that would be the folder of all scans.
+    scans = sorted((scan for scan in found if scan.key), key=lambda scan: scan.key)
+    rejected += [Rejected(s.path, s.subject, s.image_id, _NO_NAME) for s in found if not s.key]
     for one, other in itertools.pairwise(scans):
         if one.key == other.key:
             raise UserError(f"{one.path} and {other.path} would write slices of the same name; move one away")
@@ -172,6 +174,7 @@ def _join(
     return linked, rejected
 
 
+_NO_NAME = "its name names no subject; rename it, such as sub-01_T1w.nii.gz"
 _NO_ROW = "no row of the table matches it"
 _OUTSIDE = "is outside the folder of scans, by its path or by a link; move it there"
 

@@ -69,6 +69,8 @@ def metadata(text: str):
         (no_subject, "no subject"),
         (no_train, "no train/ folder"),
         (metadata("path\nAD/1001_78.jpeg\n"), "no column file_name"),
+        (metadata("subject,file_name\n1001\n1001,AD/1001_78.jpeg\n"), "row 2 has no file_name"),
+        (metadata("file_name,subject\nAD/1001_78.jpeg,1001\n,1001\n"), "row 3 has no file_name"),
         (metadata("file_name\nAD/gone_1.jpeg\n"), "gone_1.jpeg: is in metadata.csv but missing"),
         (metadata("file_name,label\nAD/1001_78.jpeg,NC\n"), "has label NC in metadata.csv"),
         (metadata("file_name,slice\nAD/1001_78.jpeg,x\n"), "'x' is not a whole number"),

@@ -133,6 +133,17 @@ def test_bids(tmp_path):
     assert not study.rejected
 
 
+def test_a_bids_file_without_a_name_is_rejected(tmp_path):
+    """Its key would be empty, and its folder in the store that of all scans, which converting it deletes."""
+    for path in ("sub-01/anat/_T1w.nii.gz", "sub-01/anat/._T1w.nii.gz", "sub-02/anat/sub-02_T1w.nii"):
+        touch(tmp_path / path)
+    (tmp_path / "participants.tsv").write_text("participant_id\tgroup\n01\tAD\n02\tNC\n")
+    study = read_study(tmp_path)
+    assert [scan.key for scan in study.scans] == ["sub-02"]
+    ((path, reason),) = reasons(study).items()
+    assert path == "sub-01/anat/_T1w.nii.gz" and "rename it" in reason
+
+
 def test_a_plain_folder_with_paths_and_words_beyond_ascii(tmp_path):
     touch(tmp_path / "data/Zoë/T1 größe.nii.gz")
     touch(tmp_path / "data/b/T1.nii")
