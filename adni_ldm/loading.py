@@ -6,13 +6,27 @@ from typing import TypeVar
 
 import torch
 from diffusers.utils import logging
+from huggingface_hub import snapshot_download
 from torch import nn
 
 from adni_ldm.errors import UserError
+from adni_ldm.models.components import check_component_folder
 from adni_ldm.models.slice_autoencoder import SliceAutoencoder
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
 
 Model = TypeVar("Model")
+WEIGHTS = "diffusion_pytorch_model"
+# What an autoencoder is loaded from, at the top of a repository or in vae/: no other weights, no variants.
+VAE_FILES = [
+    f"{place}{name}"
+    for place in ("", "vae/")
+    for name in (
+        "config.json",
+        f"{WEIGHTS}.safetensors",
+        f"{WEIGHTS}-*.safetensors",
+        f"{WEIGHTS}.*.index.json",
+    )
+]
 
 
 def load_autoencoder(name: str) -> SliceAutoencoder:
@@ -23,13 +37,10 @@ def load_autoencoder(name: str) -> SliceAutoencoder:
     """
 
     def from_pretrained(name: str, **options) -> SliceAutoencoder:
-        try:
-            return SliceAutoencoder.from_pretrained(name, **options)
-        except OSError as error:
-            try:
-                return SliceAutoencoder.from_pretrained(name, subfolder="vae", **options)
-            except OSError:
-                raise error from None
+        root = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=VAE_FILES))
+        folder = root if (root / "config.json").is_file() else root / "vae"
+        check_component_folder(folder, ("AutoencoderKL", "SliceAutoencoder"))
+        return SliceAutoencoder.from_pretrained(folder, **options)
 
     vae = _load(from_pretrained, name, "an autoencoder", "train_vae.py")
     channels = (vae.config.in_channels, vae.config.out_channels)
@@ -68,7 +79,9 @@ def _load(from_pretrained: Callable[[str], Model], name: str, kind: str, recipe:
     logging.disable_progress_bar()
     try:
         return from_pretrained(name, use_safetensors=True)  # a pickle runs code
-    except (OSError, ValueError) as error:  # those of the Hub's client are OSErrors
+    except UserError:
+        raise
+    except Exception as error:  # of a damaged folder, diffusers raises nearly any
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{name}: not {kind} that {recipe} wrote ({reason})") from error
     finally:

@@ -434,8 +434,15 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         several LoRAs, the class tokens are the last one's; `unload_lora_weights` restores the pipeline's.
 
         `source` is a folder, file or Hub name of pytorch_lora_weights.safetensors, or its tensors; `kwargs`
-        are those of diffusers' `lora_state_dict`, as `revision` or `token`.
+        are those of diffusers' `lora_state_dict`, as `revision` or `token`. Raises ValueError for a file of
+        another type: diffusers takes a `weight_name` that ends in .bin for a pickle.
         """
+        files = [
+            kwargs.get("weight_name"),
+            source if not isinstance(source, dict) and Path(source).is_file() else None,
+        ]
+        if unsafe := [file for file in files if file and Path(file).suffix != ".safetensors"]:
+            raise ValueError(f"{unsafe[0]}: a LoRA is loaded from a .safetensors file")
         kwargs |= {"use_safetensors": True, "return_lora_metadata": True}
         weights, _, metadata = self.lora_state_dict(source, **kwargs)
         metadata, prefix = metadata or {}, "class_embedding."
@@ -485,15 +492,22 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
                 shutil.copyfile(source, target)
 
     @classmethod
-    def load_config(cls, *args, **kwargs):
-        """As diffusers', but an installed package loads its own classes and runs no code of the folder."""
-        loaded = super().load_config(*args, **kwargs)
+    def load_config(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As diffusers', but an installed package checks the folder and loads its own classes, not its code.
+
+        Raises ValueError if the folder names a class or weights that are not loaded from a model.
+        """
+        installed, folder = cls.__module__ == "adni_ldm.pipeline", Path(pretrained_model_name_or_path)
+        if installed and folder.is_dir():  # imported by name: this file must load without the package
+            importlib.import_module("adni_ldm.models.components").check_model_folder(folder)
+        loaded = super().load_config(pretrained_model_name_or_path, *args, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
-        if cls.__module__ == "adni_ldm.pipeline" and isinstance(config.get("_class_name"), list):
+        if installed:
             config["_class_name"] = cls.__name__
-            for part, (name, kind) in CUSTOM.items():  # by name: this file must load without the package
-                module = importlib.import_module(f"adni_ldm.models.{name}")
-                config[part] = [module.__name__, kind]
+            for part, (name, kind) in CUSTOM.items():
+                if part in config:
+                    module = importlib.import_module(f"adni_ldm.models.{name}")
+                    config[part] = [module.__name__, kind]
         return loaded
 
     @classmethod

@@ -111,8 +111,10 @@ def _load_vision_model(name: str, device: torch.device) -> Extractor:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model, report = AutoModel.from_pretrained(name, output_loading_info=True)
-        processor = AutoImageProcessor.from_pretrained(name)
+        model, report = AutoModel.from_pretrained(
+            name, output_loading_info=True, use_safetensors=True, trust_remote_code=False
+        )
+        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(

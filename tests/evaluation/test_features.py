@@ -89,6 +89,10 @@ def test_unusable_feature_networks_are_rejected_in_one_line(tmp_path, monkeypatc
         key: value for key, value in load_file(weights).items() if "query" not in key and "q_proj" not in key
     }
     save_file(kept, weights, metadata={"format": "pt"})
+    save_vision_model("vit", tmp_path / "pickled")
+    pickled = tmp_path / "pickled" / weights.name
+    torch.save(load_file(pickled), pickled.with_name("pytorch_model.bin"))
+    pickled.unlink()
     refusals = {
         "inception": "pip install torch-fidelity, or choose classifier",
         "vae": "give --model",
@@ -96,6 +100,7 @@ def test_unusable_feature_networks_are_rejected_in_one_line(tmp_path, monkeypatc
         "no-such-model": "not classifier, vae, inception or a vision model",
         str(tmp_path / "bert"): "reads input_ids, not images",
         str(tmp_path / "broken"): "would be random",
+        str(tmp_path / "pickled"): "no file named model.safetensors",
     }
     for name, message in refusals.items():
         with pytest.raises(UserError, match=message) as error:

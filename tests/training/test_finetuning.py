@@ -155,7 +155,7 @@ def test_what_is_no_autoencoder_of_slices_is_refused(phantom_dir, base, run, tmp
     AutoencoderKL.from_config(config | {"in_channels": 2}).save_pretrained(tmp_path / "two")
     with pytest.raises(UserError, match="2 input and 1 output channels"):
         load_autoencoder(str(tmp_path / "two"))
-    with pytest.raises(UserError, match="not an autoencoder"):
+    with pytest.raises(UserError, match="'UNet2DConditionModel' is not AutoencoderKL"):
         load_autoencoder(str(base / "unet"))
     places = ("--data_dir", phantom_dir, "--output_dir", tmp_path / "ldm")
     with pytest.raises(UserError, match="its latents are not measured"):
