@@ -25,6 +25,7 @@ if missing := [name for name in ("scipy", "umap") if find_spec(name) is None]:
     sys.exit(f"evaluate.py: error: {missing[0]} is not installed: pip install 'adni-ldm[eval]'")
 
 from adni_ldm.config import EvaluateConfig, class_names, parse_config
+from adni_ldm.data.folder import IMAGE_FORMATS
 from adni_ldm.data.provenance import describe_data
 from adni_ldm.data.slices import open_folder, read_slices
 from adni_ldm.environment import installed_versions
@@ -234,7 +235,7 @@ def find_pixel_mm(root: Path, size: int) -> float:
     for path in sorted(root.glob("*/metadata.csv")):
         table = pd.read_csv(path)
         if "pixel_mm" in table and len(table):
-            with Image.open(path.parent / table.file_name[0]) as image:
+            with Image.open(path.parent / table.file_name[0], formats=IMAGE_FORMATS) as image:
                 return float(table.pixel_mm[0]) * max(image.size) / size
     return 256 / size
 

@@ -23,6 +23,13 @@ from adni_ldm.data.splits import SPLITS, DataError, shared_subjects
 from adni_ldm.data.study_table import image_key, index_by_image, read_table
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+IMAGE_FORMATS = (
+    "PNG",
+    "JPEG",
+    "TIFF",
+    "BMP",
+    "WEBP",
+)  # for PIL, which would start Ghostscript for PostScript
 _ALIASES = {"val": ("val", "validation", "valid"), "NC": ("NC", "CN")}  # other names of a folder
 
 SUBJECTS_UNKNOWN = (

@@ -28,7 +28,7 @@ from PIL import Image as PILImage
 from PIL import ImageOps, UnidentifiedImageError
 
 from adni_ldm.data.archives import cache_dir, open_data_dir
-from adni_ldm.data.folder import FolderListing, SliceFile, list_folder
+from adni_ldm.data.folder import IMAGE_FORMATS, FolderListing, SliceFile, list_folder
 from adni_ldm.data.manifest import manifest_problems
 from adni_ldm.data.splits import SPLITS, DataError, choose_val_subjects
 
@@ -100,7 +100,7 @@ def read_slices(listing: FolderListing, val_fraction: float = 0.1) -> DatasetDic
 def read_image(path: str | Path) -> PILImage.Image:
     """Read an image file completely, with its EXIF orientation applied. Raises DataError naming the file."""
     try:
-        with PILImage.open(path) as image:
+        with PILImage.open(path, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, too many for a slice")
             image.load()

@@ -29,7 +29,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from adni_ldm.data.duplicates import content_hash, difference_hash
-from adni_ldm.data.folder import FolderListing
+from adni_ldm.data.folder import IMAGE_FORMATS, FolderListing
 from adni_ldm.data.slices import prepare_image, read_image
 from adni_ldm.errors import UserError
 
@@ -120,7 +120,7 @@ def encode_anew(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.suffix.lower() in IMAGES and not path.is_symlink():
             try:
-                with Image.open(path) as image:
+                with Image.open(path, formats=IMAGE_FORMATS) as image:
                     pixels = np.asarray(image.convert("L" if image.mode == "L" else "RGB"))
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 raise UserError(f"{path.relative_to(folder)}: not an image ({error}); remove it") from error

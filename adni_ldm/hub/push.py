@@ -103,7 +103,7 @@ def push_dataset(
     def bundle(target: Path) -> None:
         bundle_samples(target, samples, repo_id, listings, evaluated, license)
 
-    with Image.open(samples / first.file_name) as image:
+    with Image.open(samples / first.file_name, formats=["PNG"]) as image:
         size = image.width
     url = _scan_and_upload(bundle, listings, size, repo_id, "dataset", **destination)
     if url:

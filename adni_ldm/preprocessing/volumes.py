@@ -116,6 +116,8 @@ def _check_shape(shape: tuple[int, ...]) -> None:
     listed = " x ".join(map(str, shape))
     if len(shape) < 3 or any(n != 1 for n in shape[3:]):
         raise VolumeError(f"{listed} voxels: {len(shape)}-D, where one 3-D volume is expected")
+    if min(shape) < 1:  # with a negative size, a file would be read to its end
+        raise VolumeError(f"{listed} voxels: every dimension must be at least 1")
     if np.prod(shape, dtype=float) > MOST_VOXELS:
         raise VolumeError(f"{listed} voxels: too large to be a scan of a head")
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from adni_ldm.data.folder import IMAGE_FORMATS
 from adni_ldm.data.slices import prepare_image
 from adni_ldm.errors import UserError
 
-FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
 MIN_SIDE, MAX_SIDE = 32, 4096  # pixels
 MAX_COLOUR = 12.0  # difference between the channels in grey levels, mean over the image
 
@@ -21,7 +21,7 @@ def read_upload(path: str | Path, side: int) -> np.ndarray:
     """
     path = Path(path)
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             _check_shape(image)
             image.load()
             _check_content(image)
@@ -29,7 +29,7 @@ def read_upload(path: str | Path, side: int) -> np.ndarray:
     except UserError:
         raise
     except UnidentifiedImageError as error:
-        raise UserError(f"This file is not an image. Choose a {', '.join(FORMATS)} file.") from error
+        raise UserError(f"This file is not an image. Choose a {', '.join(IMAGE_FORMATS)} file.") from error
     except Image.DecompressionBombError as error:
         raise UserError(f"This image is too large: at most {MAX_SIDE} pixels per side.") from error
     except Exception as error:  # a damaged file makes PIL raise OSError, SyntaxError, struct.error ...

@@ -19,6 +19,8 @@ from volume_files import head, write_dicom
 from adni_ldm.data.archives import open_data_dir
 from adni_ldm.data.slices import read_image
 from adni_ldm.data.splits import DataError
+from adni_ldm.errors import UserError
+from adni_ldm.hub.leak_scan import encode_anew
 from adni_ldm.preprocessing.study import read_study
 from adni_ldm.preprocessing.volumes import VolumeError, read_volume
 
@@ -139,6 +141,40 @@ def test_a_nifti_that_only_says_that_it_is_huge_is_refused_by_its_header(tmp_pat
     (tmp_path / "a.nii").write_bytes(content)
     with pytest.raises(VolumeError, match="30000 x 30000 x 30000 voxels: too large"):
         read_volume(tmp_path / "a.nii")
+
+
+@pytest.mark.parametrize("dim", [(-300, 300, 300), (-300, -300, -300), (300, 300, 0)])
+def test_a_nifti_with_a_dimension_below_one_is_refused_by_its_header(tmp_path, dim):
+    """The first one's size is negative: what follows the header, 100 MB here, would be read to its end."""
+    content = bytearray(nibabel.Nifti1Image(np.zeros((20, 20, 20), np.int16), np.eye(4)).to_bytes())
+    content[40:56] = struct.pack("<8h", 3, *dim, 1, 1, 1, 1)
+    path = tmp_path / "a.nii.gz"
+    path.write_bytes(gzip.compress(bytes(content) + bytes(100_000_000), compresslevel=1))
+    tracemalloc.start()
+    try:
+        with pytest.raises(
+            VolumeError, match="300 voxels: every|0 voxels: every dimension must be at least 1"
+        ):
+            read_volume(path)
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_what_is_postscript_despite_its_name_starts_no_ghostscript(tmp_path, suffix, monkeypatch):
+    path = tmp_path / f"1_1{suffix}"
+    box = b"%%BoundingBox: 0 0 32 32\n%%EndComments\n"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n" + box + b"showpage\n%%EOF\n")
+    assert Image.open(path).format == "EPS", "what PIL would decode with Ghostscript"
+    started = []
+    monkeypatch.setattr("subprocess.check_call", lambda *words, **options: started.append(words))
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")
+    with pytest.raises(DataError, match="not an image despite its name"):
+        read_image(path)
+    with pytest.raises(UserError, match="not an image"):
+        encode_anew(tmp_path)
+    assert not started
 
 
 def test_a_pipe_is_no_scan(tmp_path):
