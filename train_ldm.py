@@ -4,9 +4,9 @@
     accelerate launch --config_file accelerate_config.yaml train_ldm.py --config configs/adni/ldm.yaml
 
 Writes a whole diffusers pipeline, which sample.py and `DiffusionPipeline.from_pretrained` load; beside it
-metrics.csv, loss.png, samples.png and training_config.json. Fine-tunes such a pipeline with --init_from: on
-other scans, with more classes, at another size; in parts (--freeze) or by LoRA (--lora_rank), whose weights
-are also saved alone, as pytorch_lora_weights.safetensors. `python train_ldm.py --help` lists every setting.
+metrics.csv, loss.png, samples.png and training_config.json. Fine-tunes such a pipeline, or Stable Diffusion,
+with --init_from: on other scans, with more classes, at another size; in parts (--freeze) or by LoRA
+(--lora_rank), whose weights are also saved alone. `python train_ldm.py --help` lists every setting.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from adni_ldm.config import TrainLDMConfig, parse_config
 from adni_ldm.errors import UserError, run_recipe
 from adni_ldm.figures import save_rows
 from adni_ldm.generation import generate_images, image_seed
-from adni_ldm.loading import load_autoencoder, load_pipeline
+from adni_ldm.loading import load_autoencoder, load_base
 from adni_ldm.models import ClassEmbedding, ConditionalDenoiser, build_denoiser, latent_shape
 from adni_ldm.pipeline import ClassConditionalLDMPipeline, normalize_latents
+from adni_ldm.training import finetuning
 from adni_ldm.training.batch_sampling import BatchRandom
-from adni_ldm.training.finetuning import add_lora, check_start, freeze, merge_lora, save_lora, set_latent_size
 from adni_ldm.training.latents import LatentBatch, encode_posteriors
 from adni_ldm.training.losses import diffusion_loss
 from adni_ldm.training.run import TrainingRun
@@ -36,13 +36,13 @@ from adni_ldm.training.run import TrainingRun
 def main() -> None:
     cfg = parse_config(TrainLDMConfig, __doc__)
     run = TrainingRun(cfg, "LDM", metrics=("loss", "val_loss", "kid", "class_accuracy", "copies"))
-    check_start(cfg.init_from, cfg.freeze, cfg.lora_rank, run.accelerator.distributed_type)
+    finetuning.check_start(cfg.init_from, cfg.freeze, cfg.lora_rank, run.accelerator.distributed_type)
 
     # ---- Models, data and latents --------------------------------------------------------------------------
-    start = load_pipeline(cfg.init_from) if cfg.init_from else None
     vae_name = cfg.vae or cfg.init_from or "runs/vae"
-    vae = start.vae if start and not cfg.vae else load_autoencoder(vae_name)
-    if vae.config.latents_mean is None:
+    start = load_base(cfg.init_from, vae=cfg.vae, **cfg.base_options) if cfg.init_from else None
+    vae = start.vae if start else load_autoencoder(vae_name)
+    if vae.config.latents_mean is None and not cfg.measure_latents:
         raise UserError(f"--vae {vae_name}: its latents are not measured; fine-tune it with train_vae.py")
     train, val = run.load_slices()
     run.check_leakage(vae_name, vae)
@@ -58,6 +58,8 @@ def main() -> None:
     cache = cfg.latent_cache or Path(HF_HOME, "adni_ldm", "latents")
     latents = encode_posteriors(vae, train, run.accelerator, cache, run.hashes["train"], cfg.latent_variants)
     val_latents = encode_posteriors(vae, val, run.accelerator, cache, run.hashes["val"])
+    if cfg.measure_latents:
+        vae.register_to_config(latents_mean=latents.mean, latents_std=latents.std)
     run.depends_on_latents(vae, latents)
 
     # ---- Train ---------------------------------------------------------------------------------------------
@@ -96,7 +98,7 @@ def main() -> None:
     # ---- Save the whole pipeline ---------------------------------------------------------------------------
     run.apply_ema()
     if cfg.lora_rank and run.is_main:
-        save_lora(denoiser, run.output_dir)
+        finetuning.save_lora(denoiser, run.output_dir)
     pipeline = build_pipeline(run, cfg, start, vae, denoiser, scheduler)
     run.save(pipeline, f"pipeline in {cfg.output_dir}: python sample.py --class all --model {cfg.output_dir}")
     if cfg.push_to_hub and run.is_main:
@@ -136,12 +138,14 @@ def build(
     channels, size, _ = latent_shape(vae, cfg.image_size)
     if start:
         run.check_leakage(cfg.init_from, start.unet)
-        set_latent_size(start.unet, channels, size)
-        scheduler = DDPMScheduler.from_config(start.scheduler.config)
+        finetuning.set_latent_size(start.unet, channels, size)
+        given = (cfg.prediction_type, cfg.rescale_betas_zero_snr)
+        scheduler = finetuning.adapt_schedule(start.scheduler, *given, note=run.print)
         unet, tokens = start.unet, start.class_embedding.with_classes(run.data.class_names)
     else:
         shape = (channels, size, cfg.unet_widths, cfg.token_dim, cfg.layers_per_block, cfg.attention_levels)
-        unet, tokens = build_denoiser(*shape), ClassEmbedding(run.data.class_names, cfg.token_dim)
+        unet = build_denoiser(*shape)
+        tokens = ClassEmbedding(run.data.class_names, cfg.token_dim, cfg.tokens_per_class)
         scheduler = DDPMScheduler(
             num_train_timesteps=cfg.num_train_timesteps,
             beta_schedule="scaled_linear",
@@ -154,11 +158,8 @@ def build(
         )
     denoiser = ConditionalDenoiser(unet, tokens)
     run.record_training(unet)
-    if start:
-        run.depends_on(**{"weights of --init_from": denoiser})
-    if cfg.lora_rank:
-        add_lora(denoiser.unet, cfg.lora_rank)
-    freeze(denoiser, cfg.freeze)
+    run.depends_on(**{"weights of --init_from": denoiser} if start else {})
+    finetuning.choose_trained(denoiser, cfg.freeze, cfg.lora_rank)
     return denoiser, scheduler
 
 
@@ -172,8 +173,8 @@ def build_pipeline(
 ) -> ClassConditionalLDMPipeline:
     """The present weights as a pipeline, LoRA merged, with DDIM on the same noise schedule."""
     unet, tokens = (run.full_weights(part) for part in (denoiser.unet, denoiser.class_embedding))
-    sampler = DDIMScheduler.from_config(scheduler.config, set_alpha_to_one=True)
-    pipeline = ClassConditionalLDMPipeline(vae, merge_lora(unet), tokens, sampler)
+    sampler = DDIMScheduler.from_config(scheduler.config)
+    pipeline = ClassConditionalLDMPipeline(vae, finetuning.merge_lora(unet), tokens, sampler)
     given = (cfg.num_inference_steps, cfg.guidance_scale, cfg.eta)
     pipeline.register_to_config(**(start or pipeline).sampling_settings(*given))  # is sampled with, and saved
     pipeline.set_progress_bar_config(disable=True)

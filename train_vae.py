@@ -114,7 +114,7 @@ def build(run: TrainingRun, cfg: TrainVAEConfig) -> SliceAutoencoder:
     if not cfg.init_from:
         shape = (cfg.image_size, cfg.latent_channels, cfg.widths, cfg.layers_per_block, cfg.mid_attention)
         return build_autoencoder(*shape, cfg.patch_size)
-    vae = load_autoencoder(cfg.init_from)
+    vae = load_autoencoder(cfg.init_from, cfg.revision, cfg.variant)
     run.check_leakage(f"--init_from {cfg.init_from}", vae)
     run.depends_on(**{"weights of --init_from": vae})
     if cfg.decoder_only:

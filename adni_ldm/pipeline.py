@@ -452,7 +452,8 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
             self._before_lora = (own, records)
         if tokens := {key.removeprefix(prefix): weights[key] for key in weights if key.startswith(prefix)}:
             names = metadata.get("class_embedding.class_names", own.config.class_names)
-            tuned = type(own)(list(names), own.config.token_dim, own.config.tokens_per_class)
+            width = own.config.token_dim
+            tuned = type(own)(list(names), width, tokens["table.weight"].shape[1] // width)
             tuned.load_state_dict(tokens)
             self.register_modules(class_embedding=tuned.to(own.device, own.dtype))
         self.unet.register_to_config(_trained_on=metadata.get("class_embedding.trained_on", records))

@@ -14,7 +14,8 @@ SMALL = {"errors", "files", "environment", "precision", "figures"}
 ROOMS = {
     "models": SMALL,
     "pipeline": {"models"},
-    "loading": SMALL | {"models", "pipeline"},
+    "stable_diffusion": SMALL | {"models", "pipeline"},
+    "loading": SMALL | {"models", "pipeline", "stable_diffusion"},
     "generation": SMALL | {"pipeline"},
     "data": SMALL,
     "counterfactual": SMALL | {"data", "generation", "pipeline"},

@@ -29,8 +29,8 @@ class SharedConfig:
     overwrite: bool = HfArg(default=False, help="Replace all content of a repository of something else.")
     license: str | None = HfArg(
         default=None,
-        help="License, by its identifier on the Hub. Default: apache-2.0 for the phantom cohort, else "
-        "`other` with the data use agreement of ADNI, which covers derived data.",
+        help="License, by its identifier on the Hub. Default: for the phantom cohort that of the base model, "
+        "else apache-2.0; otherwise `other` with the data use agreement of ADNI, which covers derived data.",
     )
     dry_run: str | None = HfArg(
         default=None, help="Run the leak scan, write what would be pushed to this folder, upload nothing."

@@ -18,6 +18,10 @@ T = TypeVar("T")
 MayChange = Annotated[T, "free"]
 # ... and what changes the rounding and not the method: a resume warns that they differ, and continues.
 RoundingOnly = Annotated[T, "should"]
+NO_EPSILON = (
+    "--prediction_type epsilon cannot be learned at zero terminal SNR, where the last timestep is pure "
+    "noise: add --rescale_betas_zero_snr false, or --prediction_type v_prediction"
+)
 EMA_HELP = "Half-life of an update's weight in the EMA, images; early in training 8 %% of the images seen."
 
 
@@ -83,7 +87,14 @@ class TrainingConfig:
     )
     init_from: MayChange[str | None] = HfArg(
         default=None,
-        help="Fine-tune this recipe's model, by folder or Hub name; for train_vae.py any AutoencoderKL.",
+        help="Fine-tune this recipe's model or Stable Diffusion, by folder, Hub name or checkpoint "
+        "(.safetensors); for train_vae.py any AutoencoderKL.",
+    )
+    revision: MayChange[str | None] = HfArg(
+        default=None, help="Branch, tag or commit of --init_from on the Hub."
+    )
+    variant: MayChange[str | None] = HfArg(
+        default=None, help="Variant of the weights of --init_from, such as fp16; they are trained in float32."
     )
     resume_from_checkpoint: MayChange[str | None] = HfArg(
         default=None, help="Checkpoint folder to resume from; `latest` of --output_dir, if there is one."
@@ -206,6 +217,11 @@ class TrainLDMConfig(TrainingConfig):
         help="Folder of cached latents, which other runs on the same VAE and slices share. Default: "
         "adni_ldm/latents in the Hugging Face cache.",
     )
+    measure_latents: bool = HfArg(
+        default=False,
+        help="Normalize the latents by their mean and SD over the training slices, in place of the scale "
+        "that the VAE's config has: for a U-Net from scratch on a VAE from elsewhere.",
+    )
     latent_variants: int = HfArg(
         default=0,
         help="Augmented variants cached with each slice: rotated by up to 5 degrees, shifted by up to "
@@ -221,16 +237,25 @@ class TrainLDMConfig(TrainingConfig):
         "Default: all but the finest.",
     )
     token_dim: int = HfArg(default=256, help="Width of a class token.")
-    prediction_type: str = HfArg(
-        default="v_prediction",
-        help="What the U-Net predicts: the noise or the velocity.",
+    tokens_per_class: int = HfArg(
+        default=2, help="Class tokens of each class. A pipeline of this recipe in --init_from keeps its own."
+    )
+    class_prompts: list[str] = HfArg(
+        default_factory=list,
+        help="With Stable Diffusion in --init_from: prompts, such as AD='a brain with atrophy', whose text "
+        "embeddings the class tokens start at. The null class has the empty prompt.",
+    )
+    prediction_type: str | None = HfArg(
+        default=None,
+        help="What the U-Net predicts: the noise or the velocity. Default: as in --init_from, else "
+        "v_prediction. Another one than that of --init_from costs thousands of updates.",
         metadata={"choices": ["epsilon", "v_prediction"]},
     )
     num_train_timesteps: int = HfArg(default=1000, help="Timesteps of the noise schedule.")
-    rescale_betas_zero_snr: bool = HfArg(
-        default=True,
+    rescale_betas_zero_snr: bool | None = HfArg(
+        default=None,
         help="Zero terminal SNR: the last timestep is pure noise (Lin et al. 2024, arXiv:2305.08891); "
-        "requires v_prediction.",
+        "requires v_prediction. Default: as in --init_from, else true.",
     )
     snr_gamma: float = HfArg(
         default=5.0, help="γ of min-SNR loss weighting (Hang et al. 2023, arXiv:2303.09556); 0 disables it."
@@ -297,15 +322,29 @@ class TrainLDMConfig(TrainingConfig):
                 "--push_to_hub: memorization of training scans has not been evaluated. Evaluate the model, "
                 "then push it with python -m adni_ldm.hub push, or add --accept_privacy_risk"
             )
+        if not self.init_from:
+            for name, value in (("prediction_type", "v_prediction"), ("rescale_betas_zero_snr", True)):
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, value)
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
-            raise UserError(
-                "--prediction_type epsilon cannot be learned at zero terminal SNR, where the last timestep "
-                "is pure noise: add --rescale_betas_zero_snr false, or use v_prediction"
-            )
+            raise UserError(NO_EPSILON)
+        for prompt in self.class_prompts:
+            name, _, text = prompt.partition("=")
+            if name not in self.class_names or not text:
+                known = ", ".join(self.class_names)
+                raise UserError(f"--class_prompts {prompt!r}: expected CLASS=PROMPT, of the classes {known}")
         check_at_least(0, self, "lora_rank", "latent_variants")
+        check_at_least(1, self, "tokens_per_class")
         check_sampling(self)
         if not 0 <= self.label_dropout < 1:
             raise UserError(f"--label_dropout {self.label_dropout} must be in [0, 1)")
+
+    @property
+    def base_options(self) -> dict:
+        """How the pipeline of --init_from is loaded."""
+        options = {name: getattr(self, name) for name in ("tokens_per_class", "revision", "variant")}
+        prompts = dict(prompt.split("=", 1) for prompt in self.class_prompts)
+        return options | {"class_names": self.class_names, "class_prompts": prompts}
 
 
 def settings_to_keep(config: TrainingConfig) -> dict[str, dict[str, object]]:

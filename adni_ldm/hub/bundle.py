@@ -35,7 +35,7 @@ _PUSHED_METRICS += ("model_hash", "data_hash")
 _PUSHED_COLUMNS = ("file_name", "label", "seed", "num_inference_steps", "guidance_scale", "eta", "scheduler")
 _PUSHED_COLUMNS += ("precision", "model_hash", "data_hash", "guidance_interval", "decoder_noise")
 _PUSHED_PRIVATE = ("_class_name", "_diffusers_version", "_trained_on")  # of diffusers' configs, and ours
-_PUSHED_PRIVATE += ("_patch_size", "_decoder_noise")
+_PUSHED_PRIVATE += ("_patch_size", "_decoder_noise", "_base_model")
 
 
 def bundle_model(

@@ -24,6 +24,7 @@ TAGS = ("diffusers", "latent-diffusion", "class-conditional", "medical-imaging",
 NOT_METHOD = {"data_dir", "output_dir", "table", "vae", "init_from", "resume_from_checkpoint", "report_to"}
 NOT_METHOD |= {"hub_model_id", "push_to_hub", "accept_privacy_risk", "num_workers", "log_steps"}
 NOT_METHOD |= {"checkpointing_steps", "checkpoints_total_limit", "latent_cache", "allow_remote_tracker"}
+NOT_METHOD |= {"revision", "variant"}
 NOT_METHOD |= {"num_inference_steps", "guidance_scale", "eta"}  # the pipeline has them, with their defaults
 
 
@@ -47,8 +48,10 @@ def write_model_card(
     data = {record["hash"]: record for record in model_records(pipeline.components)}.values()
     settings = read_settings(run)
     synthetic = is_synthetic(listings)
+    bases = base_models(pipeline)
     card_data = ModelCardData(
-        **_license(license, synthetic),
+        **_license(license, synthetic, bases),
+        base_model=[base["name"] for base in bases if "/" in base["name"]] or None,
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
         tags=[*TAGS, *(["synthetic-data"] if synthetic else [])],
@@ -68,6 +71,7 @@ def write_model_card(
         repo_id=repo_id,
         classes=list(pipeline.class_embedding.config.class_names),
         sizes=_sizes(pipeline),
+        bases=bases,
         model_hash=hash_pipeline(pipeline),
         data=data,
         split=count_slices(listings[-1], settings.get("val_fraction", 0.1)),
@@ -164,8 +168,15 @@ def _eval_result(name: str, figure: Mapping, data_hash: str) -> EvalResult:
     )
 
 
-def _license(license: str | None, synthetic: bool) -> dict:
-    license = license or ("apache-2.0" if synthetic else "other")
+def base_models(pipeline: ClassConditionalLDMPipeline) -> list[dict[str, str]]:
+    """Name and license of each model from elsewhere that U-Net or VAE was fine-tuned from."""
+    records = [part.config.get("_base_model") for part in (pipeline.unet, pipeline.vae)]
+    return [dict(base) for number, base in enumerate(records) if base and base not in records[:number]]
+
+
+def _license(license: str | None, synthetic: bool, bases: Sequence[Mapping] = ()) -> dict:
+    of_base = next((base["license"] for base in bases if base["license"] != "not stated"), "apache-2.0")
+    license = license or (of_base if synthetic else "other")
     if license != "other":
         return {"license": license}
     link = "https://adni.loni.usc.edu"

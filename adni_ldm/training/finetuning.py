@@ -1,14 +1,15 @@
 """Fine-tuning: which parts of a model are trained, and LoRA beside its weights."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from accelerate.utils import DistributedType
-from diffusers import UNet2DConditionModel
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from torch import nn
 
+from adni_ldm.config.training import NO_EPSILON
 from adni_ldm.errors import UserError
 from adni_ldm.models.denoiser import ConditionalDenoiser
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
@@ -50,6 +51,40 @@ def set_latent_size(unet: UNet2DConditionModel, channels: int, latent_size: int)
             f"of --init_from does; their side must be a multiple of {factor}"
         )
     unet.register_to_config(sample_size=latent_size)
+
+
+def adapt_schedule(
+    scheduler: DDIMScheduler,
+    prediction_type: str | None,
+    rescale_betas_zero_snr: bool | None,
+    note: Callable[[str], None],
+) -> DDPMScheduler:
+    """The noise schedule to train a pipeline on further: its own, but for what is given.
+
+    `note` is called with what that costs.
+
+    Raises UserError for the prediction of noise at zero terminal SNR.
+    """
+    # Without the note of what were defaults, which from_config would keep in place of what is given.
+    config = {name: value for name, value in scheduler.config.items() if name[0] != "_"}
+    given: dict[str, object] = {"prediction_type": prediction_type}
+    given["rescale_betas_zero_snr"] = rescale_betas_zero_snr
+    changed = {name: value for name, value in given.items() if value not in (None, config[name])}
+    if changed.get("rescale_betas_zero_snr"):
+        changed["timestep_spacing"] = "trailing"  # sampling starts at the last timestep, which is pure noise
+    adapted = DDPMScheduler.from_config({**config, **changed})
+    if adapted.config.rescale_betas_zero_snr and adapted.config.prediction_type == "epsilon":
+        raise UserError(NO_EPSILON)
+    if named := ", ".join(f"--{name} {value}" for name, value in changed.items() if name in given):
+        note(f"note: {named} is new to the U-Net of --init_from, which costs it thousands of updates")
+    return adapted
+
+
+def choose_trained(denoiser: ConditionalDenoiser, frozen: Sequence[str], lora_rank: int) -> None:
+    """Add LoRA if it has a rank, and freeze what --freeze names, in place."""
+    if lora_rank:
+        add_lora(denoiser.unet, lora_rank)
+    freeze(denoiser, frozen)
 
 
 def freeze(network: nn.Module, prefixes: Sequence[str]) -> None:

@@ -75,6 +75,8 @@ class LatentPosteriors:
     posteriors: torch.Tensor  # (variants, N, 2, C, h, w): mean and std; variant 0 is the slice as it is
     labels: torch.Tensor  # (N,), on the device that trains
     sha256: str = ""  # of the file they come from
+    mean: Sequence[float] = ()  # of each channel over all slices, (C,)
+    std: Sequence[float] = ()
 
     @classmethod
     def open(cls, folder: Path, device: torch.device) -> LatentPosteriors:
@@ -87,7 +89,8 @@ class LatentPosteriors:
         posteriors = torch.from_numpy(np.load(folder / "posteriors.npy", mmap_mode="c"))
         if device.type == "cuda" and posteriors.nbytes <= torch.cuda.mem_get_info(device)[0] / 4:
             posteriors = posteriors.to(device)
-        return cls(posteriors, torch.tensor(record["labels"], device=device), record["sha256"])
+        labels = torch.tensor(record["labels"], device=device)
+        return cls(posteriors, labels, record["sha256"], record["mean"], record["std"])
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -350,6 +350,18 @@ def test_the_card_of_real_data_states_the_terms(own_run, ad_nc_folder, tmp_path)
     assert "To be completed by the author" in card and "adni.loni.usc.edu" in card
 
 
+def test_the_card_names_the_base_model_and_its_license(own_run, phantom_dir, tmp_path):
+    pipeline = load_pipeline(str(own_run))
+    for part, name in ((pipeline.unet, "maker/base"), (pipeline.vae, "base-of-a-folder")):
+        part.register_to_config(_base_model={"name": name, "license": "openrail++"})
+    listings, report = [open_folder(phantom_dir)], Report(missing="none")
+    write_model_card(tmp_path / "README.md", "me/m", pipeline, own_run, listings, report, None, [])
+    card = (tmp_path / "README.md").read_text()
+    assert "base_model:\n- maker/base\n" in card and "license: openrail++" in card
+    for name in ("maker/base", "base-of-a-folder"):
+        assert f"fine-tuned from {name} (license: openrail++)" in card
+
+
 def test_settings_left_out_of_the_card_exist():
     """A setting that is renamed must be renamed there as well, or its path is published."""
     assert NOT_METHOD <= {field.name for field in dataclasses.fields(TrainLDMConfig)}

@@ -14,9 +14,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hub_server import TOKEN, HubServer
+from hub_server import TOKEN, HubServer, Repo
 from huggingface_hub import constants
 from PIL import Image
+from tiny_stable_diffusion import write_stable_diffusion
 
 from adni_ldm.errors import UserError
 from adni_ldm.generation import hash_pipeline
@@ -190,3 +191,23 @@ def test_a_model_that_cannot_be_loaded_is_one_line(hub, pushed, tmp_path, monkey
     monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(UserError, match=f"{name}: not a pipeline .*{reason}"):
         load_pipeline(name)
+
+
+def test_stable_diffusion_is_loaded_from_the_hub_in_its_parts_alone(hub, phantom_dir, tmp_path):
+    """At a revision; neither the safety checker nor weights in another format are asked for."""
+    folder = write_stable_diffusion(tmp_path / "sd")
+    files = {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+    more = {
+        f"{name}.bin": b"pickle" for name in ("safety_checker/pytorch_model", "unet/diffusion_pytorch_model")
+    }
+    hub.repos["model", "me/tiny-sd"] = Repo(private=False, files=files | more)
+    words = ("train_ldm.py", "--init_from", "me/tiny-sd", "--revision", hub.repos["model", "me/tiny-sd"].sha)
+    words += ("--data_dir", phantom_dir, "--image_size", 16, "--batch_size", 4, "--max_steps", 1)
+    words += ("--validation_steps", 0, "--checkpointing_steps", 0, "--mixed_precision", "no")
+    run(hub, tmp_path / "home", *words, "--report_to", "none", "--output_dir", tmp_path / "out")
+    asked = {request.split()[1] for request in hub.requests if "/me/tiny-sd/" in request}
+    assert not [path for path in asked if "safety_checker" in path or path.endswith(".bin")]
+    base = load_pipeline(str(tmp_path / "out")).unet.config["_base_model"]
+    assert base == {"name": f"me/tiny-sd@{words[4]}", "license": "creativeml-openrail-m"}

@@ -143,15 +143,15 @@ def test_a_resume_repeats_the_uninterrupted_run(data, start, finished, tmp_path)
         run(train_vae, *words, "--init_from", finished, "--output_dir", tmp_path / "refused", *resume)
 
 
-def test_latents_that_were_never_measured_are(data, tmp_path):
-    """Of an autoencoder like Stable Diffusion's, and without a quant_conv like Stable Diffusion 3's."""
+def test_the_scale_of_an_autoencoder_from_elsewhere_stays(data, tmp_path):
+    """As of Stable Diffusion 3's: with a shift, and without a quant_conv."""
     config = dict(build_autoencoder(32, widths=(8, 16)).config) | {"use_quant_conv": False}
-    vae = AutoencoderKL.from_config(config | {"scaling_factor": 0.18215})
+    vae = AutoencoderKL.from_config(config | {"scaling_factor": 0.5, "shift_factor": 0.25})
     vae.save_pretrained(tmp_path / "sd")
     words = (*data, *VAE, *FINISH, "--init_from", tmp_path / "sd", "--max_steps", 1)
     run(train_vae, *words, "--output_dir", tmp_path / "vae")
     tuned = load_autoencoder(str(tmp_path / "vae"))
-    assert tuned.config.scaling_factor == 1 and len(tuned.config.latents_mean) == 4
+    assert [tuned.config[name] for name in STATISTICS] == [[0.25] * 4, [2.0] * 4, 1.0, None]
     assert equal(tuned.encoder, vae.encoder) and not equal(tuned.decoder, vae.decoder)
 
 
