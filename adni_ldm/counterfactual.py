@@ -8,7 +8,7 @@ import torch
 from adni_ldm.data.slices import prepare_image, read_image, to_float
 from adni_ldm.errors import UserError
 from adni_ldm.figures import colour_limit, difference_image, save_counterfactual, save_rows, to_pil
-from adni_ldm.files import check_empty_dir
+from adni_ldm.files import atomic_folder, check_empty_dir
 from adni_ldm.generation import hash_pipeline, interpolate_classes
 from adni_ldm.pipeline import ClassConditionalLDMPipeline, Counterfactual
 
@@ -49,17 +49,17 @@ def write_counterfactual(
     pixels = torch.tensor(prepare_image(read_image(image), size))  # (H, W)
     result = make_counterfactual(pipeline, pixels, source, target, **options)
 
-    output_dir.mkdir(parents=True, exist_ok=True)
     limit = colour_limit(result.difference)
-    to_pil(result.images[0] / 2 + 0.5).save(output_dir / "counterfactual.png")
-    difference_image(result.difference[0], limit).save(output_dir / "difference.png")
     classes = f"{source} to {target}"
-    save_counterfactual(output_dir / "side_by_side.png", to_float(pixels)[None], result, classes)
     row = {"file_name": "counterfactual.png", "from_image": image, "from": source, "to": target, **options}
     row |= {"difference": float(result.difference.abs().mean()), "colour_limit": limit}
     row |= {"round_trip_error": float(result.error.mean()), "round_trip_error_max": float(result.error.max())}
     row["model_hash"] = hash_pipeline(pipeline)
-    pd.DataFrame([row]).to_csv(output_dir / "metadata.csv", index=False)
+    with atomic_folder(output_dir) as folder:
+        to_pil(result.images[0] / 2 + 0.5).save(folder / "counterfactual.png")
+        difference_image(result.difference[0], limit).save(folder / "difference.png")
+        save_counterfactual(folder / "side_by_side.png", to_float(pixels)[None], result, classes)
+        pd.DataFrame([row]).to_csv(folder / "metadata.csv", index=False)
     return row
 
 
@@ -88,8 +88,8 @@ def write_morph(
         frames = interpolate_classes(pipeline, source, target, **options)
     except ValueError as error:
         raise UserError(str(error)) from error
-    output_dir.mkdir(parents=True, exist_ok=True)
-    save_rows(output_dir / "morph.png", {f"{source} to {target}": frames})
     film = [to_pil(frame) for frame in frames]
     film += film[-2:0:-1]
-    film[0].save(output_dir / "morph.gif", save_all=True, append_images=film[1:], duration=120, loop=0)
+    with atomic_folder(output_dir) as folder:
+        save_rows(folder / "morph.png", {f"{source} to {target}": frames})
+        film[0].save(folder / "morph.gif", save_all=True, append_images=film[1:], duration=120, loop=0)

@@ -15,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from adni_ldm.files import atomic_file
+
 if TYPE_CHECKING:
     from adni_ldm.pipeline import Counterfactual
 
@@ -44,7 +46,13 @@ def save_rows(path: str | Path, rows: Mapping[str, torch.Tensor], columns: int |
         axis.imshow(strip, cmap="gray", vmin=0, vmax=1, interpolation="lanczos")
         axis.set_ylabel(title, color="white", rotation=0, ha="right", va="center", fontsize=11)
         hide_frame(axis)
-    figure.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.05)
+    save_figure(figure, path, bbox_inches="tight", pad_inches=0.05)
+
+
+def save_figure(figure: Figure, path: str | Path, dpi: int = 110, **options) -> None:
+    """Save a figure as a PNG file, atomically."""
+    with atomic_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=dpi, **options)
 
 
 def hide_frame(axis: Axes) -> None:
@@ -82,7 +90,7 @@ def save_counterfactual(path: str | Path, given: torch.Tensor, result: Counterfa
         axis.set_title(title, fontsize=10)
         axis.set_axis_off()
     figure.colorbar(shown, ax=axes[-1], label="fraction of the intensity range", shrink=0.8)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
 
 
 def save_curves(csv_path: str | Path, path: str | Path) -> None:
@@ -98,7 +106,7 @@ def save_curves(csv_path: str | Path, path: str | Path) -> None:
             axis.set_yscale("log")
         axis.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
 
 
 def save_histograms(
@@ -114,4 +122,4 @@ def save_histograms(
         axis.legend(frameon=False)
         axis.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)

@@ -5,6 +5,7 @@ checkpoint, a latent cache); `commit_folder` lists the SHA-256 of its files in a
 `find_damage` verifies it. A kill or a power cut at any moment leaves the earlier state or the new one.
 """
 
+import ctypes
 import hashlib
 import json
 import os
@@ -14,6 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from adni_ldm.errors import UserError
+
+_OLD = ".old.partial"  # ends the name of a folder that is being replaced
+CONTENT_PARTIAL = ".content.partial"  # in a folder to which files are being added
 
 
 def check_empty_dir(folder: str | Path, flag: str = "--output_dir") -> None:
@@ -37,6 +41,64 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         _flush(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`, which replaces `path` when the block ends, unless it raises."""
+    path = Path(path).absolute()
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        _flush_tree(partial)
+        _replace_folder(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def atomic_content(folder: str | Path, last: str) -> Iterator[Path]:
+    """Yield an empty folder whose entries move into `folder` when the block ends, unless it raises.
+
+    They replace those of the same name. The file `last` is removed first and moved last: where it is found,
+    the others are of the same writing.
+    """
+    folder = Path(folder)
+    partial = folder / CONTENT_PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        _flush_tree(partial)
+        (folder / last).unlink(missing_ok=True)
+        _flush(folder)
+        for entry in partial.iterdir():
+            if entry.is_dir():
+                _replace_folder(entry, folder / entry.name)
+            elif entry.name != last:
+                os.replace(entry, folder / entry.name)
+        _flush(folder)
+        os.replace(partial / last, folder / last)
+        _flush(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove what a kill left under temporary names in a folder that no other process writes to.
+
+    Of a folder that was being replaced where the two cannot be exchanged, the earlier one is put back.
+    """
+    for old in Path(folder).glob(f"*{_OLD}"):
+        if not (target := old.with_name(old.name.removesuffix(_OLD))).exists():
+            os.replace(old, target)
+    for partial in Path(folder).glob("*.partial"):
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -68,15 +130,8 @@ def commit_folder(partial: Path, target: Path, record: str, content: Mapping[str
     }
     content = {**content, "files": files}
     (partial / record).write_text(json.dumps(content | {"sha256": _sha256_of(content)}, indent=1) + "\n")
-    for path in (*inside, partial / record, partial):
-        _flush(path)
-    old = target.with_name(f"{target.name}.old.partial")
-    if target.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(target, old)
-    os.replace(partial, target)
-    _flush(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _flush_tree(partial)
+    _replace_folder(partial, target)
 
 
 def find_damage(folder: Path, record: str) -> str | None:
@@ -97,6 +152,35 @@ def find_damage(folder: Path, record: str) -> str | None:
         if _sha256(file) != written["sha256"]:
             return f"{name} is not what was written, by its SHA-256"
     return None
+
+
+def _replace_folder(partial: Path, target: Path) -> None:
+    """Rename a folder to `target`, in one step where the system can exchange two folders (Linux)."""
+    if not target.exists():
+        os.replace(partial, target)
+    elif _exchange(partial, target):
+        _flush(target.parent)
+        shutil.rmtree(partial, ignore_errors=True)
+    else:  # a kill between the two renames leaves the earlier one to `remove_leftovers`
+        old = target.with_name(f"{target.name}{_OLD}")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(target, old)
+        os.replace(partial, target)
+        _flush(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    _flush(target.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two folders atomically; False where the system or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    return rename is not None and not rename(-100, os.fsencode(one), -100, os.fsencode(other), 2)
+
+
+def _flush_tree(folder: Path) -> None:
+    """Flush a folder and everything in it."""
+    for path in (*folder.rglob("*"), folder):
+        _flush(path)
 
 
 def _flush(path: Path) -> None:

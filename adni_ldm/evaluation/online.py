@@ -20,7 +20,7 @@ from adni_ldm.evaluation.fidelity import kernel_distance
 from adni_ldm.evaluation.image_sets import ImageSet, generate_image_set, image_set
 from adni_ldm.evaluation.nearest_neighbors import Neighbors, nearest_in_pixels
 from adni_ldm.evaluation.privacy import copy_metrics
-from adni_ldm.files import read_json, write_json
+from adni_ldm.files import atomic_folder, read_json, write_json
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
 
 BEST = "best"  # folder of the best pipeline so far, beside the checkpoints
@@ -89,7 +89,7 @@ def save_best(
     earlier = read_json(record) if record.is_file() else None
     if "kid" not in metrics or (earlier and earlier["step"] < step and earlier["kid"] <= metrics["kid"]):
         return False
-    record.unlink(missing_ok=True)  # without the record the folder is not complete
-    pipeline.save_pretrained(output_dir / BEST)
-    write_json(record, {"step": step, **metrics})
+    with atomic_folder(output_dir / BEST) as folder:
+        pipeline.save_pretrained(folder)
+        write_json(folder / record.name, {"step": step, **metrics})
     return True

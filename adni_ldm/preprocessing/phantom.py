@@ -20,7 +20,6 @@ import dataclasses
 import functools
 import math
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from tqdm.auto import tqdm
 from adni_ldm.data.manifest import write_manifest
 from adni_ldm.data.splits import SPLITS
 from adni_ldm.errors import UserError
-from adni_ldm.files import check_empty_dir
+from adni_ldm.files import atomic_folder, check_empty_dir
 from adni_ldm.preprocessing import slicing
 from adni_ldm.preprocessing.phantom_atlas import Atlas, load_atlas
 from adni_ldm.preprocessing.workers import run_tasks
@@ -294,7 +293,8 @@ def write_phantom_cohort(
     Slices are 8-bit, image_size pixels and 208 mm per side, 0 outside the brain. Subjects alternate AD, NC.
     metadata.csv of each split: file_name (relative to its folder), label, subject, slice, slice_mm (x;
     coronal: y), age, sex, pixel_mm, and the ground truth ventricle_mm2 and brain_mm2. The bytes depend on the
-    seed and the sizes, not on `workers` (None: one per CPU). A killed run leaves .NAME.partial alone.
+    seed and the sizes, not on `workers` (None: one per CPU). A killed run leaves .NAME.partial, which the next
+    one removes.
 
     Returns the rows of all splits, with a column `split`. Raises UserError if a size is out of range, or
     output_dir is not empty; nothing is written then.
@@ -306,21 +306,17 @@ def write_phantom_cohort(
     output_dir = Path(output_dir)
     check_empty_dir(output_dir)
     atlas = load_atlas()
-    building = output_dir.with_name(f".{output_dir.name}.partial")
-    shutil.rmtree(building, ignore_errors=True)
-    for split in SPLITS:
-        for label in CLASSES:
-            (building / split / label).mkdir(parents=True)
-    tasks = list(enumerate(split_subjects(subjects, seed)))
-    write = functools.partial(_write_subject, root=building, settings=settings, atlas=atlas)
-    written = run_tasks(write, tasks, workers)
-    progress = tqdm(written, total=subjects, desc="phantom", unit="subject")
-    table = pd.DataFrame([row for rows in progress for row in rows])
-    for split in SPLITS:
-        rows_of_split = table[table.split == split].drop(columns="split")
-        rows_of_split.to_csv(building / split / "metadata.csv", index=False)
-    write_manifest(building, {"source": "phantom", **settings})
-    if output_dir.exists():
-        output_dir.rmdir()
-    building.rename(output_dir)
+    with atomic_folder(output_dir) as building:
+        for split in SPLITS:
+            for label in CLASSES:
+                (building / split / label).mkdir(parents=True)
+        tasks = list(enumerate(split_subjects(subjects, seed)))
+        write = functools.partial(_write_subject, root=building, settings=settings, atlas=atlas)
+        written = run_tasks(write, tasks, workers)
+        progress = tqdm(written, total=subjects, desc="phantom", unit="subject")
+        table = pd.DataFrame([row for rows in progress for row in rows])
+        for split in SPLITS:
+            rows_of_split = table[table.split == split].drop(columns="split")
+            rows_of_split.to_csv(building / split / "metadata.csv", index=False)
+        write_manifest(building, {"source": "phantom", **settings})
     return table

@@ -67,3 +67,23 @@ def test_the_best_pipeline_is_that_of_the_lowest_kid(tmp_path):
     assert save(10, kid=0.5) and not save(20, kid=0.6) and not save(30) and save(40, kid=0.4)
     assert online.read_json(tmp_path / "best/best.json") == {"step": 40, "kid": 0.4}
     assert save(20, kid=0.9), "step 40 belongs to a run that was resumed from an earlier checkpoint"
+
+
+def test_a_kill_while_the_best_pipeline_is_saved_leaves_the_one_before(tmp_path):
+    """A new autoencoder beside the U-Net of before would load without a message."""
+
+    class Pipeline:
+        def __init__(self, version):
+            self.version = version
+
+        def save_pretrained(self, folder):
+            for name in ("vae", "unet"):
+                (folder / name).write_text(self.version)
+                if self.version == "new":
+                    raise KeyboardInterrupt
+
+    online.save_best(Pipeline("old"), tmp_path, 10, {"kid": 0.5})
+    with pytest.raises(KeyboardInterrupt):
+        online.save_best(Pipeline("new"), tmp_path, 20, {"kid": 0.4})
+    assert {(tmp_path / "best" / name).read_text() for name in ("vae", "unet")} == {"old"}
+    assert online.read_json(tmp_path / "best/best.json")["step"] == 10
