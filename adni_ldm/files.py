@@ -36,9 +36,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
-        _flush(partial)
+        flush(partial)
         os.replace(partial, path)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -52,7 +52,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        _flush_tree(partial)
+        flush_tree(partial)
         _replace_folder(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -71,17 +71,17 @@ def atomic_content(folder: str | Path, last: str) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        _flush_tree(partial)
+        flush_tree(partial)
         (folder / last).unlink(missing_ok=True)
-        _flush(folder)
+        flush(folder)
         for entry in partial.iterdir():
             if entry.is_dir():
                 _replace_folder(entry, folder / entry.name)
             elif entry.name != last:
                 os.replace(entry, folder / entry.name)
-        _flush(folder)
+        flush(folder)
         os.replace(partial / last, folder / last)
-        _flush(folder)
+        flush(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -130,7 +130,7 @@ def commit_folder(partial: Path, target: Path, record: str, content: Mapping[str
     }
     content = {**content, "files": files}
     (partial / record).write_text(json.dumps(content | {"sha256": _sha256_of(content)}, indent=1) + "\n")
-    _flush_tree(partial)
+    flush_tree(partial)
     _replace_folder(partial, target)
 
 
@@ -159,16 +159,16 @@ def _replace_folder(partial: Path, target: Path) -> None:
     if not target.exists():
         os.replace(partial, target)
     elif _exchange(partial, target):
-        _flush(target.parent)
+        flush(target.parent)
         shutil.rmtree(partial, ignore_errors=True)
     else:  # a kill between the two renames leaves the earlier one to `remove_leftovers`
         old = target.with_name(f"{target.name}{_OLD}")
         shutil.rmtree(old, ignore_errors=True)
         os.replace(target, old)
         os.replace(partial, target)
-        _flush(target.parent)
+        flush(target.parent)
         shutil.rmtree(old, ignore_errors=True)
-    _flush(target.parent)
+    flush(target.parent)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -177,13 +177,13 @@ def _exchange(one: Path, other: Path) -> bool:
     return rename is not None and not rename(-100, os.fsencode(one), -100, os.fsencode(other), 2)
 
 
-def _flush_tree(folder: Path) -> None:
+def flush_tree(folder: Path) -> None:
     """Flush a folder and everything in it."""
     for path in (*folder.rglob("*"), folder):
-        _flush(path)
+        flush(path)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

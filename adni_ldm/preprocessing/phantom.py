@@ -293,8 +293,8 @@ def write_phantom_cohort(
     Slices are 8-bit, image_size pixels and 208 mm per side, 0 outside the brain. Subjects alternate AD, NC.
     metadata.csv of each split: file_name (relative to its folder), label, subject, slice, slice_mm (x;
     coronal: y), age, sex, pixel_mm, and the ground truth ventricle_mm2 and brain_mm2. The bytes depend on the
-    seed and the sizes, not on `workers` (None: one per CPU). A killed run leaves .NAME.partial, which the next
-    one removes.
+    seed and the sizes, not on `workers` (None: one per CPU). A killed run leaves .NAME.partial, which
+    the next one removes.
 
     Returns the rows of all splits, with a column `split`. Raises UserError if a size is out of range, or
     output_dir is not empty; nothing is written then.

@@ -11,7 +11,6 @@ moment leaves the last one whole. Under FSDP the weights are accelerate's pytorc
 weights_only as well, and each process has an EMA file; DeepSpeed's files are read by DeepSpeed itself.
 """
 
-import errno
 import json
 import logging
 import os
@@ -22,13 +21,15 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, gather_object
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from adni_ldm.errors import UserError
-from adni_ldm.files import commit_folder, find_damage
+from adni_ldm.errors import UserError, is_disk_error
+from adni_ldm.files import commit_folder, find_damage, remove_leftovers
+from adni_ldm.training.launch import on_main_process
+from adni_ldm.training.run_record import list_differences
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +65,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str | Path, step: int,
     """
     folder = Path(output_dir) / "checkpoints"
     if accelerator.is_main_process:
-        for left in folder.glob("*.partial"):  # left by a kill while writing
-            shutil.rmtree(left, ignore_errors=True)
+        remove_leftovers(folder)
     accelerator.wait_for_everyone()
     write_state(accelerator, folder / f"step-{step:08d}", step, **state)
     if accelerator.is_main_process:
@@ -105,7 +105,7 @@ def write_state(
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
         accelerator.wait_for_everyone()
-        if problem and not _is_disk_error(problem):
+        if problem and not is_disk_error(problem):
             raise problem
         last = _checkpoints(target.parent)
         raise UserError(
@@ -134,15 +134,8 @@ def load_checkpoint(
     """
     if resume_from is None:
         return {"step": 0}
-    path = refusal = None
-    if accelerator.is_main_process:
-        try:
-            path = _choose(Path(output_dir) / "checkpoints", resume_from, identity or {})
-        except UserError as error:
-            refusal = str(error)
-    path, refusal = broadcast_object_list([path, refusal])
-    if refusal:
-        raise UserError(refusal)
+    folder = Path(output_dir) / "checkpoints"
+    path = on_main_process(accelerator, _choose, folder, resume_from, identity or {})
     if path is None:
         return {"step": 0}
     if not all(gather_object([(path / PROGRESS).is_file()])):
@@ -187,26 +180,17 @@ def _choose(folder: Path, resume_from: str, identity: Identity) -> Path | None:
 def _check_identity(path: Path, identity: Identity) -> None:
     """Check that a checkpoint belongs to this run; warn of what may change the rounding."""
     saved = json.loads((path / PROGRESS).read_text())["identity"]
-    if differences := _differences(saved.get("must", {}), identity.get("must", {})):
+    if differences := list_differences(saved.get("must", {}), identity.get("must", {})):
         raise UserError(
             f"{path} is of another run: {'; '.join(differences)}. Use the settings it was started with, "
             "or another --output_dir"
         )
-    if differences := _differences(saved.get("should", {}), identity.get("should", {})):
+    if differences := list_differences(saved.get("should", {}), identity.get("should", {})):
         logger.warning(
             "%s: %s. The run continues, and may not repeat the uninterrupted one bit for bit",
             path,
             "; ".join(differences),
         )
-
-
-def _differences(saved: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
-    names = sorted(saved.keys() | now.keys()) if saved and now else []
-    return [
-        f"{name} was {saved.get(name, 'absent')}, is {now.get(name, 'absent')}"
-        for name in names
-        if saved.get(name) != now.get(name)
-    ]
 
 
 def _ema_file(accelerator: Accelerator, folder: Path) -> Path:
@@ -246,14 +230,6 @@ def _gathered(problem: Exception | None) -> list[str]:
     if problem is not None:
         line = " ".join((getattr(problem, "strerror", None) or str(problem)).split())[:200]
     return [line for line in gather_object([line]) if line is not None]
-
-
-def _is_disk_error(error: Exception) -> bool:
-    """Whether a full or failing disk raised this; torch and safetensors raise errors of their own for it."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-    text = str(error)
-    return any(words in text for words in ("PytorchStreamWriter", "inline_container", "os error"))
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 from accelerate.utils import DistributedType
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from torch import nn
 
 from adni_ldm.config.training import NO_EPSILON
 from adni_ldm.errors import UserError
+from adni_ldm.files import atomic_content
 from adni_ldm.models.denoiser import ConditionalDenoiser
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
 
@@ -126,12 +128,13 @@ def save_lora(denoiser: ConditionalDenoiser, folder: Path) -> None:
     embedding = denoiser.class_embedding
     metadata = {"class_names": list(embedding.config.class_names)}
     metadata["trained_on"] = list(denoiser.unet.config.get("_trained_on", ()))
-    ClassConditionalLDMPipeline.save_lora_weights(
-        folder,
-        unet_lora_layers=get_peft_model_state_dict(denoiser.unet),
-        text_encoder_lora_layers=embedding.state_dict(),
-        text_encoder_lora_adapter_metadata=metadata,
-    )
+    with atomic_content(folder, last=LORA_WEIGHT_NAME_SAFE) as partial:
+        ClassConditionalLDMPipeline.save_lora_weights(
+            partial,
+            unet_lora_layers=get_peft_model_state_dict(denoiser.unet),
+            text_encoder_lora_layers=embedding.state_dict(),
+            text_encoder_lora_adapter_metadata=metadata,
+        )
 
 
 def merge_lora(unet: UNet2DConditionModel) -> UNet2DConditionModel:

@@ -1,14 +1,21 @@
 """Start of the processes of a training run: accelerator, precision, tracker, and how processes connect."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as distributed
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    set_seed,
+)
 from torch.distributed import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
@@ -16,6 +23,8 @@ from adni_ldm.environment import processes_without_gpu
 from adni_ldm.errors import UserError
 from adni_ldm.precision import choose_precision
 from adni_ldm.training.compute import use_deterministic_algorithms
+
+T = TypeVar("T")
 
 
 def start_accelerator(
@@ -89,6 +98,20 @@ def _connect_by_attempt(_url: str, **options) -> Iterator[tuple[Store, int, int]
 
 if distributed.is_available():
     distributed.register_rendezvous_handler("attempt", _connect_by_attempt)
+
+
+def on_main_process(accelerator: Accelerator, function: Callable[..., T], *arguments: object) -> T:
+    """Call a function on the main process alone; all processes get its result, or raise its UserError."""
+    result = refusal = None
+    if accelerator.is_main_process:
+        try:
+            result = function(*arguments)
+        except UserError as error:
+            refusal = str(error)
+    result, refusal = broadcast_object_list([result, refusal])
+    if refusal:
+        raise UserError(refusal)
+    return result
 
 
 def describe_compute(accelerator: Accelerator) -> str:

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from adni_ldm.figures import save_curves
-from adni_ldm.files import atomic_file
+from adni_ldm.files import atomic_file, flush
 
 
 class MetricsLogger:
@@ -66,6 +66,11 @@ class MetricsLogger:
         if self.accelerator.is_main_process:
             with self.path.open("a", newline="") as file:
                 csv.DictWriter(file, self.columns).writerow({"step": step, **values})
+
+    def flush(self) -> None:
+        """Wait until all rows are on the disk: a checkpoint must not outlast them."""
+        if self.accelerator.is_main_process:
+            flush(self.path)
 
     def plot(self) -> None:
         """Write `loss.png` beside the CSV file."""

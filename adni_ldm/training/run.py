@@ -27,6 +27,8 @@ from adni_ldm.config import TrainingConfig, save_config, settings_to_keep
 from adni_ldm.data.folder import SUBJECTS_UNKNOWN
 from adni_ldm.data.provenance import check_leakage, describe_data, training_records
 from adni_ldm.data.slices import SliceTensors, open_folder, read_slices, to_arrays
+from adni_ldm.errors import disk_errors
+from adni_ldm.files import atomic_content
 from adni_ldm.generation import hash_weights
 from adni_ldm.training.batch_sampling import BatchRandom, BatchSampler, load_batches
 from adni_ldm.training.checkpoints import check_earlier_run, load_checkpoint, save_checkpoint, write_state
@@ -34,7 +36,7 @@ from adni_ldm.training.compute import check_compute_options, set_compute_options
 from adni_ldm.training.ema import HalfLifeEMA, ema_weights, update_ema
 from adni_ldm.training.fsdp import gather_full_weights
 from adni_ldm.training.latents import LatentPosteriors, latent_encoder
-from adni_ldm.training.launch import describe_compute, start_accelerator
+from adni_ldm.training.launch import describe_compute, on_main_process, start_accelerator
 from adni_ldm.training.metrics import MetricsLogger
 from adni_ldm.training.optimizer import (
     build_optimizer,
@@ -43,7 +45,13 @@ from adni_ldm.training.optimizer import (
     set_learning_rate,
     trainable,
 )
-from adni_ldm.training.run_record import hash_slices, record_start, run_identity
+from adni_ldm.training.run_record import (
+    check_finished,
+    hash_slices,
+    record_finish,
+    record_start,
+    run_identity,
+)
 from adni_ldm.training.update_guard import UpdateGuard, stop_nonfinite
 
 
@@ -146,10 +154,14 @@ class TrainingRun:
         self._resume()
 
     def _resume(self) -> None:
-        """Load the checkpoint that the settings name, and open the run's records."""
+        """Load the checkpoint that the settings name, and open its records; exit 0 if it is finished."""
         cfg, accelerator = self.cfg, self.accelerator
         identity = run_identity(accelerator, settings_to_keep(cfg), self.data.hash, **self.hashes)
         identity["should"] |= self.notes
+        if cfg.resume_from_checkpoint == "latest":
+            if on_main_process(accelerator, check_finished, self.output_dir, identity):
+                self._end(f"already finished: {self.output_dir} holds the model of step {cfg.max_steps}")
+                raise SystemExit(0)
         self.state = {"identity": identity, "ema": self.ema}
         resumed = load_checkpoint(accelerator, self.output_dir, cfg.resume_from_checkpoint, **self.state)
         self.updates = resumed.pop("step")
@@ -190,6 +202,8 @@ class TrainingRun:
             if accelerator.sync_gradients:
                 self._end_update()
         self.progress.close()
+        if cfg.checkpointing_steps:  # the last one is written: what follows is done again if a signal ends it
+            self.guard.stop_at_once(f"stopped after step {self.updates}; its checkpoint is written")
 
     def validation_batches(self, source: Dataset, count: int) -> Iterator[tuple[object, BatchRandom]]:
         """About `count` rows of held-out data in batches; the same rows and random numbers each time."""
@@ -262,20 +276,20 @@ class TrainingRun:
     def _end_update(self) -> None:
         """Write a checkpoint if one is due, and end the run on a signal or on too many skipped updates."""
         cfg, accelerator, guard = self.cfg, self.accelerator, self.guard
-        more = self.updates < cfg.max_steps
-        due = cfg.checkpointing_steps and self.updates % cfg.checkpointing_steps == 0
+        last, every = self.updates == cfg.max_steps, cfg.checkpointing_steps
+        due = every and (self.updates % every == 0 or last)
         if due or guard.stop or guard.exhausted:
             self._settle()
         state = {"step": self.updates, **self.state, **guard.counts}
-        if (due or guard.stop) and more:
+        if due or guard.stop:
+            self.metrics.flush()
             save_checkpoint(accelerator, self.output_dir, keep=cfg.checkpoints_total_limit, **state)
         if guard.exhausted:
             folder, weights = self.output_dir / "nonfinite", self.model.parameters()
             write_state(accelerator, folder, **state)
             stop_nonfinite(accelerator, folder, self.updates, guard, weights, learning_rate=self.last_rate)
-        if guard.stop and more:
-            accelerator.end_training()
-            self.print(f"{guard.stop.name}: stopped after step {self.updates}; its checkpoint is written")
+        if guard.stop:
+            self._end(f"{guard.stop.name}: stopped after step {self.updates}; its checkpoint is written")
             raise SystemExit(128 + guard.stop)  # SIGTERM: 143; SIGUSR1: 138
 
     # ---- Weights to validate and to save -----------------------------------------------------------------
@@ -302,9 +316,21 @@ class TrainingRun:
             self.ema.copy_to(self.trained)
 
     def save(self, model: ModelMixin, message: str) -> None:
-        """Save a model or pipeline in the output folder, plot the metrics and end the run."""
+        """Save a model or pipeline in the output folder, plot the metrics and end the run.
+
+        Raises UserError if the disk is full. A kill leaves the whole model, or none.
+        """
         if self.is_main:
-            model.save_pretrained(self.output_dir)
-        self.metrics.plot()
+            remedy = "free some space and start again with --resume_from_checkpoint latest"
+            with disk_errors(f"the model of {self.output_dir}", remedy):
+                self.metrics.plot()
+                with atomic_content(self.output_dir, last=model.config_name) as partial:
+                    model.save_pretrained(partial)
+                record_finish(self.output_dir, model.config_name)
+        self._end(message)
+        self.guard.release_signals()
+
+    def _end(self, message: str) -> None:
+        """End trackers and processes, with a last message."""
         self.accelerator.end_training()
         self.print(message)

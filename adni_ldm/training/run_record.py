@@ -16,7 +16,8 @@ from adni_ldm.data.manifest import CONTENT
 from adni_ldm.data.provenance import DataRecord
 from adni_ldm.data.slices import PREPARATION_VERSION, SliceTensors
 from adni_ldm.environment import installed_versions
-from adni_ldm.files import write_json
+from adni_ldm.errors import UserError
+from adni_ldm.files import read_json, write_json
 
 LIBRARIES = ("adni-ldm", "torch", "diffusers", "accelerate", "transformers", "datasets", "safetensors")
 
@@ -89,6 +90,42 @@ def record_start(output_dir: str | Path, step: int, identity: Mapping[str, objec
         **identity,
     }
     write_json(path, {"starts": [*starts, start]})
+
+
+def record_finish(output_dir: str | Path, model: str) -> None:
+    """Add to `run.json` that the run is finished; `model` is the file that its model is loaded by."""
+    path = Path(output_dir) / "run.json"
+    write_json(path, read_json(path) | {"finished": model})
+
+
+def check_finished(output_dir: str | Path, identity: Mapping[str, Mapping[str, object]]) -> bool:
+    """Whether the folder holds this run and its model, finished.
+
+    Raises UserError if it holds a finished run of other settings.
+    """
+    try:
+        record = read_json(Path(output_dir) / "run.json")
+        earlier, model = record["starts"][-1]["must"], record["finished"]
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return False
+    if not (Path(output_dir) / model).is_file():
+        return False
+    if differences := list_differences(earlier, identity["must"]):
+        raise UserError(
+            f"{output_dir} holds a finished run of other settings: {'; '.join(differences)}. "
+            f"Choose another --output_dir; --init_from {output_dir} trains its model further"
+        )
+    return True
+
+
+def list_differences(saved: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
+    """Name each setting that differs between two parts of a run; [] if one of them is not known."""
+    names = sorted(saved.keys() | now.keys()) if saved and now else []
+    return [
+        f"{name} was {saved.get(name, 'absent')}, is {now.get(name, 'absent')}"
+        for name in names
+        if saved.get(name) != now.get(name)
+    ]
 
 
 def git_commit(clone: Path) -> str | None:

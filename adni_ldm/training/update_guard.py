@@ -1,6 +1,7 @@
 """What all processes must agree on at each update: whether it is applied, and whether the run is to stop."""
 
 import json
+import os
 import signal
 from collections.abc import Iterable
 from pathlib import Path
@@ -47,6 +48,26 @@ class UpdateGuard:
         """Let SIGTERM and SIGUSR1 end the run after its next update, and not at once."""
         for number in STOP_SIGNALS:
             signal.signal(number, lambda received, _frame: self._received.add(received))
+
+    def stop_at_once(self, message: str) -> None:
+        """From now on let either signal, or one that has come since the last update, end this process.
+
+        `message` follows the signal's name on the standard output.
+        """
+
+        def stop(received: int, _frame: object = None) -> None:
+            os.write(1, f"{signal.Signals(received).name}: {message}\n".encode())  # print may be interrupted
+            raise SystemExit(128 + received)
+
+        for number in STOP_SIGNALS:
+            signal.signal(number, stop)
+        for number in self._received:
+            stop(number)
+
+    def release_signals(self) -> None:
+        """Let either signal end this process as the system does."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
 
     def add(self, loss: torch.Tensor, **inputs: torch.Tensor) -> None:
         """Record a batch: its loss, and what a diagnostic report should describe; no wait for the device."""

@@ -21,7 +21,7 @@ def record_flushes(log: Path) -> None:
 
 
 def cut_power(folder: Path, log: Path) -> int:
-    """Cut every file of a folder back to what was flushed; returns the number of files that lost something."""
+    """Cut every file of a folder back to what was flushed; returns how many were cut."""
     flushed = {}
     for line in log.read_text().splitlines() if log.is_file() else ():
         inode, written_at, size = map(int, line.split())

@@ -96,11 +96,13 @@ def test_bf16_by_its_launch_file(slices, on_one_host, tmp_path):
 def test_fsdp_ends_as_two_whole_copies_do(slices, on_one_host, tmp_path):
     """Our part of it on CPU: gathered for validation and saving, EMA by shards, resumed bit for bit."""
     script = [*LAUNCH, "configs/accelerate/fsdp.yaml", "--mixed_precision", "no"]
-    words = vae_words(slices, tmp_path / "vae", checkpointing_steps=2, checkpoints_total_limit=1)
+    words = vae_words(slices, tmp_path / "vae", checkpointing_steps=4)
     run(*script, "tests/faults/fsdp_on_cpu.py", "train_vae", *words)
     assert nearly_alike(on_one_host, tmp_path / "vae")
     whole = weights_of("train_vae", tmp_path / "vae")
     assert (tmp_path / "vae/checkpoints/step-00000004/ema_1.safetensors").is_file(), "it was sharded"
+    shutil.rmtree(tmp_path / "vae/checkpoints/step-00000006")
+    (tmp_path / "vae/config.json").unlink()  # as if it had been killed before its last step
     run(*script, "tests/faults/fsdp_on_cpu.py", "train_vae", *words)
     assert json.loads((tmp_path / "vae/run.json").read_text())["starts"][-1]["step"] == 4
     assert weights_of("train_vae", tmp_path / "vae") == whole

@@ -322,7 +322,7 @@ def test_a_lora_resumed_is_the_uninterrupted_one_and_no_other(base, lora_words, 
         (("--init_from", tmp_path / "whole"), "weights of --init_from was"),
     ):
         with pytest.raises(UserError, match=named):
-            run(train_ldm, *words, *resume, *changed)
+            run(train_ldm, *words, *resume, "--output_dir", tmp_path / "other", *changed)
 
 
 @pytest.mark.parametrize(
