@@ -57,7 +57,7 @@ from adni_ldm.evaluation.report_figures import plot_comparisons, plot_model
 from adni_ldm.evaluation.spectrum import measure_spectra
 from adni_ldm.evaluation.tstr import train_on_synthetic_test_on_real
 from adni_ldm.evaluation.verdicts import verdicts
-from adni_ldm.files import check_empty_dir
+from adni_ldm.files import CONTENT_PARTIAL, atomic_content, check_empty_dir
 from adni_ldm.generation import hash_pipeline
 from adni_ldm.loading import load_pipeline
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
@@ -70,7 +70,8 @@ def main() -> int:
         known = ", ".join(QUESTIONS)
         raise UserError(f"--require {','.join(sorted(unknown))}: no such question; the questions are {known}")
     output_dir = Path(cfg.output_dir)
-    if not (output_dir / "metrics.json").is_file():  # an earlier report is overwritten, nothing else
+    # An earlier report is replaced, or one that a kill interrupted, and nothing else.
+    if not any((output_dir / name).exists() for name in ("metrics.json", CONTENT_PARTIAL)):
         check_empty_dir(output_dir)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
@@ -136,24 +137,6 @@ def main() -> int:
         "privacy": {**memorization.metrics, "unseen_cohorts": unseen},
     }
 
-    # ---- Figures -------------------------------------------------------------------------------------------
-    folder = FigureFolder(output_dir / "figures")
-    curve = conditioning.get("by_guidance")
-    plot_comparisons(folder, held_out, all_train, samples, memorization, curve)
-    caption = "Distribution of the anatomical measures by class, in real slices and in samples"
-    path = folder.add("anatomy", "anatomy", caption)
-    figures.save_anatomy(path, all_real, anatomy[0], samples, anatomy[1])
-    caption = "Power of held-out slices and samples by spatial frequency, and of reconstructions with --model"
-    curves = {"held-out real slices": held_out.floats(), "samples": samples.floats()}
-    curves |= {} if reconstructions is None else {"reconstructions": reconstructions}
-    figures.save_spectrum(folder.add("spectrum", "spectrum", caption), curves)
-    caption = f"UMAP of the features ({extract.name}) of real slices and samples, by class"
-    path = folder.add("fidelity", "features", caption)
-    title = f"UMAP of {extract.name} features"
-    figures.save_umap(path, title, (features[0], held_out), (features[2], samples), seed=cfg.seed)
-    if pipeline:
-        plot_model(folder, pipeline, cfg.model, held_out, samples, sampling, cfg.seed)
-
     # ---- Report --------------------------------------------------------------------------------------------
     facts = {
         "model_hash": hash_pipeline(pipeline) if pipeline else metadata.get("model_hash"),
@@ -169,8 +152,27 @@ def main() -> int:
         "versions": installed_versions(("adni-ldm", "torch", "diffusers", "torchvision")),
     }
     metrics = {"verdicts": verdicts(metrics), **metrics, **facts}
-    write_metrics(output_dir / "metrics.json", metrics)
-    write_html(output_dir / "report.html", metrics, folder.figures, describe(facts))
+    with atomic_content(output_dir, last="metrics.json") as partial:
+        folder = FigureFolder(partial / "figures")
+        curve = conditioning.get("by_guidance")
+        plot_comparisons(folder, held_out, all_train, samples, memorization, curve)
+        caption = "Distribution of the anatomical measures by class, in real slices and in samples"
+        path = folder.add("anatomy", "anatomy", caption)
+        figures.save_anatomy(path, all_real, anatomy[0], samples, anatomy[1])
+        caption = (
+            "Power of held-out slices and samples by spatial frequency, and of reconstructions with --model"
+        )
+        curves = {"held-out real slices": held_out.floats(), "samples": samples.floats()}
+        curves |= {} if reconstructions is None else {"reconstructions": reconstructions}
+        figures.save_spectrum(folder.add("spectrum", "spectrum", caption), curves)
+        caption = f"UMAP of the features ({extract.name}) of real slices and samples, by class"
+        path = folder.add("fidelity", "features", caption)
+        title = f"UMAP of {extract.name} features"
+        figures.save_umap(path, title, (features[0], held_out), (features[2], samples), seed=cfg.seed)
+        if pipeline:
+            plot_model(folder, pipeline, cfg.model, held_out, samples, sampling, cfg.seed)
+        write_metrics(partial / "metrics.json", metrics)
+        write_html(partial / "report.html", metrics, folder.figures, describe(facts))
     for verdict in list_verdicts(metrics):
         print(f"{verdict.question} {verdict.answer}. {verdict.text}")
     print(f"report: {output_dir}/report.html")

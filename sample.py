@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from PIL import Image
 from torchvision.io import ImageReadMode, decode_image
 from tqdm.auto import tqdm
 
@@ -32,7 +33,7 @@ from adni_ldm.data.provenance import model_records
 from adni_ldm.environment import processes_without_gpu
 from adni_ldm.errors import UserError, run_recipe
 from adni_ldm.figures import save_rows, to_pil
-from adni_ldm.files import atomic_file, check_empty_dir, read_json, write_json
+from adni_ldm.files import atomic_file, check_empty_dir, read_json, remove_leftovers, write_json
 from adni_ldm.generation import (
     denoising_trajectory,
     generate_images,
@@ -41,6 +42,7 @@ from adni_ldm.generation import (
     use_scheduler,
 )
 from adni_ldm.loading import load_pipeline
+from adni_ldm.output_lock import OutputLock
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
 from adni_ldm.precision import choose_precision
 
@@ -89,10 +91,11 @@ def main() -> None:
     check_same_run(output_dir, settings)
     state.wait_for_everyone()  # all processes check before one of them writes
     if state.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        lock = OutputLock(output_dir)
         write_json(output_dir / SETTINGS, settings)
         for name in labels.values():
             (output_dir / name).mkdir(exist_ok=True)
+            remove_leftovers(output_dir / name)
     state.wait_for_everyone()
 
     # ---- Sampling: batches of fixed slices, distributed over the processes -------------------------------
@@ -112,7 +115,7 @@ def main() -> None:
         written: Iterable = ()
         for label, indices in share:
             paths = [output_dir / file_name(labels[label], index) for index in indices]
-            if not all(path.is_file() for path in paths):
+            if not all(map(is_whole, paths)):
                 # The whole batch is sampled again: rounding depends on the batch size.
                 seeds = [image_seed(cfg.seed, index) for index in indices]
                 size = len(seeds)
@@ -135,6 +138,7 @@ def main() -> None:
                 for label, name in labels.items()
             }
             save_rows(output_dir / "trajectory.png", rows)
+        lock.release()
         print(f"{len(labels) * cfg.num_images} slices in {output_dir}; preview in grid.png")
     state.wait_for_everyone()
     state.destroy_process_group()
@@ -198,9 +202,19 @@ def file_name(class_name: str, index: int) -> str:
     return f"{class_name}/{index:06d}.png"
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a slice is there and can be decoded: a power cut may leave a file of another program empty."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return True
+
+
 def write_png(image: torch.Tensor, path: Path) -> None:
-    """Write a slice (1, H, W) in [0, 1] atomically; a file that exists is kept."""
-    if not path.is_file():
+    """Write a slice (1, H, W) in [0, 1] atomically; a whole one that exists is kept."""
+    if not is_whole(path):
         with atomic_file(path) as partial:
             to_pil(image).save(partial, format="png")
 

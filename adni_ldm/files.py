@@ -17,15 +17,20 @@ from pathlib import Path
 from adni_ldm.errors import UserError
 
 _OLD = ".old.partial"  # ends the name of a folder that is being replaced
+LOCK = ".lock"  # in a folder that a process writes to: see output_lock
 CONTENT_PARTIAL = ".content.partial"  # in a folder to which files are being added
 
 
 def check_empty_dir(folder: str | Path, flag: str = "--output_dir") -> None:
-    """Raise UserError, with the name of `flag`, if `folder` is a file or not empty."""
+    """Raise UserError, with the name of `flag`, if `folder` is a file or not empty.
+
+    What a killed process of ours left under temporary names does not count.
+    """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{flag} {folder}: a file of this name exists; choose another folder")
-    if folder.exists() and any(folder.iterdir()):
+    content = folder.iterdir() if folder.exists() else ()
+    if any(entry.name != LOCK and not entry.match(".*.partial") for entry in content):
         raise UserError(f"{flag} {folder} is not empty: remove it or choose another")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the cache of the process that started them
@@ -25,12 +26,15 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the cache of the pr
         TOKENIZERS_PARALLELISM="false",
     )
 
-from collections.abc import Callable, Mapping, Sequence  # noqa: E402
+from collections.abc import Callable, Iterator, Mapping, Sequence  # noqa: E402
+from contextlib import AbstractContextManager, contextmanager, suppress  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from stand_ins import blob_image, make_pipeline  # noqa: E402
+
+from adni_ldm.output_lock import OutputLock  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -48,6 +52,33 @@ def write_ad_nc(
             for number in slices:
                 blob_image((int(name), number)).save(folder / place / f"{name}_{number}{suffix}")
     return folder
+
+
+@pytest.fixture
+def held_by_another() -> Callable[..., AbstractContextManager[int]]:
+    """A process, by its id, that holds an output folder; with `fork`, it has a fork that outlives it."""
+
+    @contextmanager
+    def hold(folder: Path, fork: bool = False) -> Iterator[int]:
+        ready, forked = os.pipe(), 0
+        holder = os.fork()
+        if holder == 0:
+            OutputLock(folder)
+            forked = os.fork() if fork else 0
+            if forked or not fork:
+                os.write(ready[1], f"{forked:<20}".encode())
+            signal.pause()
+        try:
+            forked = int(os.read(ready[0], 20))
+            yield holder
+        finally:
+            for process in filter(None, (holder, forked)):
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+            with suppress(ChildProcessError):
+                os.waitpid(holder, 0)
+
+    return hold
 
 
 @pytest.fixture

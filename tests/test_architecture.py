@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 RECIPES = ("train_vae.py", "train_ldm.py")
 # What each subpackage, or module at the top level, may import of the package beside itself.
-SMALL = {"errors", "files", "environment", "precision", "figures"}
+SMALL = {"errors", "files", "output_lock", "environment", "precision", "figures"}
 ROOMS = {
     "models": SMALL,
     "pipeline": {"models"},

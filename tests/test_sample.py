@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,6 +159,23 @@ def test_a_killed_run_continues_and_equals_an_undisturbed_one(model, whole, gene
     assert (whole / "NC/000006.png").read_bytes() == (tmp_path / "NC-000006.png").read_bytes()
     assert (whole / "metadata.csv").read_bytes() == (tmp_path / "metadata.csv").read_bytes()
     assert (whole / "grid.png").is_file()
+
+
+def test_a_slice_that_cannot_be_decoded_is_missing(generate, whole, tmp_path):
+    """As another program, or a version before this one, leaves it at a power cut."""
+    shutil.copytree(whole, tmp_path / "cut")
+    for name, size in (("AD/000002.png", 0), ("NC/000005.png", 60)):
+        os.truncate(tmp_path / "cut" / name, size)
+    generate(tmp_path / "cut")
+    assert contents(tmp_path / "cut") == contents(whole)
+
+
+def test_two_runs_on_one_folder(generate, held_by_another, whole):
+    before = contents(whole)
+    with held_by_another(whole), pytest.raises(UserError, match="samples is being written by process"):
+        generate(whole)
+    (whole / ".lock").unlink()
+    assert contents(whole) == before
 
 
 def test_a_folder_of_something_else_is_refused(generate, whole, tmp_path):

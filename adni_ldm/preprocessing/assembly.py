@@ -15,7 +15,7 @@ import pandas as pd
 from adni_ldm.data.manifest import MANIFEST, write_manifest
 from adni_ldm.data.splits import SPLITS
 from adni_ldm.errors import UserError
-from adni_ldm.files import atomic_file, read_json
+from adni_ldm.files import atomic_file, flush_tree, read_json
 from adni_ldm.preprocessing.slicing import CENTRE_MM, PLANES, SlicingSettings
 from adni_ldm.preprocessing.study import Study, StudyScan
 
@@ -100,6 +100,7 @@ def _link_slices(store: Path, table: pd.DataFrame) -> None:
             except OSError:  # a file system without hard links
                 shutil.copyfile(source, target)
         part.to_csv(merged / split / "metadata.csv", index=False, columns=METADATA)
+    flush_tree(merged)
 
 
 def _replace_splits(output_dir: Path, store: Path) -> None:

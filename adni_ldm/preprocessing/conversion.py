@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 
 from adni_ldm.data.splits import assign_splits
 from adni_ldm.errors import UserError
-from adni_ldm.files import commit_folder, read_json, write_json
+from adni_ldm.files import commit_folder, read_json, remove_leftovers, write_json
+from adni_ldm.output_lock import OutputLock
 from adni_ldm.preprocessing.assembly import DataFolder, assemble
 from adni_ldm.preprocessing.registration import Template, load_template
 from adni_ldm.preprocessing.scan_to_slices import slice_scan
@@ -116,13 +117,16 @@ def convert_scans(
     Raises UserError if the folder cannot be written, was made with other settings or is left without any
     slice, or a worker was killed. What is done by then stays, and the same call resumes.
     """
-    input_dir, store = Path(input_dir), Path(output_dir) / STORE
+    input_dir, output_dir = Path(input_dir), Path(output_dir)
+    store = output_dir / STORE
     workers = os.cpu_count() if workers is None else workers
     if workers < 1:
         raise UserError(f"workers={workers}: choose 1 or more")
     try:
-        for folder in (store / "volumes", store / "rejected"):
-            folder.mkdir(parents=True, exist_ok=True)
+        lock = OutputLock(store)
+        for folder in (output_dir, store, store / "volumes", store / "rejected"):
+            folder.mkdir(exist_ok=True)
+            remove_leftovers(folder)
         _write_plan(store, splits, slicing)
         scans = [scan for scan in study.scans if not _is_done(store, input_dir, scan)]
         template = load_template() if scans and slicing.needs_template else None
@@ -131,7 +135,9 @@ def convert_scans(
         for _ in tqdm(converted, total=len(scans), desc="scans", unit="scan"):
             pass
         shutil.rmtree(store / "partial", ignore_errors=True)
-        return assemble(store, study, splits, slicing, settings or {})
+        folder = assemble(store, study, splits, slicing, settings or {})
+        lock.release()
+        return folder
     except OSError as error:  # problems of a scan are VolumeErrors
         raise UserError(
             f"{output_dir}: cannot be written ({error.strerror or error}); correct that and run the same "

@@ -28,8 +28,9 @@ from adni_ldm.data.folder import SUBJECTS_UNKNOWN
 from adni_ldm.data.provenance import check_leakage, describe_data, training_records
 from adni_ldm.data.slices import SliceTensors, open_folder, read_slices, to_arrays
 from adni_ldm.errors import disk_errors
-from adni_ldm.files import atomic_content
+from adni_ldm.files import atomic_content, remove_leftovers
 from adni_ldm.generation import hash_weights
+from adni_ldm.output_lock import OutputLock
 from adni_ldm.training.batch_sampling import BatchRandom, BatchSampler, load_batches
 from adni_ldm.training.checkpoints import check_earlier_run, load_checkpoint, save_checkpoint, write_state
 from adni_ldm.training.compute import check_compute_options, set_compute_options
@@ -63,13 +64,13 @@ class TrainingRun:
     """
 
     def __init__(self, cfg: TrainingConfig, name: str, metrics: Sequence[str]):
-        check_earlier_run(cfg.output_dir, cfg.resume_from_checkpoint)
         check_compute_options(cfg.attention, cfg.optimizer)
         self.cfg, self.name, self.output_dir = cfg, name, Path(cfg.output_dir)
         names = ("output_dir", "mixed_precision", "gradient_accumulation_steps", "report_to", "seed")
         names += ("batch_size", "max_grad_norm", "deterministic")
         self.accelerator = start_accelerator(**{name: getattr(cfg, name) for name in names})
         check_optimizer(cfg.optimizer, self.accelerator.distributed_type)
+        on_main_process(self.accelerator, self._open_output_dir)
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         self.print = self.accelerator.print
         self.on_gpu = self.device.type != "cpu"
@@ -80,6 +81,13 @@ class TrainingRun:
         self.hashes: dict[str, str] = {}  # of all that a resumed run must share with its first part
         self.notes: dict[str, str] = {}  # of what it should share
         self.updates = 0  # optimizer updates so far
+
+    def _open_output_dir(self) -> None:
+        """Lock the output folder, and remove what a kill left in it."""
+        self.lock = OutputLock(self.output_dir)
+        check_earlier_run(self.output_dir, self.cfg.resume_from_checkpoint)
+        for folder in (self.output_dir, self.output_dir / "checkpoints"):
+            remove_leftovers(folder)
 
     # ---- Data --------------------------------------------------------------------------------------------
 
@@ -333,4 +341,6 @@ class TrainingRun:
     def _end(self, message: str) -> None:
         """End trackers and processes, with a last message."""
         self.accelerator.end_training()
+        if self.is_main:
+            self.lock.release()
         self.print(message)

@@ -290,6 +290,12 @@ def test_an_output_that_cannot_be_written_is_named(archive, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_two_runs_on_one_folder(archive, held_by_another, tmp_path):
+    with held_by_another(tmp_path / ".scans"), pytest.raises(UserError, match="is being written by process"):
+        prepare(archive, tmp_path)
+    assert [path.name for path in (tmp_path / ".scans").iterdir()] == [".lock"]
+
+
 def test_a_folder_of_another_making_is_left_alone(archive, undisturbed, tmp_path):
     (tmp_path / "train").mkdir()
     with pytest.raises(UserError, match="holds train, not made by this command"):
