@@ -25,7 +25,8 @@ if missing := [name for name in ("scipy", "umap") if find_spec(name) is None]:
     sys.exit(f"evaluate.py: error: {missing[0]} is not installed: pip install 'adni-ldm[eval]'")
 
 from adni_ldm.config import EvaluateConfig, class_names, parse_config
-from adni_ldm.data.folder import IMAGE_FORMATS
+from adni_ldm.data.folder import IMAGE_FORMATS, SUBJECTS_UNKNOWN
+from adni_ldm.data.hub_datasets import as_folder
 from adni_ldm.data.provenance import describe_data
 from adni_ldm.data.slices import open_folder, read_slices
 from adni_ldm.environment import installed_versions
@@ -79,12 +80,13 @@ def main() -> int:
     names = class_names(cfg.classes)
     samples = load_samples(cfg.samples, names, cfg.max_slices)
     size = samples.images.shape[-1]
-    listing = open_folder(cfg.real, names, cfg.table)
+    listing = open_folder(as_folder(cfg.real, names, **cfg.dataset_options), names, cfg.table)
     splits = read_slices(listing, cfg.val_fraction)
     data, metadata = describe_data(listing, splits), read_metadata(cfg.samples)
     pipeline = open_pipeline(cfg.model, metadata, names, size)
     history = find_history(cfg.model, pipeline, metadata, cfg.samples)
-    others = open_cohorts(cfg.also_trained_on, history, names, cfg.table, cfg.val_fraction, size)
+    also = [as_folder(folder, names, **cfg.dataset_options) for folder in cfg.also_trained_on]
+    others = open_cohorts(also, history, names, cfg.table, cfg.val_fraction, size)
     check_held_out(history, data, others)
     unseen = history.unseen({data.hash, *(cohort.data.hash for cohort in others)})
     print(f"the model's training data: {history.describe(unseen)}")
@@ -139,6 +141,7 @@ def main() -> int:
 
     # ---- Report --------------------------------------------------------------------------------------------
     facts = {
+        "subjects_known": data.subjects_known,
         "model_hash": hash_pipeline(pipeline) if pipeline else metadata.get("model_hash"),
         "data_hash": data.hash,
         "training_data": history.describe(unseen),
@@ -251,8 +254,9 @@ def describe(facts: Mapping) -> dict[str, str]:
     settings = [f"{name.replace('_', ' ')} {value}" for name, value in facts["sampled_with"].items()]
     versions = [f"{name} {version}" for name, version in facts["versions"].items()]
     features = facts["features"]
+    unknown = "" if facts["subjects_known"] else f"; {SUBJECTS_UNKNOWN}, and the intervals are too narrow"
     return {
-        "Real slices": f"{counts}; data hash {facts['data_hash'][:16]}",
+        "Real slices": f"{counts}; data hash {facts['data_hash'][:16]}{unknown}",
         "Samples": ", ".join([str(facts["slices"]["samples"]), *(settings or ["no metadata.csv"])]),
         "Model's training data": facts["training_data"],
         "Features": f"{features['name']}, hash of the weights {features['hash']}; metrics of different "

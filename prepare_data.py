@@ -95,10 +95,13 @@ def check(arguments: list[str]) -> int:
 
     Saves contact sheets and histograms to check/ of the current folder, or to --figures.
     """
+    from adni_ldm.data.hub_datasets import as_folder
     from adni_ldm.data.qc import check_folder
 
     cfg = parse_config(CheckConfig, check.__doc__, arguments, "prepare_data.py check", positional="data_dir")
-    report = check_folder(cfg.data_dir, class_names=class_names(cfg.classes), table=cfg.table)
+    names = class_names(cfg.classes)
+    folder = as_folder(cfg.data_dir, names, **cfg.dataset_options)
+    report = check_folder(folder, class_names=names, table=cfg.table)
     print(report)
     save_figures(report, cfg.figures)
     return 0 if report.ok else 1
@@ -128,6 +131,7 @@ def forget(arguments: list[str]) -> None:
     """
     from huggingface_hub.constants import HF_HOME
 
+    from adni_ldm.data.hub_datasets import as_folder
     from adni_ldm.data.withdrawal import find_traces
 
     cfg = parse_config(
@@ -136,7 +140,8 @@ def forget(arguments: list[str]) -> None:
     if not cfg.subject:
         raise UserError("give the subject: python prepare_data.py forget SUBJECT --data_dir DIR")
     latents = [Path(HF_HOME, "adni_ldm", "latents"), *cfg.latent_cache]
-    traces = find_traces(cfg.subject, cfg.data_dir, cfg.runs, cfg.table, latents)
+    folder = as_folder(cfg.data_dir, class_names(cfg.classes), **cfg.dataset_options)
+    traces = find_traces(cfg.subject, cfg.data_dir, cfg.runs, cfg.table, latents, folder)
     for trace in traces:
         print(f"{trace.kind:<6} {trace.path}: {trace.what}")
     caches = [trace.path for trace in traces if trace.kind == "cache"]

@@ -51,7 +51,7 @@ def main() -> None:
         from adni_ldm.hub.push import check_push, push_model
 
         parts = {"vae": vae, "unet": denoiser.unet, "class_embedding": denoiser.class_embedding}
-        check_push(cfg.hub_model_id, cfg.data_dir, cfg.table, parts)  # now, and not after hours of training
+        check_push(cfg.hub_model_id, run.data_dir, cfg.table, parts)  # now, and not after hours of training
 
     # Each slice is encoded once; its posterior is sampled anew at every step.
     vae.to(run.device).requires_grad_(False).eval()
@@ -102,7 +102,7 @@ def main() -> None:
     pipeline = build_pipeline(run, cfg, start, vae, denoiser, scheduler)
     run.save(pipeline, f"pipeline in {cfg.output_dir}: python sample.py --class all --model {cfg.output_dir}")
     if cfg.push_to_hub and run.is_main:
-        push_model(run.output_dir, cfg.hub_model_id, [cfg.data_dir], cfg.table, accept_privacy_risk=True)
+        push_model(run.output_dir, cfg.hub_model_id, [run.data_dir], cfg.table, accept_privacy_risk=True)
 
 
 def denoising_loss(

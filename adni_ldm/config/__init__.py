@@ -7,6 +7,7 @@ reads `--config FILE.yaml` first; flags override it.
 from adni_ldm.config.app import AppConfig
 from adni_ldm.config.classes import class_names
 from adni_ldm.config.data import CheckConfig, ForgetConfig, PhantomConfig, ScansConfig
+from adni_ldm.config.datasets import DatasetConfig
 from adni_ldm.config.evaluation import EvaluateConfig
 from adni_ldm.config.hub import PushConfig, PushSamplesConfig
 from adni_ldm.config.parsing import parse_config, run_command

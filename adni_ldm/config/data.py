@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from transformers.hf_argparser import HfArg
 
 from adni_ldm.config.classes import CLASSES_HELP, TABLE_HELP, class_names
+from adni_ldm.config.datasets import DATA_HELP, DatasetConfig
 from adni_ldm.errors import UserError
 
 
@@ -25,10 +26,10 @@ class PhantomConfig:
 
 
 @dataclass(frozen=True)
-class CheckConfig:
+class CheckConfig(DatasetConfig):
     """Settings of prepare_data.py check."""
 
-    data_dir: str = HfArg(default="data/phantom", help="Folder of slices, AD_NC folder, or its zip.")
+    data_dir: str = HfArg(default="data/phantom", help=DATA_HELP)
     classes: str = HfArg(default="AD,NC", help=CLASSES_HELP)
     table: str | None = HfArg(default=None, help=TABLE_HELP)
     figures: str | None = HfArg(
@@ -40,11 +41,12 @@ class CheckConfig:
 
 
 @dataclass(frozen=True)
-class ForgetConfig:
+class ForgetConfig(DatasetConfig):
     """Settings of prepare_data.py forget."""
 
     subject: str = HfArg(default="", help="Subject, or image ID of a scan; also as the first argument.")
-    data_dir: str = HfArg(default="data/adni", help="Folder of slices, AD_NC folder, or its zip.")
+    data_dir: str = HfArg(default="data/adni", help=DATA_HELP)
+    classes: str = HfArg(default="AD,NC", help=CLASSES_HELP)
     runs: list[str] = HfArg(default_factory=list, help="Folders that hold models, at any depth.")
     table: str | None = HfArg(default=None, help=TABLE_HELP)
     latent_cache: list[str] = HfArg(

@@ -5,15 +5,16 @@ from dataclasses import dataclass
 from transformers.hf_argparser import HfArg
 
 from adni_ldm.config.classes import CLASSES_HELP, TABLE_HELP, class_names
+from adni_ldm.config.datasets import DATA_HELP, DatasetConfig
 from adni_ldm.config.parsing import check_at_least
 from adni_ldm.errors import UserError
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(DatasetConfig):
     """Settings of evaluate.py."""
 
-    real: str = HfArg(default="data/phantom", help="Folder of real slices, AD_NC folder, or its zip.")
+    real: str = HfArg(default="data/phantom", help=f"Real slices. {DATA_HELP}")
     samples: str = HfArg(default="samples", help="Folder of samples, one subfolder per class.")
     output_dir: str = HfArg(default="report", help="Output folder: report.html, metrics.json, figures/.")
     model: str | None = HfArg(

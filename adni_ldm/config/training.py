@@ -8,15 +8,13 @@ from typing import Annotated, TypeVar, get_type_hints
 from transformers.hf_argparser import HfArg
 
 from adni_ldm.config.classes import CLASSES_HELP, TABLE_HELP, class_names
+from adni_ldm.config.datasets import DATA_HELP, DatasetConfig, MayChange
 from adni_ldm.config.parsing import check_at_least, check_sampling
 from adni_ldm.errors import UserError
 from adni_ldm.files import write_json
 
-# A resumed run must repeat every setting of its first part, but for these: where files are and how often to
-# report, or what a hash of data and weights identifies better ...
 T = TypeVar("T")
-MayChange = Annotated[T, "free"]
-# ... and what changes the rounding and not the method: a resume warns that they differ, and continues.
+# Beside `MayChange`, what changes the rounding and not the method: a resume warns of it, and continues.
 RoundingOnly = Annotated[T, "should"]
 NO_EPSILON = (
     "--prediction_type epsilon cannot be learned at zero terminal SNR, where the last timestep is pure "
@@ -26,13 +24,10 @@ EMA_HELP = "Half-life of an update's weight in the EMA, images; early in trainin
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(DatasetConfig):
     """Settings that both training recipes share."""
 
-    data_dir: MayChange[str] = HfArg(
-        default="data/phantom",
-        help="Folder of slices, {train,val,test}/{AD,NC}/SUBJECT_SLICE.png, or an AD_NC folder or its zip.",
-    )
+    data_dir: MayChange[str] = HfArg(default="data/phantom", help=DATA_HELP)
     output_dir: MayChange[str] = HfArg(
         default="runs/model", help="Folder for the model, its metrics and figures."
     )

@@ -33,8 +33,8 @@ IMAGE_FORMATS = (
 _ALIASES = {"val": ("val", "validation", "valid"), "NC": ("NC", "CN")}  # other names of a folder
 
 SUBJECTS_UNKNOWN = (
-    "the file names identify scans, and a subject may have several: whether two splits share a subject "
-    "cannot be known from the names; give the study table with --table, or a column subject in metadata.csv"
+    "scans or slices are identified, and not who is on them; a subject may have several: whether two splits "
+    "share a subject cannot be known; give the study table with --table, or a column subject in metadata.csv"
 )
 
 

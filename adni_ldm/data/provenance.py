@@ -88,6 +88,7 @@ def training_records(data: DataRecord, earlier: Iterable[Mapping] | None = None)
     """Return the records of a model trained on `data`, after those of the model it started from."""
     names = {name for subject, scans in data.subjects["train"].items() for name in (subject, *scans)}
     record = {"hash": data.hash, "hash_of": data.hash_of, "ids": _join_hashes(names, data.hash)}
+    record |= {} if data.subjects_known else {"subjects": "unknown"}
     some = {digest for every in data.slices.get("train", {}).values() for digest in sorted(every)[:_SLICES]}
     if some:
         record |= {"slices": _join_hashes(some, data.hash), "prepared": data.prepared}

@@ -39,6 +39,7 @@ def find_traces(
     runs: Sequence[str | Path] = (),
     table: str | Path | None = None,
     latents: Sequence[str | Path] = (),
+    folder: Path | None = None,
 ) -> list[Trace]:
     """Find a subject, by its ID or the image ID of a scan, in a data folder or zip, in caches, and in models.
 
@@ -46,17 +47,22 @@ def find_traces(
         runs: folders that hold models, at any depth.
         table: the study table by which image IDs are assigned to subjects.
         latents: folders of cached latents.
+        folder: where `as_folder` has written `data_dir`, if it is a data set.
     """
-    root = open_data_dir(data_dir)
+    root = open_data_dir(folder or data_dir)
     files = _files_of(list_folder(root, classes_in(root), table), subject)
     names = {subject} | {name for file in files for name in (file.subject, file.scan) if name}
     traces = []
     if root != Path(data_dir).expanduser():
-        traces += [Trace("data", Path(data_dir), f"zip with {len(files)} slices")] if files else []
+        traces += (
+            [Trace("data", Path(data_dir), f"zip or data set with {len(files)} slices")] if files else []
+        )
     else:
         traces += _in_data(root, files, names)
     traces += _in_unpacked(subject, table)
     traces += _in_prepared(names, {file.path for file in files})
+    for place in sorted(cache_dir("datasets").glob("*")):
+        traces.append(Trace("cache", place, "rows of data sets; of which subjects is not recorded"))
     for folder in latents:
         for record in sorted(Path(folder).expanduser().glob("*/latents.json")):
             traces.append(Trace("cache", record.parent, "latents; of which subjects is not recorded"))
@@ -89,7 +95,7 @@ def _in_unpacked(subject: str, table: str | Path | None) -> Iterator[Trace]:
         except UserError:  # not a folder of slices
             continue
         if files:
-            yield Trace("cache", folder, f"unpacked zip with {len(files)} slices")
+            yield Trace("cache", folder, f"unpacked, {len(files)} slices")
 
 
 def _in_prepared(names: set[str], paths: set[str]) -> Iterator[Trace]:

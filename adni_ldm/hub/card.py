@@ -95,6 +95,7 @@ def write_dataset_card(
 ) -> None:
     """Write README.md of samples: their sampling `settings`, and the `count` of slices of each class."""
     synthetic = is_synthetic(listings)
+    known = all(listing.subjects_known for listing in listings)
     card_data = DatasetCardData(
         **_license(license, synthetic),
         pretty_name=repo_id.split("/")[1],
@@ -103,6 +104,7 @@ def write_dataset_card(
         tags=[*TAGS[1:], "synthetic"],
     )
     facts = {"repo_id": repo_id, "settings": settings, "count": count, "synthetic": synthetic}
+    facts["subjects_known"] = known
     _write_card(path, "dataset_card.md", card_data, report, **facts)
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from adni_ldm.data.archives import open_data_dir
 from adni_ldm.data.folder import FolderListing, classes_in
+from adni_ldm.data.hub_datasets import OPTIONS, as_folder, is_hub_name
 from adni_ldm.data.manifest import data_hash, manifest_problems, read_manifest
 from adni_ldm.data.provenance import model_records, records_by_part
 from adni_ldm.data.slices import open_folder
@@ -166,10 +167,12 @@ def open_training_data(
         UserError: a folder is missing, contains other data, or has changed since it was prepared.
     """
     recorded = settings.get("data_dir")
-    data_dirs = data_dirs or ([recorded] if recorded and Path(recorded).exists() else [])
+    at_hand = recorded and (Path(recorded).exists() or is_hub_name(recorded))
+    data_dirs = data_dirs or ([recorded] if at_hand else [])
+    options = {name: settings[name] for name in OPTIONS if name in settings}
     table, listings, found = table or settings.get("table"), [], {}
     for folder in data_dirs:
-        root = open_data_dir(folder)
+        root = open_data_dir(as_folder(folder, class_names, **options))
         # All classes, also those that the model lacks, or that the folder has lost according to its manifest.
         splits = (read_manifest(root) or {"splits": {}})["splits"].values()
         every = sorted({*classes_in(root), *(name for split in splits for name in split)})

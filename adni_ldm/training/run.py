@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from adni_ldm.config import TrainingConfig, save_config, settings_to_keep
 from adni_ldm.data.folder import SUBJECTS_UNKNOWN
+from adni_ldm.data.hub_datasets import as_folder
 from adni_ldm.data.provenance import check_leakage, describe_data, training_records
 from adni_ldm.data.slices import SliceTensors, open_folder, read_slices, to_arrays
 from adni_ldm.errors import disk_errors
@@ -95,7 +96,8 @@ class TrainingRun:
         """Slices to train on and held-out ones, decoded by the main process; UserError for data leakage."""
         cfg = self.cfg
         with self.accelerator.main_process_first():
-            listing = open_folder(cfg.data_dir, cfg.class_names, cfg.table)
+            self.data_dir = as_folder(cfg.data_dir, cfg.class_names, **cfg.dataset_options)
+            listing = open_folder(self.data_dir, cfg.class_names, cfg.table)
             splits = read_slices(listing, cfg.val_fraction)
             train, val = (SliceTensors(to_arrays(splits[name], cfg.image_size)) for name in ("train", "val"))
             self.data = describe_data(listing, splits)

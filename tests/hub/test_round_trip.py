@@ -130,6 +130,28 @@ def test_samples_of_a_model_on_the_hub_are_pushed_and_loaded(hub, trained, phant
     assert set(columns) == {"image", *table.columns} - {"file_name", "model"}
     assert np.array_equal(Image.open(tmp_path / "first.png"), Image.open(samples / "AD/000000.png"))
 
+    # They are a data set like any other, which does not say who is on which slice.
+    check = ("prepare_data.py", "check", "me/slices", "--figures", "none")
+    assert "or --no_subjects" in run(hub, home, *check, status=1)
+    found = run(hub, home, *check, "--no_subjects")
+    assert "not who is on them" in found and "\nok\n" in found
+    words = (
+        "train_vae.py",
+        "--data_dir",
+        "me/slices",
+        "--image_size",
+        16,
+        "--widths",
+        8,
+        16,
+        "--max_steps",
+        1,
+    )
+    words += ("--batch_size", 2, "--report_to", "none", "--checkpointing_steps", 0, "--mixed_precision", "no")
+    run(hub, home, *words, "--no_subjects", "--output_dir", tmp_path / "vae")
+    (record,) = json.loads((tmp_path / "vae/config.json").read_text())["_trained_on"]
+    assert record["subjects"] == "unknown"
+
 
 def test_training_ends_with_a_push(hub, trained, phantom_dir, ad_nc_folder, train_part_on, pushed, tmp_path):
     settings = {
