@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test mutants faults gpu-check bench docs lint audit clean
+.PHONY: help demo test mutants faults fuzz gpu-check bench docs lint audit clean
 
 PYTHON ?= python3
 VENV := .venv/bin/python
@@ -48,6 +48,9 @@ mutants: .venv  ## break the code behind each claim, and see that a test notices
 faults: .venv  ## interrupt and damage training in every known way, and resume it; minutes
 	$(VENV) tests/faults/run_faults.py
 	OMP_NUM_THREADS=1 $(VENV) -m pytest tests/faults/test_launches.py
+
+fuzz: .venv  ## read 10,000 mutated files of each format, as untrusted ones are; an hour on 2 cores
+	$(VENV) tests/fuzz/run_fuzz.py --write
 
 gpu-check: .venv  ## checks that need a CUDA device: fp16, bit-identical resume, speed and memory
 	$(VENV) benchmarks/gpu_check.py

@@ -435,14 +435,22 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
 
         `source` is a folder, file or Hub name of pytorch_lora_weights.safetensors, or its tensors; `kwargs`
         are those of diffusers' `lora_state_dict`, as `revision` or `token`. Raises ValueError for a file of
-        another type: diffusers takes a `weight_name` that ends in .bin for a pickle.
+        another type (diffusers takes a `weight_name` that ends in .bin for a pickle), and for one that is
+        damaged or of another model; OSError if there is none.
         """
-        files = [
-            kwargs.get("weight_name"),
-            source if not isinstance(source, dict) and Path(source).is_file() else None,
-        ]
+        name = "the tensors given" if isinstance(source, dict) else source
+        files = [kwargs.get("weight_name"), name if Path(name).is_file() else None]
         if unsafe := [file for file in files if file and Path(file).suffix != ".safetensors"]:
             raise ValueError(f"{unsafe[0]}: a LoRA is loaded from a .safetensors file")
+        try:
+            self._load_lora(source, adapter_name, **kwargs)
+        except OSError:
+            raise
+        except Exception as error:  # of a damaged file, safetensors, diffusers and peft raise nearly any
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{name}: not a LoRA of this pipeline ({reason})") from error
+
+    def _load_lora(self, source, adapter_name: str | None, **kwargs) -> None:
         kwargs |= {"use_safetensors": True, "return_lora_metadata": True}
         weights, _, metadata = self.lora_state_dict(source, **kwargs)
         metadata, prefix = metadata or {}, "class_embedding."

@@ -34,6 +34,15 @@ def test_the_class_goes_by_its_short_flag():
         ("max_stepz: 3", "max_stepz is no setting"),
         ("mixed_precision: fp8", "fp8 is none of no, fp16, bf16"),
         ("- 3", "setting: value"),
+        ("max_steps: 1.5", "max_steps: 1.5 is no value"),
+        ("max_steps: [3]", "max_steps: .3. is no value"),
+        ("widths: 16", "widths: 16 is no value"),
+        ("widths: [a]", "widths: .'a'. is no value"),
+        ("learning_rate: 2e-", "learning_rate: 2e- is no value"),
+        ("use_ema: {a: 1}", "use_ema: .* is no value"),
+        ("3: 4", "3 is no setting"),
+        ("a: [", "not YAML"),
+        ("a: \0", "not YAML"),
     ],
 )
 def test_a_yaml_that_is_wrong_is_refused_by_name(line, message, tmp_path):

@@ -1,8 +1,7 @@
 """Parsing of settings: a dataclass from flags and a YAML file, with help."""
 
-import dataclasses
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -45,7 +44,7 @@ def parse_config(
     parser.add_argument("--config", metavar="FILE.yaml", help="File of settings; flags override it.")
     path = parser.parse_known_args(arguments)[0].config
     if path:
-        parser.set_defaults(**_read_yaml(Path(path), config_class))
+        parser.set_defaults(**_read_yaml(Path(path), parser))
     values = vars(parser.parse_args(arguments))
     values.pop("config")
     return config_class(**values)
@@ -80,19 +79,31 @@ def run_command(description: str, commands: Mapping[str, Callable[[list[str]], i
     return commands[command](arguments)
 
 
-def _read_yaml(path: Path, config_class: type) -> dict:
+def _read_yaml(path: Path, parser: HfArgumentParser) -> dict:
     if not path.is_file():
         raise UserError(f"--config {path}: no such file")
-    values = yaml.safe_load(path.read_text()) or {}
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: not YAML ({reason}); see configs/ for examples") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected lines of `setting: value`")
-    known = {entry.name: entry for entry in dataclasses.fields(config_class)}
-    if unknown := sorted(set(values) - set(known)):
+    known = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    if unknown := sorted(map(str, set(values) - set(known))):
         raise UserError(f"{path}: {', '.join(unknown)} is no setting of this recipe; see --help")
     for name, value in values.items():
-        choices = known[name].metadata.get("choices")
-        if choices and value not in choices:
-            raise UserError(f"{path}: {name}: {value} is none of {', '.join(choices)}")
-        if isinstance(known[name].default, float):
-            values[name] = float(value)  # YAML reads 2e-3 as a word
+        flag = known[name]
+        if value is None:
+            continue
+        try:
+            if isinstance(value, dict) or isinstance(value, list) != (flag.nargs == "+"):
+                raise ValueError
+            convert = flag.type or str  # as if given as a flag: YAML reads 2e-3 as a word
+            values[name] = [convert(str(v)) for v in value] if flag.nargs == "+" else convert(str(value))
+        except (ValueError, ArgumentTypeError) as error:
+            shown = str(value)[:100]
+            raise UserError(f"{path}: {name}: {shown} is no value of this setting; see --help") from error
+        if flag.choices and values[name] not in flag.choices:
+            raise UserError(f"{path}: {name}: {value} is none of {', '.join(map(str, flag.choices))}")
     return values

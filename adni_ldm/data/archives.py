@@ -8,7 +8,6 @@ import shutil
 import stat
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -49,7 +48,9 @@ def open_data_dir(data_dir: str | Path) -> Path:
                 folder = cache_dir("unpacked") / digest
                 if not _holds(folder, members):
                     _unpack(archive, members, folder)
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # of a damaged file, zipfile raises nearly any
         raise DataError(f"{path}: not a zip file, or a damaged one ({error}); download it again") from error
     return folder
 

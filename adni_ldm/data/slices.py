@@ -34,7 +34,7 @@ from adni_ldm.data.splits import SPLITS, DataError, choose_val_subjects
 
 CLASS_NAMES = ("AD", "NC")
 
-MOST_PIXELS = 8192**2  # images are untrusted, and no slice has more
+MOST_PIXELS = 4096**2  # images are untrusted, and no slice has more
 
 # Part of the cache keys of prepared slices and latents. The datasets library hashes a function by name, not
 # by code: increase this number with every change in what prepare_image returns.

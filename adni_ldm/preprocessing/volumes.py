@@ -77,9 +77,11 @@ def read_any_volume(path: str | Path) -> Volume:
     except Exception as error:  # of a damaged file, nibabel, pydicom and zlib raise many types
         reason = " ".join(str(error).split()) or type(error).__name__
         raise VolumeError(f"cannot be read ({reason[:200]}); copy it again") from error
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
+    valid = np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > 1e-6
+    # NaN where an axis has no direction of its own, beside one that is longer by many orders of magnitude
+    orientation = nibabel.io_orientation(affine) if valid else np.full((3, 2), np.nan)
+    if not np.isfinite(orientation).all():
         raise VolumeError("its header has no valid affine")
-    orientation = nibabel.io_orientation(affine)
     affine = affine @ nibabel.orientations.inv_ornt_aff(orientation, voxels.shape)
     return Volume(nibabel.apply_orientation(voxels, orientation), affine)
 
