@@ -22,6 +22,7 @@ from PIL import Image
 
 try:
     import gradio as gr
+    from starlette.middleware import Middleware
 except ImportError:
     sys.exit("app.py: error: gradio is not installed: pip install 'adni-ldm[app]'")
 
@@ -36,6 +37,7 @@ from adni_ldm.hub.space import push_space
 from adni_ldm.loading import load_pipeline
 from adni_ldm.precision import choose_precision
 from adni_ldm.web import components
+from adni_ldm.web.guard import Guard, is_open, read_accounts
 from adni_ldm.web.uploads import read_upload
 
 PREVIEWS = 10  # intermediate images shown while sampling
@@ -52,11 +54,19 @@ def main() -> None:
     if cfg.push_space:
         print(f"pushed to {push_space(cfg.push_space, Path(__file__), cfg.model, cfg.public)}")
         return
+    if is_open(cfg.host) and not (cfg.auth or cfg.no_auth):
+        raise UserError("--host: others can connect; give a file of passwords with --auth, or --no_auth")
+    accounts = read_accounts(cfg.auth) if cfg.auth else None
+    guard = Middleware(
+        Guard, host=cfg.host, allowed_hosts=cfg.allowed_hosts, max_upload=cfg.max_upload_mb << 20
+    )
     with tempfile.TemporaryDirectory(prefix="adni_ldm_app_") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads  # of uploads until they are read
         build_page(cfg).queue(max_size=cfg.queue_size, default_concurrency_limit=1).launch(
             server_name=cfg.host,  # None: GRADIO_SERVER_NAME, which a Space sets, or 127.0.0.1
             server_port=cfg.port or None,
+            auth=accounts,
+            app_kwargs={"middleware": [guard]},
             max_file_size=f"{cfg.max_upload_mb}mb",
             theme=gr.themes.Default(font="system-ui", font_mono="monospace"),  # no fonts from other servers
             css=components.CSS,
@@ -103,6 +113,9 @@ def build_page(cfg: AppConfig) -> gr.Blocks:
                     "slice of the same plane, anterior to the left. It is not stored."
                 )
                 upload = gr.File(label=f"Slice: PNG or JPEG, at most {cfg.max_upload_mb} MB", height=140)
+                upload.preprocess = lambda file: (
+                    file and file.path
+                )  # gr.File's leaves an empty file beside it
                 pixels, accepted = gr.State(None, time_to_live=600), gr.HTML()
                 source = gr.Radio(model.classes, value=None, label="Class of the slice")
                 target = gr.Radio(model.classes, value=first, label="Target class")

@@ -4,6 +4,7 @@ ADNI_LDM_SCREENSHOTS=folder keeps the screenshots, which are otherwise deleted w
 """
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pandas as pd
 import pytest
@@ -23,6 +25,7 @@ import torch
 import yaml
 from PIL import Image
 from stand_ins import blob_image, make_pipeline
+from starlette.datastructures import Headers
 
 from adni_ldm.errors import UserError
 from adni_ldm.generation import generate_images, generate_progressively, hash_pipeline, image_seed
@@ -30,6 +33,7 @@ from adni_ldm.hub.report import Report, find_report
 from adni_ldm.hub.space import push_space, write_space
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
 from adni_ldm.web.components import verdict_list
+from adni_ldm.web.guard import Guard, read_accounts
 from adni_ldm.web.uploads import read_upload
 
 ROOT = Path(__file__).parents[1]
@@ -57,11 +61,10 @@ def model(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def server(model, tmp_path_factory):
+@contextlib.contextmanager
+def serve(model, folder, *more):
     """URL of the page, and the folder of the server's temporary files."""
-    folder = tmp_path_factory.mktemp("server")
-    options = ("--model", model, "--port", "0", "--queue_size", "2", "--max_steps", "400")
+    options = ("--model", model, "--port", "0", "--queue_size", "2", "--max_steps", "400", *more)
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-u", "app.py", *map(str, options)],
@@ -79,6 +82,12 @@ def server(model, tmp_path_factory):
     finally:
         process.terminate()
         process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(model, tmp_path_factory):
+    with serve(model, tmp_path_factory.mktemp("server")) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
@@ -160,9 +169,8 @@ def saved(page):
 
 
 def stored_files(server):
-    """Files of the server that are not empty, but for its log."""
-    files = [path for path in server[1].rglob("*") if path.is_file() and path.name != "log"]
-    return [path for path in files if path.stat().st_size]
+    """Files of the server, empty ones as well, but for its log."""
+    return [path for path in server[1].rglob("*") if path.is_file() and path.name != "log"]
 
 
 def expected_samples(label, seed, number, steps):
@@ -345,6 +353,117 @@ def test_only_this_machine_can_connect(server):
     socket.create_connection(("127.0.0.1", port), timeout=5).close()
     with pytest.raises(OSError):  # another address of the same machine
         socket.create_connection(("127.0.0.2", port), timeout=5)
+
+
+# ---- Requests that no browser on the page sends --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Host": "localhost:1"}, 200),
+        ({"Host": "rebound.example"}, 403),
+        ({"Host": "192.0.2.1"}, 403),
+        ({"Host": "a]b"}, 403),
+        ({"Origin": "https://other.example"}, 403),
+        ({"Origin": "null"}, 403),
+    ],
+)
+def test_requests_of_other_sites_are_refused(server, headers, status):
+    assert httpx.get(f"{server[0]}/config", headers=headers).status_code == status
+    if status == 200:
+        assert httpx.get(f"{server[0]}/config", headers={"Origin": server[0]}).status_code == 200
+
+
+def test_uploads_that_are_refused_leave_no_file(server):
+    address, small = f"{server[0]}/gradio_api/upload", png(blob_image([1], 64, 64))
+    many = [("files", (f"{number}.png", small)) for number in range(40)]
+    assert httpx.post(address, files=many).status_code == 400
+    large = bytes(11 << 20)
+    assert httpx.post(address, files={"files": ("a.png", large)}).status_code == 413
+
+    def pieces():
+        for _ in range(11):
+            yield bytes(1 << 20)
+
+    kind = {"Content-Type": "multipart/form-data; boundary=x"}
+    assert httpx.post(address, content=pieces(), headers=kind).status_code == 413
+    head = '--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    with socket.create_connection(("127.0.0.1", int(server[0].rpartition(":")[2]))) as broken_off:
+        lines = ["POST /gradio_api/upload HTTP/1.1", "Host: localhost", "Content-Length: 9999"]
+        lines += [f"Content-Type: {kind['Content-Type']}", "", head]
+        broken_off.sendall("\r\n".join(lines).encode())
+        time.sleep(1)
+    time.sleep(1)
+    assert not stored_files(server)
+    assert httpx.post(f"{server[0]}/gradio_api/queue/join", content=bytes(100_000)).status_code == 413
+
+
+@pytest.mark.parametrize("place", ["path", "url"])
+@pytest.mark.parametrize("kind", [{"Content-Type": "application/json"}, {}])
+def test_addresses_in_an_upload_are_not_fetched(server, place, kind):
+    with socket.create_server(("127.0.0.1", 0)) as elsewhere:
+        elsewhere.settimeout(2)
+        address = f"http://127.0.0.1:{elsewhere.getsockname()[1]}/a.png"
+        file = {"path": "a.png", "url": None, "meta": {"_type": "gradio.FileData"}} | {place: address}
+        body = json.dumps({"data": [file], "fn_index": 2, "session_hash": "a"}).replace("//", "\\/\\/")
+        answer = httpx.post(f"{server[0]}/gradio_api/queue/join", content=body, headers=kind)
+        assert (answer.status_code, answer.text) == (400, "addresses are not fetched")
+        for path in (f"file={address}", f"proxy={address}"):
+            assert httpx.get(f"{server[0]}/gradio_api/{path}").status_code == 400
+        with pytest.raises(TimeoutError):
+            elsewhere.accept()
+
+
+@pytest.mark.parametrize("by_environment", [False, True])
+def test_a_page_that_is_open_to_others_needs_a_password_or_no_auth(monkeypatch, by_environment):
+    if by_environment:
+        monkeypatch.setenv("GRADIO_SERVER_NAME", "0.0.0.0")
+    import app
+
+    monkeypatch.setattr("sys.argv", ["app.py", *([] if by_environment else ["--host", "0.0.0.0"])])
+    with pytest.raises(UserError, match="--host: others can connect; .* --auth, or --no_auth"):
+        app.main()
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--no_auth", "--model", "./nothing"])
+    with pytest.raises(UserError, match="nothing: no such folder"):
+        app.main()
+
+
+def test_accounts_are_lines_of_a_file(tmp_path):
+    (tmp_path / "good").write_text("ann:one:two\n\nbob:three\n")
+    assert read_accounts(str(tmp_path / "good")) == [("ann", "one:two"), ("bob", "three")]
+    for content in ("", "ann", "ann:", ":one"):
+        (tmp_path / "bad").write_text(content)
+        with pytest.raises(UserError, match="NAME:PASSWORD"):
+            read_accounts(str(tmp_path / "bad"))
+    with pytest.raises(UserError, match="cannot be read"):
+        read_accounts(str(tmp_path / "none"))
+
+
+def test_with_auth_only_who_logs_in_is_served(model, tmp_path):
+    (tmp_path / "accounts").write_text("ann:secret\n")
+    with serve(model, tmp_path, "--auth", tmp_path / "accounts") as (address, _), httpx.Client() as visitor:
+        assert visitor.get(f"{address}/config").status_code == 401
+        assert visitor.post(f"{address}/gradio_api/queue/join", json={"data": []}).status_code == 401
+        assert visitor.post(f"{address}/login", data={"username": "ann", "password": "x"}).status_code == 400
+        visitor.post(f"{address}/login", data={"username": "ann", "password": "secret"}).raise_for_status()
+        assert visitor.get(f"{address}/config").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed", "asked", "served"),
+    [
+        ("0.0.0.0", [], "192.0.2.1:80", True),
+        ("0.0.0.0", [], socket.gethostname(), True),
+        ("0.0.0.0", [], "rebound.example", False),
+        ("0.0.0.0", ["page.example"], "PAGE.example:443", True),
+        (None, [], "192.0.2.1", False),
+    ],
+)
+def test_an_open_page_answers_to_its_names_and_to_numbers(host, allowed, asked, served):
+    guard = Guard(None, host=host, allowed_hosts=allowed, max_upload=1)
+    assert (guard._foreign(Headers({"host": asked})) == "") == served
 
 
 # ---- Without a browser ---------------------------------------------------------------------------------
