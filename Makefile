@@ -7,6 +7,7 @@ SHELL := bash
 .PHONY: help demo test mutants faults fuzz gpu-check bench docs lint audit clean
 
 PYTHON ?= python3
+KILLS ?= 20
 VENV := .venv/bin/python
 INSTALLED := .venv/.installed  # written last: without it the environment is incomplete
 
@@ -45,8 +46,9 @@ test: .venv  ## run the tests
 mutants: .venv  ## break the code behind each claim, and see that a test notices; half an hour on 2 cores
 	$(VENV) tests/mutations.py
 
-faults: .venv  ## interrupt and damage training in every known way, and resume it; minutes
+faults: .venv  ## interrupt and damage every command in every known way, and resume it (KILLS=100: half an hour)
 	$(VENV) tests/faults/run_faults.py
+	$(VENV) benchmarks/faults.py --kills $(KILLS)
 	OMP_NUM_THREADS=1 $(VENV) -m pytest tests/faults/test_launches.py
 
 fuzz: .venv  ## read 10,000 mutated files of each format, as untrusted ones are; an hour on 2 cores

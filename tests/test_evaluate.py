@@ -278,3 +278,15 @@ def test_without_a_model_the_history_is_unknown(report):
     metrics, folder = report
     assert metrics["privacy"]["unseen_cohorts"] is None
     assert "unknown: the samples name no model" in (folder / "report.html").read_text()
+
+
+def test_what_a_killed_report_left_is_replaced_and_nothing_else(tmp_path):
+    (tmp_path / "report/figures").mkdir(parents=True)  # moved, when the kill came before metrics.json
+    words = ["evaluate.py", "--samples", tmp_path / "none", "--output_dir", tmp_path / "report"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", list(map(str, words)))
+        with pytest.raises(UserError, match="report is not empty"):
+            evaluate.main()
+        (tmp_path / "report/.content.partial").mkdir()
+        with pytest.raises(UserError, match="none"):  # the samples: it goes on
+            evaluate.main()

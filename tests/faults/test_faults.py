@@ -5,12 +5,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
+
+
+def run(*command) -> str:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    command = [sys.executable, *map(str, command)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
 
 def test_a_broken_run_goes_on_as_if_nothing_had_happened():
-    script = Path(__file__).with_name("run_faults.py")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    result = subprocess.run(
-        [sys.executable, str(script), "--short"], capture_output=True, text=True, env=environment
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "all survived" in result.stdout
+    assert "all survived" in run(ROOT / "tests/faults/run_faults.py", "--short")
+
+
+def test_killed_preparation_goes_on_as_if_nothing_had_happened(tmp_path):
+    """The script of `make faults`, on the quickest command: kills, and power cuts at half of them."""
+    script = (ROOT / "benchmarks/faults.py", "--commands", "prepare_data", "--out", tmp_path)
+    said = run(*script, "--kills", 6)
+    assert "6 kills, 6 survived" in said and list(tmp_path.glob("faults_*.md"))

@@ -14,7 +14,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -32,10 +32,10 @@ WEIGHTS = {
 }
 
 
-def prepare_imports() -> None:
-    """Import the recipes; what is started afterwards has them."""
+def prepare_imports(*more: str) -> None:
+    """Import the recipes, and more modules; what is started afterwards has them."""
     sys.path.insert(0, str(ROOT))
-    for recipe in SMALL:
+    for recipe in (*SMALL, *more):
         importlib.import_module(recipe)
     import torch
 
@@ -56,6 +56,7 @@ class Run:
 
     Args:
         largest_file: bytes that a file may grow to: a write beyond fails, as on a full disk.
+        before: called in the new process before the recipe.
     """
 
     def __init__(
@@ -65,13 +66,14 @@ class Run:
         log: Path,
         environment: dict[str, str] | None = None,
         largest_file: int | None = None,
+        before: Callable[[], None] | None = None,
     ):
         self.log, self.status = log, None
         self.pid = os.fork()
         if self.pid == 0:
-            self._become(recipe, words, environment or {}, largest_file)
+            self._become(recipe, words, environment or {}, largest_file, before)
 
-    def _become(self, recipe, words, environment, largest_file) -> None:
+    def _become(self, recipe, words, environment, largest_file, before) -> None:
         code = 70
         try:
             os.setsid()
@@ -83,11 +85,16 @@ class Run:
             os.environ.update(environment)
             if largest_file:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+            if before:
+                before()
             sys.argv = [f"{recipe}.py", *words]
+            from adni_ldm.config import run_command
             from adni_ldm.errors import run_recipe
 
             try:
-                run_recipe(sys.modules[recipe].main)
+                module = sys.modules[recipe]
+                commands = getattr(module, "COMMANDS", None)
+                run_recipe(module.main if not commands else lambda: run_command(module.__doc__, commands))
             except SystemExit as end:
                 code = int(end.code or 0)
             except BaseException:
