@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 SUBJECTS = (20, 50, 100, 200)  # of each class, held out
 COHORTS = (30, 30, 200, 10)  # simulated for each of these, of samples of the true population
-FAULTY = (10, 10, 30, 5)  # and with each fault
+FAULTY = (10, 10, 200, 5)  # and with each fault
 
 
 def count_answers(
