@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from adni_ldm.config import SampleConfig, parse_config
 from adni_ldm.counterfactual import write_counterfactual, write_morph
+from adni_ldm.data.cells import escape
 from adni_ldm.data.provenance import model_records
 from adni_ldm.environment import processes_without_gpu
 from adni_ldm.errors import UserError, run_recipe
@@ -235,9 +236,10 @@ def write_metadata(
     with atomic_file(folder / "metadata.csv") as partial, partial.open("w", newline="") as file:
         lines = csv.writer(file, lineterminator="\n")
         lines.writerow(["file_name", "label", "seed", *columns])
+        cells = [escape(value) for value in columns.values()]
         for name in names:
             for index in range(num_images):
-                lines.writerow([file_name(name, index), name, image_seed(seed, index), *columns.values()])
+                lines.writerow([file_name(name, index), name, image_seed(seed, index), *cells])
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from adni_ldm.data.cells import escape_table, unescape_table
 from adni_ldm.data.slices import prepare_image, read_image, to_float
 from adni_ldm.errors import UserError
 from adni_ldm.figures import colour_limit, difference_image, save_counterfactual, save_rows, to_pil
@@ -59,7 +60,7 @@ def write_counterfactual(
         to_pil(result.images[0] / 2 + 0.5).save(folder / "counterfactual.png")
         difference_image(result.difference[0], limit).save(folder / "difference.png")
         save_counterfactual(folder / "side_by_side.png", to_float(pixels)[None], result, classes)
-        pd.DataFrame([row]).to_csv(folder / "metadata.csv", index=False)
+        escape_table(pd.DataFrame([row])).to_csv(folder / "metadata.csv", index=False)
     return row
 
 
@@ -67,7 +68,7 @@ def class_in_metadata(image: Path) -> str:
     """Read the class of a slice from the metadata.csv of its folder or the one above, else UserError."""
     for folder in image.absolute().parents[:2]:
         if (folder / "metadata.csv").is_file():
-            table = pd.read_csv(folder / "metadata.csv", dtype=str)
+            table = unescape_table(pd.read_csv(folder / "metadata.csv", dtype=str))
             if {"file_name", "label"} <= set(table):
                 name = image.absolute().relative_to(folder).as_posix()
                 if len(labels := table.label[table.file_name == name]):

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from adni_ldm.data.cells import unescape
 from adni_ldm.data.names import image_id, parse_name
 from adni_ldm.data.splits import SPLITS, DataError, shared_subjects
 from adni_ldm.data.study_table import image_key, index_by_image, read_table
@@ -290,7 +291,11 @@ def _read_metadata(listing: FolderListing, path: Path) -> dict[str, dict[str, st
             f"{path}: row {nameless[0]} has no file_name (of {_count(nameless, 'such row')}); "
             "add the path of its image, or remove the row"
         )
-    return {os.path.normpath(row["file_name"]): row for row in rows if row["file_name"]}
+    return {
+        os.path.normpath(row["file_name"]): {name: unescape(value) for name, value in row.items()}
+        for row in rows
+        if row["file_name"]
+    }
 
 
 def _report_empty_classes(

@@ -23,6 +23,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load
 from PIL import Image as PILImage
 
 from adni_ldm.data.archives import cache_dir
+from adni_ldm.data.cells import escape
 from adni_ldm.data.folder import IMAGE_SUFFIXES
 from adni_ldm.data.manifest import MANIFEST, write_manifest
 from adni_ldm.data.slices import IMAGE_FORMATS
@@ -215,7 +216,7 @@ def _write_split(
         names = dict.fromkeys(name for row in table for name in row)
         writer = csv.DictWriter(file, names, restval="")
         writer.writeheader()
-        writer.writerows(table)
+        writer.writerows({name: escape(row[name]) for name in row} for row in table)
 
 
 def _content(where: str, image: Mapping | None) -> tuple[bytes, str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from adni_ldm.data.archives import open_data_dir
+from adni_ldm.data.cells import unescape_table
 from adni_ldm.data.folder import classes_in
 from adni_ldm.data.provenance import (
     DataRecord,
@@ -79,7 +80,7 @@ def read_metadata(folder: str | Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        table = unescape_table(pd.read_csv(path, dtype=str, keep_default_na=False))
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: cannot be read as a table ({error}); sample.py writes it") from error
     columns = ("model", "model_hash", "data_hash")

@@ -20,6 +20,7 @@ from pathlib import Path
 import pandas as pd
 from diffusers import ConfigMixin
 
+from adni_ldm.data.cells import escape_table, unescape_table
 from adni_ldm.data.folder import FolderListing
 from adni_ldm.errors import UserError
 from adni_ldm.figures import save_curves, to_pil
@@ -80,7 +81,7 @@ def bundle_samples(
     for name in table.file_name:
         _copy(samples / name, folder / name)
     table = table[[name for name in _PUSHED_COLUMNS if name in table]]
-    table.to_csv(folder / "metadata.csv", index=False)
+    escape_table(table).to_csv(folder / "metadata.csv", index=False)
     _write_metrics(folder, report)
     settings = table.drop(columns=["file_name", "label", "seed"]).iloc[0].to_dict()
     count = table.label.value_counts(sort=False).to_dict()
@@ -97,7 +98,7 @@ def read_samples(samples: Path) -> pd.DataFrame:
     path = samples / "metadata.csv"
     if not path.is_file():
         raise UserError(f"{samples}: contains no metadata.csv; give a folder that sample.py wrote")
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    table = unescape_table(pd.read_csv(path, dtype=str, keep_default_na=False))
     if table.empty or not {"file_name", "label", "seed", "model_hash", "data_hash"} <= set(table):
         raise UserError(f"{path}: not written by sample.py; give a folder that it wrote")
     if len(models := sorted(set(table.model_hash))) > 1:

@@ -28,6 +28,7 @@ from huggingface_hub import get_token
 from PIL import Image
 from tqdm.auto import tqdm
 
+from adni_ldm.data.cells import unescape
 from adni_ldm.data.duplicates import content_hash, difference_hash
 from adni_ldm.data.folder import IMAGE_FORMATS, FolderListing
 from adni_ldm.data.slices import prepare_image, read_image
@@ -211,7 +212,7 @@ def _extract_text(path: Path) -> str:
         rows = list(csv.reader(text.splitlines(), strict=True)) or [[]]
         columns = [index for index, name in enumerate(rows[0]) if re.fullmatch(_ID_COLUMN, name.strip())]
         text += "\n" + "\n".join(
-            f'"{row[index].strip()}"' for row in rows for index in columns if index < len(row)
+            f'"{unescape(row[index].strip())}"' for row in rows for index in columns if index < len(row)
         )
     return unicodedata.normalize("NFKC", text)
 

@@ -48,8 +48,9 @@ class ClassEmbedding(ModelMixin, ConfigMixin):
         super().__init__()
         if len(set(class_names)) != len(class_names):
             raise ValueError(f"class_names={list(class_names)} has a name twice")
-        if any(not name or name.startswith(".") or set(name) & set("/\\\0") for name in class_names):
-            raise ValueError(f"class_names={list(class_names)}: each must be able to name a folder")
+        if any(not name or name[0] in ".=+-@" or set(name) & set("/\\\0") for name in class_names):
+            rule = "each must be able to name a folder, and begin with none of = + - @"
+            raise ValueError(f"class_names={list(class_names)}: {rule}")
         self.table = nn.Embedding(len(class_names) + 1, tokens_per_class * token_dim)
 
     @property

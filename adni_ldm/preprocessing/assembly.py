@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from adni_ldm.data.cells import escape_table
 from adni_ldm.data.manifest import MANIFEST, write_manifest
 from adni_ldm.data.splits import SPLITS
 from adni_ldm.errors import UserError
@@ -62,7 +63,7 @@ def assemble(
         (output_dir / "rejected.csv").unlink(missing_ok=True)
     else:
         with atomic_file(output_dir / "rejected.csv") as partial:
-            rejected.to_csv(partial, index=False)
+            escape_table(rejected).to_csv(partial, index=False)
     if not rows:
         raise UserError(f"{output_dir}: no scan could be used; rejected.csv there has the reasons")
     table = pd.DataFrame(rows)
@@ -99,7 +100,7 @@ def _link_slices(store: Path, table: pd.DataFrame) -> None:
                 os.link(source, target)
             except OSError:  # a file system without hard links
                 shutil.copyfile(source, target)
-        part.to_csv(merged / split / "metadata.csv", index=False, columns=METADATA)
+        escape_table(part).to_csv(merged / split / "metadata.csv", index=False, columns=METADATA)
     flush_tree(merged)
 
 

@@ -13,6 +13,7 @@ from html import escape
 import pandas as pd
 from PIL import Image
 
+from adni_ldm.data.cells import escape_table
 from adni_ldm.hub.report import Report
 
 CSS = """
@@ -64,7 +65,7 @@ def download_link(name: str, images: Mapping[str, Image.Image], rows: Sequence[M
     with zipfile.ZipFile(archive, "w") as file:
         for path, image in images.items():
             file.writestr(path, _png(image))
-        file.writestr("metadata.csv", pd.DataFrame(rows).to_csv(index=False))
+        file.writestr("metadata.csv", escape_table(pd.DataFrame(rows)).to_csv(index=False))
     url = _data_url(archive.getvalue(), "application/zip")
     return f'<a class="download" download="{escape(name)}" href="{url}">Download PNGs and metadata</a>'
 

@@ -61,7 +61,7 @@ def test_names_and_tokens_survive_saving(tmp_path):
     assert torch.equal(loaded(labels).tokens, embedding(labels).tokens)
 
 
-@pytest.mark.parametrize("name", ["../AD", "a/b", "a\\b", ".hidden", ""])
+@pytest.mark.parametrize("name", ["../AD", "a/b", "a\\b", ".hidden", "", "=AD", "-AD"])
 def test_a_class_must_be_able_to_name_a_folder(name):
     """Names come with a model of unknown origin, and become the names of folders of samples."""
     with pytest.raises(ValueError, match="each must be able to name a folder"):
