@@ -66,8 +66,9 @@ class Kills:
         )  # kills, power cuts, files cut, survived, steps lost
         self.number, self.whole, self.seconds = 0, {}, {}
         self.data, self.scans = work / "data", write_scans(work / "scans")
-        phantom = ["phantom", "--output_dir", self.data, "--subjects", 24, "--slices", 2, "--image_size", 32]
-        self.finish([Run("prepare_data", list(map(str, phantom)), work / "log")])
+        if any(command != "prepare_data" for command, _ in commands):
+            phantom = f"phantom --output_dir {self.data} --subjects 24 --slices 2 --image_size 32"
+            self.finish([Run("prepare_data", phantom.split(), work / "log")])
         for command, processes in commands:
             place = work / "undisturbed" / f"{command}{processes}"
             place.mkdir(parents=True)
@@ -210,6 +211,7 @@ def outcome(place: Path) -> dict[str, str]:
     """SHA-256 of what a command leaves: all but checkpoints, and what names the folder or the time."""
     run = place / "run"
     skipped = {"run.json", "training_config.json", "manifest.json", "report.html"}
+    skipped |= {"pipeline.py"}  # a copy of the source
     found = {}
     for path in whole_files(run):
         name = path.relative_to(run)
