@@ -36,7 +36,7 @@ from adni_ldm.training.run import TrainingRun
 def main() -> None:
     cfg = parse_config(TrainLDMConfig, __doc__)
     run = TrainingRun(cfg, "LDM", metrics=("loss", "val_loss", "kid", "class_accuracy", "copies"))
-    finetuning.check_start(cfg.init_from, cfg.freeze, cfg.lora_rank, run.accelerator.distributed_type)
+    finetuning.check_start(cfg.init_from, cfg.freeze, cfg.lora_rank, cfg.half_frozen, run.accelerator)
 
     # ---- Models, data and latents --------------------------------------------------------------------------
     vae_name = cfg.vae or cfg.init_from or "runs/vae"
@@ -159,7 +159,7 @@ def build(
     denoiser = ConditionalDenoiser(unet, tokens)
     run.record_training(unet)
     run.depends_on(**{"weights of --init_from": denoiser} if start else {})
-    finetuning.choose_trained(denoiser, cfg.freeze, cfg.lora_rank)
+    finetuning.choose_trained(denoiser, cfg.freeze, cfg.lora_rank, cfg.half_frozen, run.accelerator)
     return denoiser, scheduler
 
 
@@ -174,7 +174,7 @@ def build_pipeline(
     """The present weights as a pipeline, LoRA merged, with DDIM on the same noise schedule."""
     unet, tokens = (run.full_weights(part) for part in (denoiser.unet, denoiser.class_embedding))
     sampler = DDIMScheduler.from_config(scheduler.config)
-    pipeline = ClassConditionalLDMPipeline(vae, finetuning.merge_lora(unet), tokens, sampler)
+    pipeline = ClassConditionalLDMPipeline(vae, finetuning.plain_unet(unet), tokens, sampler)
     given = (cfg.num_inference_steps, cfg.guidance_scale, cfg.eta)
     pipeline.register_to_config(**(start or pipeline).sampling_settings(*given))  # is sampled with, and saved
     pipeline.set_progress_bar_config(disable=True)

@@ -264,8 +264,14 @@ class TrainLDMConfig(TrainingConfig):
     ema_halflife_images: float = HfArg(default=110_000, help=EMA_HELP)
     freeze: list[str] = HfArg(
         default_factory=list,
-        help="With --init_from: parts that are not trained, by the beginning of their weights' names: "
-        "unet.down unet.mid class_embedding. The VAE is never trained.",
+        help="With --init_from: weights that are not trained, by glob patterns of their names, such as "
+        "'unet.down*' 'class_embedding.*'; after ! those that are, such as 'unet.*' '!*.attn2.to_[kv].*' for "
+        "keys and values of cross-attention alone. The VAE is never trained.",
+    )
+    half_frozen: RoundingOnly[bool] = HfArg(
+        default=False,
+        help="With --freeze or --lora_rank: keep the U-Net's frozen weights in the half precision of "
+        "--mixed_precision, which halves their memory; the saved pipeline is float32.",
     )
     lora_rank: int = HfArg(
         default=0,

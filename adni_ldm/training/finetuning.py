@@ -2,9 +2,12 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
@@ -21,19 +24,27 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")
 
 
 def check_start(
-    init_from: str | None, freeze: Sequence[str], lora_rank: int, distributed_type: DistributedType
+    init_from: str | None,
+    freeze: Sequence[str],
+    lora_rank: int,
+    half_frozen: bool,
+    accelerator: Accelerator,
 ) -> None:
     """Check that there is a model to fine-tune, and what LoRA needs.
 
-    Raises UserError for --freeze or --lora_rank without --init_from, and LoRA without peft or under FSDP.
+    Raises UserError for --freeze or --lora_rank without --init_from, LoRA without peft, and
+    LoRA or half weights under FSDP.
     """
-    for flag, given in (("--freeze", freeze), ("--lora_rank", lora_rank)):
+    for flag, given in (("--freeze", freeze), ("--lora_rank", lora_rank), ("--half_frozen", half_frozen)):
         if given and not init_from:
             raise UserError(f"{flag}: random weights are of no use frozen; add --init_from")
     if lora_rank and find_spec("peft") is None:
         raise UserError("--lora_rank: peft is not installed: pip install 'adni-ldm[lora]'")
-    if lora_rank and distributed_type == DistributedType.FSDP:
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    if lora_rank and sharded:
         raise UserError("--lora_rank is small enough for each GPU; start without FSDP")
+    if half_frozen and sharded:
+        raise UserError("--half_frozen: FSDP takes weights of one precision; start without it")
 
 
 def set_latent_size(unet: UNet2DConditionModel, channels: int, latent_size: int) -> None:
@@ -82,30 +93,55 @@ def adapt_schedule(
     return adapted
 
 
-def choose_trained(denoiser: ConditionalDenoiser, frozen: Sequence[str], lora_rank: int) -> None:
-    """Add LoRA if it has a rank, and freeze what --freeze names, in place."""
+def choose_trained(
+    denoiser: ConditionalDenoiser,
+    frozen: Sequence[str],
+    lora_rank: int,
+    half_frozen: bool,
+    accelerator: Accelerator,
+) -> None:
+    """Add LoRA if it has a rank, freeze what --freeze names, and halve what is frozen if asked, in place."""
     if lora_rank:
         add_lora(denoiser.unet, lora_rank)
     freeze(denoiser, frozen)
+    if half_frozen:
+        halve_frozen(denoiser.unet, accelerator.mixed_precision)
 
 
-def freeze(network: nn.Module, prefixes: Sequence[str]) -> None:
-    """Freeze the parameters whose names begin with one of the prefixes, in place.
+def freeze(network: nn.Module, patterns: Sequence[str]) -> None:
+    """Freeze the parameters whose names match one of the glob patterns, in place.
 
-    Raises UserError if a prefix matches no parameter, or nothing is left to train.
+    A pattern after "!" is of parameters that are trained; of several that match, the last one counts. Raises
+    UserError if a pattern matches no parameter, or nothing is left to train.
     """
     parameters = dict(network.named_parameters())
-    for prefix in prefixes:
-        chosen = [parameter for name, parameter in parameters.items() if name.startswith(prefix)]
+    for pattern in patterns:
+        glob = pattern.removeprefix("!")
+        chosen = [parameter for name, parameter in parameters.items() if fnmatchcase(name, glob)]
         if not chosen:
             parts = sorted({".".join(name.split(".")[:2]) for name in parameters})
             raise UserError(
-                f"--freeze {prefix}: no such part; there are {', '.join(parts)}, and parts of them"
+                f"--freeze {pattern}: matches no whole name of a weight; there are {', '.join(parts)}, each "
+                "followed by .*"
             )
         for parameter in chosen:
-            parameter.requires_grad_(False)
+            parameter.requires_grad_(glob != pattern)
     if not any(parameter.requires_grad for parameter in parameters.values()):
-        raise UserError(f"--freeze {' '.join(prefixes)}: nothing is left to train")
+        raise UserError(f"--freeze {' '.join(patterns)}: nothing is left to train")
+
+
+def halve_frozen(unet: UNet2DConditionModel, precision: str) -> None:
+    """Convert the frozen matrices and kernels to half precision, in place; autocast computes in it anyway.
+
+    Biases and normalizations, a thousandth of the weights, stay float32. Raises UserError without mixed
+    precision.
+    """
+    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
+    if precision not in dtypes:
+        raise UserError("--half_frozen: the forward pass is float32 here; add --mixed_precision fp16 or bf16")
+    for parameter in unet.parameters():
+        if not parameter.requires_grad and parameter.ndim > 1:
+            parameter.data = parameter.data.to(dtypes[precision])
 
 
 def add_lora(unet: UNet2DConditionModel, rank: int) -> None:
@@ -137,11 +173,13 @@ def save_lora(denoiser: ConditionalDenoiser, folder: Path) -> None:
         )
 
 
-def merge_lora(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """A plain copy of the U-Net with B A added to its weights; without LoRA the U-Net itself."""
-    if not getattr(unet, "_hf_peft_config_loaded", False):
+def plain_unet(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A plain float32 copy of the U-Net with B A added to its weights; of a plain one the U-Net itself."""
+    adapted = getattr(unet, "_hf_peft_config_loaded", False)
+    if not adapted and all(parameter.dtype == torch.float32 for parameter in unet.parameters()):
         return unet
-    merged = copy.deepcopy(unet)
-    merged.fuse_lora()
-    merged.unload_lora()
-    return merged
+    plain = copy.deepcopy(unet).float()  # B A may be below the resolution of half precision
+    if adapted:
+        plain.fuse_lora()
+        plain.unload_lora()
+    return plain

@@ -13,11 +13,13 @@ from safetensors.torch import load_file
 
 import train_ldm
 import train_vae
+from adni_ldm.config import TrainLDMConfig, parse_config
 from adni_ldm.errors import UserError
 from adni_ldm.generation import hash_pipeline
 from adni_ldm.loading import load_autoencoder
 from adni_ldm.models import ClassEmbedding, build_autoencoder, build_denoiser
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
+from adni_ldm.training.run import TrainingRun
 
 COMMON = ("--image_size", 16, "--batch_size", 4, "--warmup_steps", 0, "--log_steps", 1)
 COMMON += ("--mixed_precision", "no", "--report_to", "none", "--checkpointing_steps", 0)
@@ -199,7 +201,7 @@ def test_more_classes_at_another_size(base, ad_nc_folder, run, tmp_path):
 
 def test_frozen_parts_stay_and_the_others_move(base, phantom_dir, run, tmp_path):
     places = ("--init_from", base, "--data_dir", phantom_dir, "--output_dir", tmp_path / "tuned")
-    run(train_ldm, *places, *LDM, "--freeze", "unet.down", "unet.mid", "class_embedding")
+    run(train_ldm, *places, *LDM, "--freeze", "unet.down*", "unet.mid*", "class_embedding.*")
     before, after = (
         load_file(f / "unet/diffusion_pytorch_model.safetensors") for f in (base, tmp_path / "tuned")
     )
@@ -209,14 +211,55 @@ def test_frozen_parts_stay_and_the_others_move(base, phantom_dir, run, tmp_path)
     assert torch.equal(*tables)
 
 
+KEYS_AND_VALUES = ("--freeze", "unet.*", "!*.attn2.to_[kv].*")
+
+
+def test_keys_and_values_of_cross_attention_alone(base, phantom_dir, run, tmp_path):
+    """As Custom Diffusion (arXiv:2212.04488), and the class tokens; the preset says the same."""
+    places = ("--init_from", base, "--data_dir", phantom_dir, "--output_dir", tmp_path / "tuned")
+    run(train_ldm, *places, *LDM, *KEYS_AND_VALUES)
+    before, after = (
+        load_file(f / "unet/diffusion_pytorch_model.safetensors") for f in (base, tmp_path / "tuned")
+    )
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if "attn2.to_k." in name or "attn2.to_v." in name} != set()
+    preset = parse_config(TrainLDMConfig, "", ["--config", "configs/finetune/keys_and_values.yaml"])
+    assert ("--freeze", *preset.freeze) == KEYS_AND_VALUES
+
+
+@pytest.mark.parametrize("part", [("--lora_rank", 2), KEYS_AND_VALUES])
+def test_frozen_weights_in_half_precision(part, base, phantom_dir, run, tmp_path, monkeypatch):
+    """Half the bytes while training; what is saved is float32, and as trained in float32 up to rounding."""
+    words = ("--init_from", base, "--data_dir", phantom_dir, *LDM, *part, "--mixed_precision", "bf16")
+    prepare = TrainingRun.prepare
+    frozen = []
+
+    def spy(run, denoiser, **options):
+        weights = [p for p in denoiser.unet.parameters() if not p.requires_grad and p.ndim > 1]
+        frozen.append({weight.dtype for weight in weights})
+        assert {weight.dtype for weight in denoiser.parameters() if weight.requires_grad} == {torch.float32}
+        prepare(run, denoiser, **options)
+
+    monkeypatch.setattr(TrainingRun, "prepare", spy)
+    run(train_ldm, *words, "--output_dir", tmp_path / "float")
+    run(train_ldm, *words, "--half_frozen", "--validation_steps", 1, "--output_dir", tmp_path / "half")
+    assert frozen == [{torch.float32}, {torch.bfloat16}]
+    whole, half = (load(tmp_path / name) for name in ("float", "half"))
+    assert {weight.dtype for weight in half.unet.parameters()} == {torch.float32}
+    pairs = list(zip(whole.unet.parameters(), half.unet.parameters(), strict=True))
+    assert all(torch.allclose(a, b, atol=1e-2) for a, b in pairs)
+    with pytest.raises(UserError, match="--half_frozen: .*--mixed_precision"):
+        run(train_ldm, *words, "--half_frozen", "--mixed_precision", "no", "--output_dir", tmp_path / "no")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (
-            ("--freeze", "unet.down", "encoder"),
-            r"--freeze encoder: no such part; there are .*unet\.mid_block",
+            ("--freeze", "unet.down*", "unet.mid"),
+            r"--freeze unet.mid: matches no whole name of a weight; there are .*unet\.mid_block",
         ),
-        (("--freeze", "unet", "class_embedding"), "nothing is left to train"),
+        (("--freeze", "unet.*", "class_embedding.*"), "nothing is left to train"),
         (("--lora_rank", -1), "--lora_rank -1"),
     ],
 )
@@ -224,11 +267,11 @@ def test_what_cannot_be_trained_is_reported(words, message, base, phantom_dir, r
     places = ("--data_dir", phantom_dir, "--output_dir", tmp_path / "tuned")
     with pytest.raises(UserError, match=message):
         run(train_ldm, "--init_from", base, *places, *LDM, *words)
-    assert not (tmp_path / "tuned").exists()
+    assert not list((tmp_path / "tuned").glob("[!.]*")), "nothing but the lock of the folder"
 
 
 def test_nothing_is_frozen_without_a_model_to_go_on_from(phantom_dir, run, tmp_path):
-    for words in (("--freeze", "unet"), ("--lora_rank", 2)):
+    for words in (("--freeze", "unet.*"), ("--lora_rank", 2), ("--half_frozen",)):
         with pytest.raises(UserError, match=f"{words[0]}: .*--init_from"):
             run(train_ldm, "--data_dir", phantom_dir, "--output_dir", tmp_path / "out", *LDM, *words)
 
@@ -318,7 +361,7 @@ def test_a_lora_resumed_is_the_uninterrupted_one_and_no_other(base, lora_words, 
 
     for changed, named in (
         (("--lora_rank", 3), "--lora_rank was 2, is 3"),
-        (("--freeze", "unet.mid"), r"--freeze was \[\], is \['unet.mid'\]"),
+        (("--freeze", "unet.mid*"), r"--freeze was \[\], is \['unet.mid\*'\]"),
         (("--init_from", tmp_path / "whole"), "weights of --init_from was"),
     ):
         with pytest.raises(UserError, match=named):
@@ -326,7 +369,7 @@ def test_a_lora_resumed_is_the_uninterrupted_one_and_no_other(base, lora_words, 
 
 
 @pytest.mark.parametrize(
-    "part", [("--freeze", "unet.down_blocks"), ("--lora_rank", 2), ("--lora_rank", 2, "--use_ema", False)]
+    "part", [("--freeze", "unet.down_blocks*"), ("--lora_rank", 2), ("--lora_rank", 2, "--use_ema", False)]
 )
 def test_online_evaluation_of_a_part_that_is_trained(part, run, base, phantom_dir, tmp_path):
     """The EMA holds the trained parameters alone; the best pipeline is whole, LoRA merged."""
