@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import baselines  # noqa: E402
 import end_to_end  # noqa: E402
 import measure  # noqa: E402
+import memory  # noqa: E402
 import plain_loop  # noqa: E402
 import scaling  # noqa: E402
 import throughput  # noqa: E402
@@ -142,3 +143,16 @@ def test_page_is_printed_and_written(tmp_path, capsys):
     page = measure.results_path("name", tmp_path).read_text()
     assert page in capsys.readouterr().out
     assert "| 1 | 2 |" in page and "torch" in page
+
+
+def test_memory_of_fine_tuning_stable_diffusion_is_counted():
+    whole, keys_and_values = memory.build((), 0, False), memory.build(memory.KEYS_AND_VALUES, 0, True)
+    counted, less = memory.count(whole, 4, True), memory.count(keys_and_values, 4, True)
+    assert counted["trained"] == 859_520_964, "as the U-Net of Stable Diffusion 1.5"
+    assert counted["weights"] == counted["gradients"] == counted["EMA"] == 4 * counted["trained"]
+    assert less["weights"] < 0.52 * counted["weights"] and less["trained"] < 0.03 * counted["trained"]
+    small, large, again = (
+        memory.activations(memory.build((), 0, False), *size)
+        for size in ((1, 16, False), (2, 16, False), (2, 16, True))
+    )
+    assert 1.9 < large / small <= 2 and again < 0.4 * large
