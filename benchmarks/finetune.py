@@ -1,11 +1,13 @@
 """Fine-tuning on 40 subjects of another contrast and plane, against training from scratch: a table.
 
     python benchmarks/finetune.py --model runs/demo/ldm [--vae_steps 300] [--steps 200] [--repeats 3]
+    python benchmarks/finetune.py --text_steps 2000 [--steps 400] [--repeats 3]
 
 The phantom cohort is coronal and T2-like, of subjects that the model (sagittal, T1) was not trained on. The
 autoencoder and the denoiser are trained from scratch, fine-tuned from the model's weights, and fine-tuned
 with a LoRA of the denoiser: with the same networks, batch sizes and number of updates, and nearly the same
-time.
+time. With --text_steps the model is a small Stable Diffusion, text-conditioned and trained here on 400
+subjects of sagittal and coronal T1; the cohort is axial and T2-like, and a tenth of the updates is a row too.
 """
 
 from __future__ import annotations
@@ -21,12 +23,13 @@ from typing import NamedTuple
 
 from held_out import FEATURES, HeldOutMetrics, format_kid
 from measure import RESULTS, flags, report, run, spread, table
+from text_pipeline import train_text_pipeline
 
 import numpy as np  # isort: skip
 from diffusers import DiffusionPipeline
 
 from adni_ldm.evaluation.image_sets import ImageSet, load_samples
-from adni_ldm.loading import load_pipeline
+from adni_ldm.loading import load_base
 from adni_ldm.preprocessing.phantom import write_phantom_cohort
 
 COHORT_SEED = 7  # other subjects than those of the demo, whose cohort has seed 0
@@ -36,6 +39,9 @@ COLUMNS = ("training", "seconds", "denoiser, MiB", "PSNR, dB", "KID × 1000", "p
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default="runs/demo/ldm", help="pipeline to start from")
+    parser.add_argument("--text_steps", type=int, help="train a text-conditioned model to start from")
+    parser.add_argument("--text_subjects", type=int, default=400, help="subjects that it is trained on")
+    parser.add_argument("--image_size", type=int, default=64, help="side of its slices, pixels")
     parser.add_argument("--vae_steps", type=int, default=300, help="updates of an autoencoder")
     parser.add_argument("--steps", type=int, default=200, help="updates of a denoiser")
     parser.add_argument("--vae_batch_size", type=int, default=8, help="slices of an autoencoder's update")
@@ -48,24 +54,28 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder that the page is written to")
     options = parser.parse_args()
 
-    pipeline, model = load_pipeline(options.model), Path(options.model).resolve()
-    size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     with tempfile.TemporaryDirectory(prefix="adni_ldm_finetune_") as name:
         work = Path(name)
+        text = bool(options.text_steps)
+        model = train_text_pipeline(work / "base", options) if text else Path(options.model).resolve()
+        pipeline = load_base(str(model), ("AD", "NC"))
+        size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
         cohort = {"subjects": 58, "slices": options.slices, "image_size": size, "seed": COHORT_SEED}
-        write_phantom_cohort(work / "data", **cohort, plane="coronal", contrast="t2")
+        write_phantom_cohort(work / "data", **cohort, plane="axial" if text else "coronal", contrast="t2")
         metrics = HeldOutMetrics(work / "data", size, 2 * options.num_images)
-        samples = generate(options, model, work / "before", 0)
-        before = {"real training slices (reference)": metrics.others, "model before fine-tuning": samples}
+        before = {"real training slices (reference)": metrics.others}
+        if not text:
+            before["model before fine-tuning"] = generate(options, model, work / "before", 0)
         rows = [
             (title, "–", "–", "–", *cells([evaluate(metrics, images)])) for title, images in before.items()
         ]
         recipes = Recipes(work, options, pipeline, model)
-        for title, tuned, more in (
-            ("from scratch", False, recipes.shape_of_denoiser()),
-            ("fine-tuned", True, {"init_from": model}),
-            (f"LoRA of rank {options.lora_rank}", True, {"init_from": model, "lora_rank": options.lora_rank}),
-        ):
+        start = {"init_from": model}
+        arms = [("from scratch", False, recipes.shape_of_denoiser()), ("fine-tuned", True, start)]
+        arms.append((f"LoRA of rank {options.lora_rank}", True, start | {"lora_rank": options.lora_rank}))
+        if text:
+            arms.insert(1, ("fine-tuned, a tenth of the updates", True, start | {"tenth": True}))
+        for title, tuned, more in arms:
             runs = [recipes.run(f"{len(rows)}-{seed}", tuned, more, seed) for seed in range(options.repeats)]
             found = [
                 evaluate(metrics, generate(options, one.folder, one.folder / "samples", 0)) for one in runs
@@ -87,7 +97,7 @@ def main() -> None:
         "of the median run. Seconds are of both commands. PSNR is the autoencoder's, on held-out subjects.",
         f"- KID, precision and recall are against the test slices; {FEATURES}",
     ]
-    report("finetune", "Fine-tuning", lines, options.results)
+    report("finetune_text" if options.text_steps else "finetune", "Fine-tuning", lines, options.results)
 
 
 class Run(NamedTuple):
@@ -131,6 +141,8 @@ class Recipes:
         """Train autoencoder and denoiser, from the model or from scratch."""
         vae, seconds, psnr = self.autoencoder(tuned, seed)
         folder, steps = self.work / name, self.options.steps
+        if more.get("tenth"):
+            more, steps = {key: more[key] for key in more if key != "tenth"}, max(1, steps // 10)
         settings = self.common | {"vae": vae, "max_steps": steps, "output_dir": folder, "seed": seed}
         settings |= {"batch_size": self.options.batch_size, "warmup_steps": steps // 20, "snr_gamma": 0}
         settings |= {"validation_steps": 0, "ema_halflife_images": steps * self.options.batch_size // 10}

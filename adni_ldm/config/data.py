@@ -17,7 +17,9 @@ class PhantomConfig:
     subjects: int = HfArg(default=200, help="Number of subjects, half of them AD.")
     slices: int = HfArg(default=10, help="Number of slices per subject.")
     plane: str = HfArg(
-        default="sagittal", help="Plane of the slices.", metadata={"choices": ["sagittal", "coronal"]}
+        default="sagittal",
+        help="Plane of the slices.",
+        metadata={"choices": ["sagittal", "coronal", "axial"]},
     )
     contrast: str = HfArg(default="t1", help="Image contrast.", metadata={"choices": ["t1", "t2"]})
     image_size: int = HfArg(default=64, help="Side of the square slice, pixels.")

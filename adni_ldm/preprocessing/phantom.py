@@ -38,7 +38,7 @@ from adni_ldm.preprocessing.phantom_atlas import Atlas, load_atlas
 from adni_ldm.preprocessing.workers import run_tasks
 
 CLASSES = ("AD", "NC")
-NORMAL_AXIS = {plane: slicing.PLANES[plane][0] for plane in ("sagittal", "coronal")}
+NORMAL_AXIS = {plane: slicing.PLANES[plane][0] for plane in slicing.PLANES}
 CONTRASTS = ("t1", "t2")
 FIELD_OF_VIEW_MM = 208.0  # side of a slice; the template's brain is 180 x 154 mm
 CENTRE_MM = slicing.CENTRE_MM.astype(np.float32)
@@ -160,7 +160,7 @@ def render_slice(
     plane: str = "sagittal",
     contrast: str = "t1",
 ) -> tuple[np.ndarray, float, float]:
-    """Render a slice (H, W) uint8 at x (or y) = position_mm, 0 outside the brain.
+    """Render a slice (H, W) uint8 at x (y, z) = position_mm, 0 outside the brain.
 
     Pixels wider than about 1.5 mm are averages over finer points, as a scanner averages over a voxel.
 
@@ -178,6 +178,8 @@ def render_slice(
     # Map the lattice to the template; between its nodes, 1.6 mm apart, the map is linear.
     row, column = np.meshgrid(nodes, nodes, indexing="ij")  # down, and to the right
     lattice = np.stack([CENTRE_MM[0] - column, CENTRE_MM[1] - column, CENTRE_MM[2] - row], axis=-1)
+    if plane == "axial":  # anterior is up
+        lattice[..., 1] = CENTRE_MM[1] - row
     lattice[..., NORMAL_AXIS[plane]] = position_mm
     lattice = lattice.astype(np.float32)  # (LATTICE, LATTICE, 3)
     mapped = np.moveaxis(template_points(lattice, subject, field, atlas), -1, 0)  # (3, LATTICE, LATTICE)

@@ -152,6 +152,18 @@ def test_a_coronal_t2_cohort_is_symmetric_with_bright_fluid(tmp_path):
     assert np.array_equal(pictures["t1"] > 0, pictures["t2"] > 0)
 
 
+def test_an_axial_cohort_is_symmetric_with_the_front_up(tmp_path):
+    """As in `prepare_data.py scans`: the template's front is narrower than its back."""
+    table = write_phantom_cohort(tmp_path, **(TINY | {"plane": "axial"}))
+    files = [tmp_path / row.split / row.file_name for row in table.itertuples()]
+    mean = np.stack([np.asarray(Image.open(file), float) for file in files]).mean(axis=0)
+    assert np.corrcoef(mean.ravel(), mean[:, ::-1].ravel())[0, 1] > 0.97, "left and right of one brain"
+    assert (table.ventricle_mm2 > 0).mean() > 0.8
+    rows = np.flatnonzero((mean > 20).any(axis=1))
+    widths = (mean[rows] > 20).sum(axis=1)
+    assert widths[: len(rows) // 3].sum() < widths[-len(rows) // 3 :].sum()
+
+
 @pytest.mark.parametrize(
     "bad",
     [{"subjects": 5}, {"slices": 0}, {"slices": 101}, {"image_size": 8}, {"seed": -1}, {"workers": 0}],
