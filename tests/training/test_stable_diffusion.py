@@ -304,3 +304,21 @@ def test_prompts_fit_the_text_encoder(sd):
         load_base(str(sd), ("AD", "NC"), {"AD": "brain " * 80})
     with pytest.raises(UserError, match="--tokens_per_class 78: the text encoder has 77"):
         load_base(str(sd), ("AD", "NC"), tokens_per_class=78)
+
+
+def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
+    """By the shape of its first kernel, before anything is downloaded."""
+    file = tmp_path / "model.safetensors"
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(320, 9, 3, 3)}, file)
+    for load in (lambda: load_base(str(file), ("AD", "NC")), lambda: load_autoencoder(str(file))):
+        with pytest.raises(
+            UserError, match="model.safetensors: a checkpoint of the kind inpainting does not"
+        ):
+            load()
+
+
+def test_the_autoencoder_that_another_replaces_is_not_loaded(sd, copy):
+    (copy / "vae/diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UserError, match="copy: not an autoencoder"):
+        load_base(str(copy), ("AD", "NC"))
+    assert load_base(str(copy), ("AD", "NC"), vae=str(sd)).vae.config.latents_mean == [0.0] * 4
