@@ -143,6 +143,8 @@ class Kills:
             run.kill()
         done = steps_done(place / "run")
         cut = cut_power(place, flushes) if power_cut else 0
+        record = place / "run/run.json"
+        finished = record.is_file() and '"finished"' in record.read_text()
         broken = [path for path in whole_files(place) if not is_whole(path, power_cut)]
         self.finish(self.start(command, processes, place))
         broken += [path for path in whole_files(place) if not is_whole(path)]
@@ -158,7 +160,7 @@ class Kills:
         row[2] += cut
         row[3] += survived
         if command.startswith("train"):
-            row[4].append(max(0, done - resumed_at(place / "run")))
+            row[4].append(0 if finished else max(0, done - resumed_at(place / "run")))
         if survived:
             shutil.rmtree(place)
 
