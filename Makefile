@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test mutants faults fuzz gpu-check bench docs lint audit clean
+.PHONY: help demo test test-floors mutants faults fuzz gpu-check bench docs lint audit clean
 
 PYTHON ?= python3
 KILLS ?= 20
@@ -43,6 +43,15 @@ runs/demo/data: | .venv
 test: .venv  ## run the tests
 	OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2 --dist loadfile
 
+test-floors:  ## run the quick tests with the oldest versions that pyproject.toml admits, in .venv-floors
+	$(PYTHON) -m venv --clear .venv-floors
+	.venv-floors/bin/python -m pip install uv
+	.venv-floors/bin/uv pip install --python .venv-floors/bin/python --resolution lowest-direct \
+		'.[scans,eval,lora,app]'
+	.venv-floors/bin/uv pip install --python .venv-floors/bin/python pytest scikit-learn
+	OMP_NUM_THREADS=1 .venv-floors/bin/python -m pytest -m 'not slow' \
+		tests/test_loading.py tests/test_pipeline.py tests/test_config.py tests/models tests/data
+
 mutants: .venv  ## break the code behind each claim, and see that a test notices; half an hour on 2 cores
 	$(VENV) tests/mutations.py
 
@@ -78,8 +87,14 @@ lint: .venv  ## check style and format
 
 audit:  ## known vulnerabilities of constraints.txt; needs pip-audit and the network; not part of CI
 	@command -v pip-audit > /dev/null || { echo "make: audit needs pip-audit: pipx install pip-audit" >&2; exit 1; }
-	pip-audit --requirement constraints.txt --no-deps --disable-pip
+	@status=0; found=$$(pip-audit --requirement constraints.txt --no-deps --disable-pip 2>&1) || status=$$?; \
+	echo "$$found" | tail -n 40; \
+	case "$$found" in \
+		*"could not be audited"*) echo "make: audit: not all versions could be looked up from here" >&2; exit 1;; \
+		*"known vulnerabilit"*) exit $$status;; \
+		*) echo "make: audit: the advisories cannot be reached from here; nothing was checked" >&2; exit 1;; \
+	esac
 
 clean:  ## remove caches and build files; keeps .venv, data and runs
-	rm -rf build dist .pytest_cache .ruff_cache *.egg-info
+	rm -rf build dist .pytest_cache .ruff_cache .venv-floors *.egg-info
 	find . -path ./.venv -prune -o -type d -name __pycache__ -print0 | xargs -0 rm -rf
