@@ -34,7 +34,7 @@ from adni_ldm.data.splits import SPLITS, DataError, choose_val_subjects
 
 CLASS_NAMES = ("AD", "NC")
 
-MOST_PIXELS = 4096**2  # images are untrusted, and no slice has more
+MOST_SIDE = 4096  # pixels; images are untrusted, and a thin one is padded to a square
 
 # Part of the cache keys of prepared slices and latents. The datasets library hashes a function by name, not
 # by code: increase this number with every change in what prepare_image returns.
@@ -101,7 +101,7 @@ def read_image(path: str | Path) -> PILImage.Image:
     """Read an image file completely, with its EXIF orientation applied. Raises DataError naming the file."""
     try:
         with PILImage.open(path, formats=IMAGE_FORMATS) as image:
-            if image.width * image.height > MOST_PIXELS:
+            if max(image.size) > MOST_SIDE:
                 raise ValueError(f"{image.width} x {image.height} pixels, too many for a slice")
             image.load()
             if image.mode == "LAB":

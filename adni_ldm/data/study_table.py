@@ -41,7 +41,7 @@ def _plain(name) -> str:
 def _read_text_table(path: Path) -> pd.DataFrame:
     try:
         separator = "\t" if path.suffix.lower() == ".tsv" else ","
-        options = {"dtype": str, "keep_default_na": False, "skipinitialspace": True}
+        options = {"dtype": str, "keep_default_na": False, "skipinitialspace": True, "index_col": False}
         table = pd.read_csv(path, sep=separator, encoding="utf-8-sig", **options)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; give the study table") from error

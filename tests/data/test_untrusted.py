@@ -116,6 +116,12 @@ def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path):
         read_image(path)
 
 
+def test_a_thin_picture_is_refused_before_it_is_padded_to_a_square(tmp_path):
+    Image.new("L", (40_000, 8)).save(tmp_path / "1_1.png")
+    with pytest.raises(DataError, match="40000 x 8 pixels, too many for a slice"):
+        read_image(tmp_path / "1_1.png")
+
+
 def test_a_gzip_bomb_of_a_nifti_is_not_unpacked(tmp_path):
     """Its header says a small head, and 100 MB follow: they never are in memory."""
     content = io.BytesIO()
