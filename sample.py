@@ -15,12 +15,12 @@ morph.png and morph.gif.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
+import pandas as pd
 import torch
 from accelerate import PartialState
 from PIL import Image
@@ -29,8 +29,10 @@ from tqdm.auto import tqdm
 
 from adni_ldm.config import SampleConfig, parse_config
 from adni_ldm.counterfactual import write_counterfactual, write_morph
-from adni_ldm.data.cells import escape
+from adni_ldm.data.cells import escape_table
+from adni_ldm.data.conditions import asked_conditions, matched_conditions
 from adni_ldm.data.provenance import model_records
+from adni_ldm.data.slices import open_folder
 from adni_ldm.environment import processes_without_gpu
 from adni_ldm.errors import UserError, run_recipe
 from adni_ldm.figures import save_rows, to_pil
@@ -89,6 +91,10 @@ def main() -> None:
     settings = {name: value for name, value in columns.items() if name != "model"}
     settings |= {"class": list(labels.values()), "seed": cfg.seed}
     settings |= {"num_images": cfg.num_images, "batch_size": cfg.batch_size}
+    conditions = choose_conditions(cfg, pipeline, labels.values())
+    if any(conditions.values()):
+        settings |= {"conditions": conditions, "guide_conditions": cfg.guide_conditions}
+        options |= {"guide_conditions": cfg.guide_conditions, "extrapolate": cfg.extrapolate}
     check_same_run(output_dir, settings)
     state.wait_for_everyone()  # all processes check before one of them writes
     if state.is_main_process:
@@ -120,7 +126,13 @@ def main() -> None:
                 # The whole batch is sampled again: rounding depends on the batch size.
                 seeds = [image_seed(cfg.seed, index) for index in indices]
                 size = len(seeds)
-                (images,) = generate_images(pipeline, [label] * size, seeds, size, precision, **options)
+                asked = {
+                    name: [values[index] for index in indices]
+                    for name, values in conditions[labels[label]].items()
+                }
+                (images,) = generate_images(
+                    pipeline, [label] * size, seeds, size, precision, conditions=asked, **options
+                )
                 list(written)  # wait for the previous batch; an error while writing is raised here
                 written = writers.map(write_png, images, paths)  # images: (B, 1, H, W)
             progress.update(len(indices))
@@ -130,13 +142,13 @@ def main() -> None:
 
     # ---- Metadata and figures ----------------------------------------------------------------------------
     if state.is_main_process:
-        write_metadata(output_dir, labels.values(), cfg.num_images, cfg.seed, columns)
+        write_metadata(output_dir, pipeline, conditions, cfg.num_images, cfg.seed, columns)
         save_grid(output_dir, labels.values(), min(PREVIEW, cfg.num_images))
         if cfg.trajectory:
             first = {"seed": image_seed(cfg.seed, 0), "frames": 9, "precision": precision}
             rows = {
-                name: denoising_trajectory(pipeline, label, **first, **options)
-                for label, name in labels.items()
+                name: denoising_trajectory(pipeline, label, **first, **options, conditions=first_of(asked))
+                for (label, name), asked in zip(labels.items(), conditions.values())
             }
             save_rows(output_dir / "trajectory.png", rows)
         lock.release()
@@ -158,6 +170,35 @@ def class_labels(pipeline: ClassConditionalLDMPipeline, classes: str) -> dict[in
     except ValueError as error:
         raise UserError(f"--class {classes}: {error}") from error
     return {label: names[label] for label in labels}
+
+
+def choose_conditions(
+    cfg: SampleConfig, pipeline: ClassConditionalLDMPipeline, class_names: Iterable[str]
+) -> dict[str, dict[str, list[str]]]:
+    """{class: {condition: a value for each image}} of --conditions or --match; {class: {}} without them.
+
+    Raises UserError for a condition that the model does not have, or a value that it was not trained on.
+    """
+    names, embedding = list(class_names), pipeline.condition_embedding
+    if (cfg.conditions or cfg.match) and embedding is None:
+        raise UserError(f"--model {cfg.model}: it was trained without conditions; leave out --conditions")
+    if cfg.match:
+        every = pipeline.class_embedding.config.class_names
+        listing = open_folder(cfg.match, every, cfg.table, embedding.names)
+        found = matched_conditions(listing, cfg.match_split, cfg.num_images, cfg.seed)
+    else:
+        found = dict.fromkeys(names, asked_conditions(cfg.conditions, cfg.num_images))
+    for name in names if embedding else ():
+        try:
+            embedding.rows_of(found[name], cfg.num_images, cfg.extrapolate)
+        except ValueError as error:
+            raise UserError(f"--{'match' if cfg.match else 'conditions'}: {error}") from error
+    return {name: found[name] for name in names}
+
+
+def first_of(conditions: Mapping[str, list[str]]) -> dict[str, str]:
+    """The conditions of the first image."""
+    return {name: values[0] for name, values in conditions.items()}
 
 
 def write_transition(
@@ -230,16 +271,32 @@ def save_grid(folder: Path, names: Iterable[str], count: int) -> None:
 
 
 def write_metadata(
-    folder: Path, names: Iterable[str], num_images: int, seed: int, columns: Mapping[str, object]
+    folder: Path,
+    pipeline: ClassConditionalLDMPipeline,
+    conditions: Mapping[str, Mapping[str, list[str]]],
+    num_images: int,
+    seed: int,
+    columns: Mapping[str, object],
 ) -> None:
-    """Write metadata.csv, one row per slice."""
-    with atomic_file(folder / "metadata.csv") as partial, partial.open("w", newline="") as file:
-        lines = csv.writer(file, lineterminator="\n")
-        lines.writerow(["file_name", "label", "seed", *columns])
-        cells = [escape(value) for value in columns.values()]
-        for name in names:
-            for index in range(num_images):
-                lines.writerow([file_name(name, index), name, image_seed(seed, index), *cells])
+    """Write metadata.csv, one row per slice, with a column for each condition that was asked for."""
+    rows = []
+    for name, asked in conditions.items():
+        for index in range(num_images):
+            row = {"file_name": file_name(name, index), "label": name, "seed": image_seed(seed, index)}
+            one = {condition: values[index] for condition, values in asked.items()}
+            marks = {"extrapolated": is_extrapolated(pipeline, one)} if asked else {}
+            rows.append({**row, **one, **marks, **columns})
+    with atomic_file(folder / "metadata.csv") as partial:
+        escape_table(pd.DataFrame(rows)).to_csv(partial, index=False, lineterminator="\n")
+
+
+def is_extrapolated(pipeline: ClassConditionalLDMPipeline, conditions: Mapping[str, str]) -> bool:
+    """Whether a condition of one image is outside of its range in training."""
+    try:
+        pipeline.condition_embedding.rows_of(conditions, 1)
+    except ValueError:
+        return True
+    return False
 
 
 if __name__ == "__main__":

@@ -3,10 +3,8 @@
     python train_ldm.py --config configs/demo/ldm.yaml
     accelerate launch --config_file accelerate_config.yaml train_ldm.py --config configs/adni/ldm.yaml
 
-Writes a whole diffusers pipeline, which sample.py and `DiffusionPipeline.from_pretrained` load; beside it
-metrics.csv, loss.png, samples.png and training_config.json. Fine-tunes such a pipeline, or Stable Diffusion,
-with --init_from: on other scans, with more classes, at another size; in parts (--freeze) or by LoRA
-(--lora_rank), whose weights are also saved alone. `python train_ldm.py --help` lists every setting.
+Writes a whole diffusers pipeline, which sample.py loads, and its metrics. Fine-tunes such a pipeline, or
+Stable Diffusion, with --init_from, in parts (--freeze) or by LoRA (--lora_rank). --help lists all settings.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from adni_ldm.generation import generate_images, image_seed
 from adni_ldm.loading import load_autoencoder, load_base
 from adni_ldm.models import ClassEmbedding, ConditionalDenoiser, build_denoiser, latent_shape
 from adni_ldm.pipeline import ClassConditionalLDMPipeline, normalize_latents
-from adni_ldm.training import finetuning
+from adni_ldm.training import conditioning, finetuning
 from adni_ldm.training.batch_sampling import BatchRandom
 from adni_ldm.training.latents import LatentBatch, encode_posteriors
 from adni_ldm.training.losses import diffusion_loss
@@ -44,9 +42,11 @@ def main() -> None:
     vae = start.vae if start else load_autoencoder(vae_name)
     if vae.config.latents_mean is None and not cfg.measure_latents:
         raise UserError(f"--vae {vae_name}: its latents are not measured; fine-tune it with train_vae.py")
-    train, val = run.load_slices()
+    train, val = run.load_slices(cfg.conditions)
     run.check_leakage(vae_name, vae)
     denoiser, scheduler = build(run, cfg, vae, start)
+    denoiser.condition_embedding = conditioning.embed(cfg.conditions, cfg.token_dim, start, train, val)
+    finetuning.choose_trained(denoiser, cfg.freeze, cfg.lora_rank, cfg.half_frozen, run.accelerator)
     if cfg.push_to_hub and run.is_main:
         from adni_ldm.hub.push import check_push, push_model
 
@@ -71,26 +71,22 @@ def main() -> None:
         options |= {"classifier_steps": cfg.classifier_steps, "device": run.device}
         evaluate = OnlineEvaluation(train, val, **options)
 
-    null_label = denoiser.class_embedding.null_label
-    loss_of = partial(
-        denoising_loss, vae=vae, scheduler=scheduler, null_label=null_label, gamma=cfg.snr_gamma
-    )
+    null = denoiser.class_embedding.null_label
+    loss_of = partial(denoising_loss, vae=vae, scheduler=scheduler, null_label=null, gamma=cfg.snr_gamma)
     for batch, rng in run.batches(latents):
-        loss, tensors = loss_of(run.model, batch, rng, label_dropout=cfg.label_dropout)
+        loss, tensors = loss_of(run.model, batch, rng, cfg.label_dropout, cfg.condition_dropout)
         run.step(loss, **tensors)
 
-        # Validate the EMA weights.
-        if run.every(cfg.validation_steps):
+        # Validate the EMA weights: the other processes continue, and wait at the next gradient.
+        validate_now, evaluate_now = run.every(cfg.validation_steps), run.every(cfg.evaluation_steps)
+        if validate_now or evaluate_now:
             with run.ema_weights(), run.accelerator.autocast():
                 pipeline = build_pipeline(run, cfg, start, vae, denoiser, scheduler)
-                if run.is_main:  # the other processes continue, and wait at the next gradient
+                if run.is_main and validate_now:
                     save_samples(pipeline, run.output_dir / "samples.png", cfg.seed)
                     batches = run.validation_batches(val_latents, count=256)
                     run.log(val_loss=validation_loss(pipeline, batches, loss_of))
-        if run.every(cfg.evaluation_steps):
-            with run.ema_weights(), run.accelerator.autocast():
-                pipeline = build_pipeline(run, cfg, start, vae, denoiser, scheduler)
-                if run.is_main:
+                if run.is_main and evaluate_now:
                     figures = evaluate(pipeline)
                     run.log(**figures)
                     save_best(pipeline, run.output_dir, run.updates, figures)
@@ -109,11 +105,13 @@ def denoising_loss(
     model: torch.nn.Module,
     batch: LatentBatch,
     rng: BatchRandom,
+    label_dropout: float = 0.0,
+    condition_dropout: float = 0.0,
+    *,
     vae: AutoencoderKL,
     scheduler: DDPMScheduler,
     null_label: int,
     gamma: float,
-    label_dropout: float = 0.0,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss of one batch of slices, and the tensors that a report on non-finite losses describes."""
     # Noise the latents.
@@ -123,8 +121,10 @@ def denoising_loss(
     noisy = scheduler.add_noise(clean, noise, timesteps)
 
     # Predict from the class tokens; some labels become the null class, for classifier-free guidance.
-    labels = torch.where(rng.uniform() < label_dropout, null_label, batch.labels)  # (B,)
-    prediction = model(noisy, timesteps, labels)  # (B, C, h, w)
+    dropped = rng.uniform() < label_dropout  # (B,)
+    labels = torch.where(dropped, null_label, batch.labels)
+    conditions = conditioning.drop(batch.conditions, dropped, rng, condition_dropout)  # (B, K), or None
+    prediction = model(noisy, timesteps, labels, conditions)  # (B, C, h, w)
 
     # Compare with the noise or the velocity.
     loss = diffusion_loss(prediction, clean, noise, timesteps, scheduler, gamma)
@@ -159,7 +159,6 @@ def build(
     denoiser = ConditionalDenoiser(unet, tokens)
     run.record_training(unet)
     run.depends_on(**{"weights of --init_from": denoiser} if start else {})
-    finetuning.choose_trained(denoiser, cfg.freeze, cfg.lora_rank, cfg.half_frozen, run.accelerator)
     return denoiser, scheduler
 
 
@@ -172,9 +171,9 @@ def build_pipeline(
     scheduler: DDPMScheduler,
 ) -> ClassConditionalLDMPipeline:
     """The present weights as a pipeline, LoRA merged, with DDIM on the same noise schedule."""
-    unet, tokens = (run.full_weights(part) for part in (denoiser.unet, denoiser.class_embedding))
+    unet, tokens, conditions = (part and run.full_weights(part) for part in denoiser.parts)
     sampler = DDIMScheduler.from_config(scheduler.config)
-    pipeline = ClassConditionalLDMPipeline(vae, finetuning.plain_unet(unet), tokens, sampler)
+    pipeline = ClassConditionalLDMPipeline(vae, finetuning.plain_unet(unet), tokens, sampler, conditions)
     given = (cfg.num_inference_steps, cfg.guidance_scale, cfg.eta)
     pipeline.register_to_config(**(start or pipeline).sampling_settings(*given))  # is sampled with, and saved
     pipeline.set_progress_bar_config(disable=True)
@@ -184,7 +183,7 @@ def build_pipeline(
 @torch.no_grad()
 def validation_loss(pipeline: ClassConditionalLDMPipeline, batches: Iterable, loss_of: Callable) -> float:
     """Mean loss of batches of held-out latents with their random numbers, no label dropped."""
-    model = ConditionalDenoiser(pipeline.unet, pipeline.class_embedding)
+    model = ConditionalDenoiser(pipeline.unet, pipeline.class_embedding, pipeline.condition_embedding)
     return torch.stack([loss_of(model, batch, rng)[0] for batch, rng in batches]).mean().item()
 
 

@@ -183,7 +183,7 @@ def interpolate_classes(
     ).values()
     embedding, config = pipeline.class_embedding, pipeline.unet.config
     labels = [*embedding.labels_of([source, target]), embedding.null_label]
-    first, last, null = embedding(torch.tensor(labels, device=pipeline.device)).tokens.split(1)  # (1, 2, D)
+    first, last, null = pipeline.encode_classes(torch.tensor(labels)).split(1)  # (1, 2 + K, D)
     tokens = torch.cat([first.lerp(last, share) for share in torch.linspace(0, 1, frames).tolist()])
     if guidance_scale != 1:
         tokens = torch.cat([null.expand_as(tokens), tokens])  # (2 · frames, 2, D)
@@ -201,8 +201,9 @@ def _autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
 
 def hash_pipeline(pipeline: ClassConditionalLDMPipeline) -> str:
-    """`hash_weights` of VAE, U-Net and class embedding: identifies the model that an image came from."""
-    return hash_weights(pipeline.vae, pipeline.unet, pipeline.class_embedding)
+    """`hash_weights` of VAE, U-Net and embeddings: identifies the model that an image came from."""
+    parts = (pipeline.vae, pipeline.unet, pipeline.class_embedding, pipeline.condition_embedding)
+    return hash_weights(*(part for part in parts if part is not None))
 
 
 def hash_weights(*modules: torch.nn.Module) -> str:

@@ -13,7 +13,7 @@ import importlib
 import inspect
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,6 +92,7 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
 CUSTOM = {
     "vae": ("slice_autoencoder", "SliceAutoencoder"),
     "class_embedding": ("class_embedding", "ClassEmbedding"),
+    "condition_embedding": ("condition_embedding", "ConditionEmbedding"),
 }
 
 
@@ -112,12 +113,15 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         unet: denoiser of normalized latents; its cross-attention reads the class tokens.
         class_embedding: labels (B,) to class tokens (B, 2, D); its last label is the null class.
         scheduler: any diffusers scheduler that has the training's noise schedule and `prediction_type`.
+        condition_embedding: covariates (B, K) to tokens (B, K, D) that follow the class tokens; None for a
+            model without conditions.
         num_inference_steps, guidance_scale, eta: the model's own sampling settings, saved with it in
             model_index.json, for calls that give no others. With η = 1 (ancestral sampling) and without
             guidance, samples vary within the classes as real slices do: docs/sampling.md.
     """
 
-    model_cpu_offload_seq = "class_embedding->unet->vae"
+    model_cpu_offload_seq = "class_embedding->condition_embedding->unet->vae"
+    _optional_components = ["condition_embedding"]
     _callback_tensor_inputs = ["latents"]
     text_encoder_name = "class_embedding"  # in a LoRA file, class tokens take the text encoder's place
 
@@ -127,6 +131,7 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         unet: UNet2DConditionModel,
         class_embedding: ModelMixin,
         scheduler: SchedulerMixin,
+        condition_embedding: ModelMixin | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
         eta: float = 1.0,
@@ -134,6 +139,7 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
     ):
         super().__init__()
         self.register_modules(vae=vae, unet=unet, class_embedding=class_embedding, scheduler=scheduler)
+        self.register_modules(condition_embedding=condition_embedding)
         self.register_to_config(**self.sampling_settings(num_inference_steps, guidance_scale, eta))
         self.register_to_config(decoder_noise=decoder_noise)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) * getattr(vae, "patch_size", 1)
@@ -183,6 +189,9 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         eta: float | None = None,
+        conditions: Mapping[str, object] | None = None,
+        guide_conditions: bool = False,
+        extrapolate: bool = False,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         decoder_noise: bool | None = None,
         num_images_per_prompt: int = 1,
@@ -204,6 +213,10 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
                 Salimans 2022, arXiv:2207.12598, equation 6, with w for w + 1; 1 means no guidance.
             eta: stochasticity of DDIM (Song et al. 2021, arXiv:2010.02502, equation 16), from 0, which is
                 deterministic, to 1, ancestral sampling; other schedulers ignore it.
+            conditions: covariates by name, {"age": 75, "sex": "F"}; a list has a value for each image. What
+                is not given is marginal: as it is distributed in the training data.
+            guide_conditions: let guidance strengthen the conditions too, and not the class alone.
+            extrapolate: allow numbers outside of their range in the training data.
             guidance_interval: guidance interval (Kynkäänniemi et al. 2024, arXiv:2404.07724) as fractions of
                 the noise schedule: 0 is the clean image, 1 pure noise. Timesteps outside of it are not
                 guided, at half the cost.
@@ -234,7 +247,9 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         num_inference_steps, self._guidance_scale, eta = settings.values()
         latents = self._initial_latents(len(labels), generator, latents)
         null = torch.full_like(labels, self.class_embedding.null_label)
-        tokens = self._tokens(torch.cat([null, labels]))  # (2B, 2, D)
+        rows = self._condition_rows(conditions, len(labels), extrapolate)  # (B, K)
+        unguided = torch.full_like(rows, torch.nan) if guide_conditions else rows
+        tokens = self.encode_classes(torch.cat([null, labels]), torch.cat([unguided, rows]))  # (2B, 2 + K, D)
         step_kwargs = self._step_kwargs(eta, generator)
 
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
@@ -297,8 +312,21 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
             raise ValueError(f"latents must have shape {shape}, not {tuple(latents.shape)}")
         return latents.to(device, self.unet.dtype)
 
-    def _tokens(self, labels: torch.Tensor) -> torch.Tensor:
-        return self.class_embedding(labels.to(self._execution_device), return_dict=False)[0]
+    def _condition_rows(self, conditions, count: int, extrapolate: bool = False) -> torch.Tensor:
+        if self.condition_embedding is not None:
+            return self.condition_embedding.rows_of(conditions, count, extrapolate)
+        if conditions:
+            raise ValueError(f"{conditions=}: this model was trained without conditions")
+        return torch.empty(count, 0)
+
+    def encode_classes(self, labels: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Tokens (B, 2 + K, D) of labels (B,) and conditions (B, K), NaN where missing; None: all of them."""
+        tokens = self.class_embedding(labels.to(self._execution_device), return_dict=False)[0]
+        if self.condition_embedding is None:
+            return tokens
+        rows = self._condition_rows(None, len(labels)) if rows is None else rows
+        added = self.condition_embedding(rows.to(self._execution_device), return_dict=False)[0]
+        return torch.cat([tokens, added], dim=1)
 
     def _predict(self, latents, timestep, tokens, guidance_scale: float) -> torch.Tensor:
         guided = guidance_scale != 1
@@ -361,6 +389,9 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         strength: float = 0.8,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        conditions: Mapping[str, object] | None = None,
+        target_conditions: Mapping[str, object] | None = None,
+        extrapolate: bool = False,
     ) -> Counterfactual:
         """Translate slices (B, 1, H, W) in [-1, 1] of the class `source` to the class `target`.
 
@@ -372,6 +403,8 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
                 noise). A higher strength lets the class change more and preserves less of the subject.
             num_inference_steps: DDIM steps in each direction, two or more; None: the model's own.
             guidance_scale: guidance scale w of ε = ε(source) + w (ε(target) − ε(source)); None: the model's.
+            conditions: covariates of the input slices, as in `__call__`; they are kept.
+            target_conditions: those that are changed, {"age": 85}, in place of or beside the class.
 
         Raises:
             ValueError: a wrong argument, or a scheduler of another noise schedule or that scales its latents.
@@ -390,7 +423,13 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         image = image.to(self._execution_device, torch.float32)
         clean = self.vae.encode(image.to(self.vae.dtype)).latent_dist.mean
         clean = normalize_latents(self.vae, clean)  # (B, C, h, w)
-        own, other = (self._tokens(self._labels(name, len(image))) for name in (source, target))
+        changed = {**(conditions or {}), **(target_conditions or {})}
+        own, other = (
+            self.encode_classes(
+                self._labels(name, len(image)), self._condition_rows(given, len(image), extrapolate)
+            )
+            for name, given in ((source, conditions), (target, changed))
+        )
 
         highest = strength * len(self.scheduler.alphas_cumprod)
         timesteps = torch.linspace(0, highest, num_inference_steps + 1).round().int().unique()[1:] - 1
@@ -489,7 +528,7 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         index["_class_name"] = ["pipeline", ClassConditionalLDMPipeline.__name__]
         files = {"pipeline.py": ClassConditionalLDMPipeline}
         for part, (module, _) in CUSTOM.items():
-            defined = type(getattr(self, part))
+            defined = type(getattr(self, part))  # NoneType, of builtins, without conditions
             if defined.__module__.rpartition(".")[2] == module:  # not diffusers' own AutoencoderKL
                 index[part] = [module, defined.__name__]
                 files[f"{part}/{module}.py"] = defined
@@ -514,7 +553,7 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         if installed:
             config["_class_name"] = cls.__name__
             for part, (name, kind) in CUSTOM.items():
-                if part in config:
+                if (config.get(part) or [None])[0]:
                     module = importlib.import_module(f"adni_ldm.models.{name}")
                     config[part] = [module.__name__, kind]
         return loaded

@@ -81,9 +81,9 @@ def train(recipe, folder: Path, *, nan_at: int | None = None, **settings) -> Rec
     reconstruction_loss = train_vae.reconstruction_loss
     batches = itertools.count()
 
-    def record_labels(self, noisy, timesteps, labels):
+    def record_labels(self, noisy, timesteps, labels, conditions=None):
         record.labels.append(labels)
-        return forward(self, noisy, timesteps, labels)
+        return forward(self, noisy, timesteps, labels, conditions)
 
     def record_loss(prediction, clean, noise, timesteps, scheduler, snr_gamma):
         names = ("prediction", "clean", "noise", "timesteps", "scheduler")

@@ -53,6 +53,27 @@ class SampleConfig:
         help="Precision of the U-Net; the VAE decodes in float32. Default: bf16 where the hardware has it.",
         metadata={"choices": ["no", "fp16", "bf16"]},
     )
+    conditions: list[str] = HfArg(
+        default_factory=list,
+        help="Of a model with conditions: age=75 sex=F, or a CSV file with a column for each condition and a "
+        "row for each image. What is not given is as in the training data.",
+    )
+    match: str | None = HfArg(
+        default=None,
+        help="Data folder: ask for the conditions of its slices, in each class those of its own, so that "
+        "samples have the covariates of real slices.",
+    )
+    match_split: str = HfArg(
+        default="test", help="Split of --match.", metadata={"choices": ["train", "val", "test"]}
+    )
+    table: str | None = HfArg(default=None, help="Study table of --match, as of train_ldm.py.")
+    extrapolate: bool = HfArg(
+        default=False,
+        help="Allow conditions outside of their range in training; metadata.csv marks such samples.",
+    )
+    guide_conditions: bool = HfArg(
+        default=False, help="Let guidance strengthen the conditions as well as the class."
+    )
     trajectory: bool = HfArg(
         default=False, help="Also save trajectory.png: the denoising trajectory of one slice of each class."
     )
@@ -87,6 +108,8 @@ class SampleConfig:
             raise UserError(f"--from_image {self.from_image} and --morph {self.morph}: give only one of them")
         if self.morph and self.morph < 2:
             raise UserError(f"--morph {self.morph} must be at least 2 frames")
+        if self.conditions and self.match:
+            raise UserError(f"--conditions and --match {self.match}: give only one of them")
         if not 0 <= self.strength <= 1:
             raise UserError(f"--strength {self.strength} must lie in [0, 1]")
         if (self.from_image or self.morph) and not self.target:

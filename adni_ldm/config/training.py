@@ -258,6 +258,16 @@ class TrainLDMConfig(TrainingConfig):
     label_dropout: float = HfArg(
         default=0.1, help="Fraction of labels replaced by the null class, for classifier-free guidance."
     )
+    conditions: list[str] = HfArg(
+        default_factory=list,
+        help="Columns of metadata.csv or of --table that the U-Net reads beside the class: age sex slice_mm. "
+        "Samples can then be asked for by them, and the effect of the class is that at equal values.",
+    )
+    condition_dropout: float = HfArg(
+        default=0.1,
+        help="Fraction of the values of each condition that are hidden, so that any subset can be asked for; "
+        "where the label is dropped, all are.",
+    )
     use_ema: bool = HfArg(
         default=True, help="Sample from, and save, the exponential moving average (EMA) of the weights."
     )
@@ -337,8 +347,9 @@ class TrainLDMConfig(TrainingConfig):
         check_at_least(0, self, "lora_rank", "latent_variants")
         check_at_least(1, self, "tokens_per_class")
         check_sampling(self)
-        if not 0 <= self.label_dropout < 1:
-            raise UserError(f"--label_dropout {self.label_dropout} must be in [0, 1)")
+        for name in ("label_dropout", "condition_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)} must be in [0, 1)")
 
     @property
     def base_options(self) -> dict:

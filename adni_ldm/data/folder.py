@@ -51,6 +51,7 @@ class SliceFile:
     scan: str | None = None  # image ID, or another name of the scan; None if the subject is None
     size: int = 0  # bytes
     age: float | None = None  # years
+    conditions: Mapping[str, str] = field(default_factory=dict, hash=False)  # by name; "" where missing
 
 
 @dataclass
@@ -61,6 +62,8 @@ class FolderListing:
     class_names: Sequence[str] = ()
     table: str | Path | None = None  # study table that the subjects are from
     subjects_known: bool = True  # False where scans stand for subjects
+    conditions: Sequence[str] = ()  # columns that the files' conditions are of
+    columns: set[str] = field(default_factory=set)  # of metadata.csv and the study table
     files: list[SliceFile] = field(default_factory=list)
     problems: list[str] = field(
         default_factory=list
@@ -76,7 +79,10 @@ class FolderListing:
 
 
 def list_folder(
-    data_dir: str | Path, class_names: Sequence[str], table: str | Path | None = None
+    data_dir: str | Path,
+    class_names: Sequence[str],
+    table: str | Path | None = None,
+    conditions: Sequence[str] = (),
 ) -> FolderListing:
     """List every image of a data folder with its split, label, subject and slice, and the folder's problems.
 
@@ -86,13 +92,15 @@ def list_folder(
         data_dir: the folder that holds train/, or a parent of it.
         table: the study table, in which image IDs (the name before _, or image_id of metadata.csv) are looked
             up to find their subjects.
+        conditions: columns of metadata.csv or of the study table, which counts where both have a value.
 
     Raises:
-        UserError: the folder or the table is missing, or the table has no image IDs or subjects.
+        UserError: the folder or the table is missing, or the table has no image IDs or subjects; or there is
+            no column of a condition.
     """
-    rows = read_table(table, required=("image_id", "subject")) if table else None
+    rows = read_table(table, required=("image_id", "subject"), others=conditions) if table else None
     root = _find_root(Path(os.path.abspath(os.path.expanduser(data_dir))))
-    listing = FolderListing(root, tuple(class_names), table)
+    listing = FolderListing(root, tuple(class_names), table, conditions=tuple(conditions))
     for split in SPLITS:
         folders = [
             listing.root / name for name in _ALIASES.get(split, (split,)) if (listing.root / name).is_dir()
@@ -112,6 +120,11 @@ def list_folder(
         _apply_table(listing, rows[rows.subject != ""])
     elif not listing.subjects_known:
         listing.notes.append(f"{listing.root}: {SUBJECTS_UNKNOWN}")
+    if absent := [name for name in conditions if name not in listing.columns]:
+        known = ", ".join(sorted(listing.columns - {"", "file_name"})) or "none"
+        raise DataError(
+            f"--conditions {absent[0]}: no such column in metadata.csv or the study table; there are: {known}"
+        )
     _rename_shared_scans(listing)
     _report_shared_subjects(listing)
     return listing
@@ -225,12 +238,24 @@ def _list_file(
         listing.subjects_known = False
     age = row.get("age") or ""
     age = float(age) if re.fullmatch(r"\d+(\.\d*)?", age) else None
-    listing.files.append(SliceFile(path.as_posix(), split, label, subject, slice_number, scan_id, size, age))
+    listing.columns |= row.keys()
+    known = {name: _plain_value(row.get(name)) for name in listing.conditions}
+    listing.files.append(
+        SliceFile(path.as_posix(), split, label, subject, slice_number, scan_id, size, age, known)
+    )
+
+
+def _plain_value(text: str | None) -> str:
+    """A cell without spaces around it, "" where it says that the value is missing."""
+    text = (text or "").strip()
+    return "" if text.lower() in ("n/a", "na", "nan") else text
 
 
 def _apply_table(listing: FolderListing, rows: pd.DataFrame) -> None:
-    """Replace each file's subject, and its age where known, by that of the study table."""
+    """Replace each file's subject, and its age and conditions where known, by that of the study table."""
     by_image = index_by_image(rows, listing.table)
+    named = {name: rows[name].to_dict() for name in listing.conditions if name in rows}
+    listing.columns |= set(rows.columns)
     subjects, ages = rows.subject.to_dict(), rows.years.to_dict()
     unknown: set[str] = set()
     for position, file in enumerate(listing.files):
@@ -241,7 +266,11 @@ def _apply_table(listing: FolderListing, rows: pd.DataFrame) -> None:
             unknown.add(file.scan)
             continue
         age = file.age if math.isnan(ages[index]) else float(ages[index])
-        listing.files[position] = dataclasses.replace(file, subject=subjects[index], age=age)
+        given = {name: _plain_value(column[index]) for name, column in named.items()}
+        given = {**file.conditions, **{name: value for name, value in given.items() if value}}
+        listing.files[position] = dataclasses.replace(
+            file, subject=subjects[index], age=age, conditions=given
+        )
     listing.subjects_known = not unknown
     if unknown:
         listing.problems.append(

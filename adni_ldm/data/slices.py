@@ -33,6 +33,7 @@ from adni_ldm.data.manifest import manifest_problems
 from adni_ldm.data.splits import SPLITS, DataError, choose_val_subjects
 
 CLASS_NAMES = ("AD", "NC")
+CONDITION = "condition: "  # before the names of columns of conditions
 
 MOST_SIDE = 4096  # pixels; images are untrusted, and a thin one is padded to a square
 
@@ -68,10 +69,13 @@ def load_slices(
 
 
 def open_folder(
-    data_dir: str | Path, class_names: Sequence[str] = CLASS_NAMES, table: str | Path | None = None
+    data_dir: str | Path,
+    class_names: Sequence[str] = CLASS_NAMES,
+    table: str | Path | None = None,
+    conditions: Sequence[str] = (),
 ) -> FolderListing:
-    """List a folder or zip, and compare it with its manifest.json."""
-    listing = list_folder(open_data_dir(data_dir), class_names, table)
+    """List a folder or zip, and compare it with its manifest.json; `conditions` as of `list_folder`."""
+    listing = list_folder(open_data_dir(data_dir), class_names, table, conditions)
     listing.problems += manifest_problems(listing)
     return listing
 
@@ -193,6 +197,9 @@ class SliceTensors(torch.utils.data.Dataset):
         self.labels = torch.tensor(arrays["label"][:])  # int64 (N,)
         self.subjects = np.array(arrays["subject"][:])  # str (N,)
         self.class_names = tuple(arrays.features["label"].names)
+        names = [name for name in arrays.column_names if name.startswith(CONDITION)]
+        self.condition_rows: torch.Tensor | None = None  # (N, K), of `condition_rows`, once it is known
+        self.conditions = {name.removeprefix(CONDITION): arrays[name][:] for name in names}  # text, each N
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -212,6 +219,8 @@ def _add_columns(dataset: Dataset, by_path: dict[str, SliceFile], class_names: S
     dataset = dataset.add_column("label", [file.label for file in files], feature=label)
     dataset = dataset.add_column("subject", [file.subject for file in files])
     dataset = dataset.add_column("scan", [file.scan for file in files])
+    for name in files[0].conditions if files else ():
+        dataset = dataset.add_column(CONDITION + name, [file.conditions[name] for file in files])
     return dataset.add_column("slice", [file.slice for file in files])
 
 

@@ -63,12 +63,14 @@ def read_table(
     path: str | Path,
     columns: Mapping[str, str] | None = None,
     required: Sequence[str] = ("subject", "group"),
+    others: Sequence[str] = (),
 ) -> pd.DataFrame:
     """Read the columns of COLUMNS that a table has, as text, with "n/a" as "".
 
     Args:
         columns: {purpose: name of the column}, where the table's names are not among those of COLUMNS.
         required: purposes without which the table is useless.
+        others: further columns, kept under their own names where the table has them.
 
     Returns:
         distinct rows, always with session, age and sex (M or F); `years` is the age as a number.
@@ -92,6 +94,7 @@ def read_table(
             hint = f"; name it with --columns {purpose}=NAME" if "group" in required else ""
             listed = ", ".join(map(str, table.columns))
             raise UserError(f"{path}: no column for the {purpose.replace('_', ' ')} among {listed}{hint}")
+    rows |= {name: table[name] for name in others if name in table and name not in rows}
     rows = pd.DataFrame(rows).drop_duplicates()
     for optional in ("session", "age", "sex"):
         if optional not in rows:

@@ -38,7 +38,7 @@ def denoising_losses(
     labels = torch.from_numpy(known[images.labels])
     losses = [np.zeros(0)]
     for rows, latents in _latent_batches(pipeline, images, batch_size, "denoising loss"):
-        tokens = pipeline.class_embedding(labels[rows].to(latents.device)).tokens  # (B, 2, D)
+        tokens = pipeline.encode_classes(labels[rows])  # (B, 2 + K, D)
         of_levels = []
         for index, level in enumerate(LEVELS):
             noisy, noise, timesteps, scheduler = _add_noise(pipeline, latents, level, seed + index)
@@ -68,7 +68,7 @@ def bottleneck_features(
         for rows, latents in _latent_batches(pipeline, images, batch_size, "U-Net bottleneck"):
             null = torch.full((len(rows),), pipeline.class_embedding.null_label, device=latents.device)
             noisy, _, timesteps, _ = _add_noise(pipeline, latents, BOTTLENECK_LEVEL, seed)
-            _predict(pipeline, noisy, timesteps, pipeline.class_embedding(null).tokens)
+            _predict(pipeline, noisy, timesteps, pipeline.encode_classes(null))
             features.append(outputs.pop().flatten(1).float().cpu().numpy())
     finally:
         hook.remove()

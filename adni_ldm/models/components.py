@@ -17,6 +17,7 @@ ADMITTED = {
     "transformers": ("CLIPTextModel", "CLIPTokenizer"),  # what a text-to-image model is conditioned by
     "slice_autoencoder": ("SliceAutoencoder",),  # ours, as pipeline.py names them
     "class_embedding": ("ClassEmbedding",),
+    "condition_embedding": ("ConditionEmbedding",),
 }
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # of text-to-image models; never loaded
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from adni_ldm.errors import UserError
 from adni_ldm.models.class_embedding import ClassEmbedding
+from adni_ldm.models.condition_embedding import ConditionEmbedding
 
 HEAD_DIM = 32  # channels of one attention head, and of the groups of group normalization
 
@@ -53,17 +54,37 @@ def build_denoiser(
 
 
 class ConditionalDenoiser(nn.Module):
-    """U-Net and class embedding as one module.
+    """U-Net, class embedding and, of a model with conditions, condition embedding as one module.
 
     One module has one gradient all-reduce, one EMA and one checkpoint, and DeepSpeed takes no more than one.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, class_embedding: ClassEmbedding):
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        class_embedding: ClassEmbedding,
+        condition_embedding: ConditionEmbedding | None = None,
+    ):
         super().__init__()
         self.unet = unet
         self.class_embedding = class_embedding
+        self.condition_embedding = condition_embedding
 
-    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Map noisy latents (B, C, h, w), timesteps (B,) and labels (B,) to the prediction (B, C, h, w)."""
+    @property
+    def parts(self) -> tuple[UNet2DConditionModel, ClassEmbedding, ConditionEmbedding | None]:
+        """As a pipeline takes them."""
+        return self.unet, self.class_embedding, self.condition_embedding
+
+    def forward(
+        self,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        labels: torch.Tensor,
+        conditions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Map noisy latents (B, C, h, w), timesteps (B,), labels (B,) and, of a model with them, conditions
+        (B, K), NaN where missing, to the prediction (B, C, h, w)."""
         tokens = self.class_embedding(labels, return_dict=False)[0]  # (B, 2, D)
+        if self.condition_embedding is not None:
+            tokens = torch.cat([tokens, self.condition_embedding(conditions, return_dict=False)[0]], dim=1)
         return self.unet(noisy, timesteps, encoder_hidden_states=tokens, return_dict=False)[0]

@@ -12,6 +12,7 @@ another encoder or another cohort has another folder, and later runs read the sa
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -54,6 +55,7 @@ class LatentBatch:
     posteriors: torch.Tensor  # (variants, N, 2, C, h, w), of all slices
     indices: torch.Tensor  # (B,), on the posteriors' device
     labels: torch.Tensor  # (B,), on the device that trains
+    conditions: torch.Tensor | None = None  # (B, K), likewise; NaN where missing
 
     def sample(self, rng: BatchRandom) -> torch.Tensor:
         """Sample a latent of each slice, z = μ + σ ε (B, C, h, w), of a random variant; not normalized."""
@@ -77,6 +79,7 @@ class LatentPosteriors:
     sha256: str = ""  # of the file they come from
     mean: Sequence[float] = ()  # of each channel over all slices, (C,)
     std: Sequence[float] = ()
+    conditions: torch.Tensor | None = None  # (N, K), on the device that trains; NaN where missing
 
     @classmethod
     def open(cls, folder: Path, device: torch.device) -> LatentPosteriors:
@@ -99,7 +102,8 @@ class LatentPosteriors:
         """The batch of the slices at `indices`."""
         rows = torch.as_tensor(indices)
         labels = self.labels[_to(rows, self.labels.device)]
-        return LatentBatch(self.posteriors, _to(rows, self.posteriors.device), labels)
+        conditions = None if self.conditions is None else self.conditions[_to(rows, self.conditions.device)]
+        return LatentBatch(self.posteriors, _to(rows, self.posteriors.device), labels, conditions)
 
 
 def _to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -126,7 +130,8 @@ def encode_posteriors(
 
     Args:
         vae: on the accelerator's device.
-        slices: of {"image": (1, H, W) in [-1, 1]}, with `labels`, int64 (N,); read only if not in the cache.
+        slices: of {"image": (1, H, W) in [-1, 1]}, with `labels`, int64 (N,), and `condition_rows` of a model
+            with conditions; read only if not in the cache.
         cache: folder of caches, on a disk that all processes share.
         content: hash of the slices; that of the main process is used.
         variants: number of augmented variants of each slice, kept beside it.
@@ -159,7 +164,8 @@ def encode_posteriors(
         raise UserError(
             f"--latent_cache {folder}: {problems[0]}; give a folder with free space that all processes share"
         )
-    return LatentPosteriors.open(target, accelerator.device)
+    opened, rows = LatentPosteriors.open(target, accelerator.device), getattr(slices, "condition_rows", None)
+    return opened if rows is None else dataclasses.replace(opened, conditions=rows.to(accelerator.device))
 
 
 def _write(

@@ -49,6 +49,7 @@ from adni_ldm.training.optimizer import (
 )
 from adni_ldm.training.run_record import (
     check_finished,
+    hash_columns,
     hash_slices,
     record_finish,
     record_start,
@@ -92,18 +93,23 @@ class TrainingRun:
 
     # ---- Data --------------------------------------------------------------------------------------------
 
-    def load_slices(self) -> tuple[SliceTensors, SliceTensors]:
-        """Slices to train on and held-out ones, decoded by the main process; UserError for data leakage."""
+    def load_slices(self, conditions: Sequence[str] = ()) -> tuple[SliceTensors, SliceTensors]:
+        """Slices to train on and held-out ones, decoded by the main process; UserError for data leakage.
+
+        `conditions` are columns that the slices have beside their labels.
+        """
         cfg = self.cfg
         with self.accelerator.main_process_first():
             self.data_dir = as_folder(cfg.data_dir, cfg.class_names, **cfg.dataset_options)
-            listing = open_folder(self.data_dir, cfg.class_names, cfg.table)
+            listing = open_folder(self.data_dir, cfg.class_names, cfg.table, conditions)
             splits = read_slices(listing, cfg.val_fraction)
             train, val = (SliceTensors(to_arrays(splits[name], cfg.image_size)) for name in ("train", "val"))
             self.data = describe_data(listing, splits)
         if not self.data.subjects_known:
             self.print(f"note: {SUBJECTS_UNKNOWN}")
         self.hashes |= hash_slices(self.accelerator, self.data, cfg.image_size, train=train, val=val)
+        if conditions:
+            self.hashes["conditions"] = hash_columns(train.conditions, val.conditions)
         self.print(f"{len(train)} training slices, {len(val)} held out; {describe_compute(self.accelerator)}")
         return train, val
 

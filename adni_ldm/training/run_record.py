@@ -4,7 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -43,6 +43,11 @@ def hash_slices(
                 digest.update(batch["image"].tobytes())
         hashes[split] = digest.hexdigest()[:16]
     return broadcast_object_list([hashes])[0]
+
+
+def hash_columns(*splits: Mapping[str, Sequence[str]]) -> str:
+    """SHA-256 of the conditions {name: values} of each split, first 16 hex digits."""
+    return hashlib.sha256(json.dumps(splits, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def run_identity(

@@ -1,0 +1,129 @@
+"""Conditions: columns of a study, such as age and sex, as numbers for `ConditionEmbedding`.
+
+about = describe_conditions(train.conditions)          # numbers and categories, by the training slices
+rows = condition_rows(about, train.conditions)         # (N, K), NaN where missing
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from adni_ldm.data.folder import FolderListing
+from adni_ldm.data.splits import DataError
+from adni_ldm.errors import UserError
+
+MOST_CATEGORIES = 32
+OLDEST = 90.0  # HIPAA's safe harbor (45 CFR 164.514) joins all ages above 89
+
+
+def describe_conditions(columns: Mapping[str, Sequence[str]]) -> dict[str, dict]:
+    """Describe columns of text {name: values}, "" where missing, as `ConditionEmbedding` takes it.
+
+    A column of which every value is a number is one; ages above 89 count as 90.
+
+    Raises DataError for a column without two different values, or text with more than MOST_CATEGORIES.
+    """
+    described: dict[str, dict] = {}
+    for name, values in columns.items():
+        values = [value for value in values if value]
+        if len(set(values)) < 2:
+            raise DataError(
+                f"--conditions {name}: the same in all training slices, or missing in them; leave it out"
+            )
+        numbers = [_as_number(name, value) for value in values]
+        if None not in numbers:
+            numbers = torch.tensor(numbers, dtype=torch.float64)
+            about = {"mean": numbers.mean().item(), "std": numbers.std(correction=0).item()}
+            described[name] = {**about, "low": numbers.min().item(), "high": numbers.max().item()}
+            continue
+        categories = sorted(set(values))
+        if len(categories) > MOST_CATEGORIES:
+            text = next(value for value, number in zip(values, numbers) if number is None)
+            raise DataError(
+                f"--conditions {name}: text with {len(categories)} different values, such as {text!r}; give "
+                f"a column of numbers, or of at most {MOST_CATEGORIES} categories"
+            )
+        described[name] = {"categories": categories}
+    return described
+
+
+def condition_rows(
+    conditions: Mapping[str, Mapping], columns: Mapping[str, Sequence[str]], count: int
+) -> torch.Tensor:
+    """Convert columns of `count` slices to (count, K) float32: numbers, and indices of categories.
+
+    NaN is a missing value, or a category that `conditions` does not have.
+    """
+    rows = torch.full((count, len(conditions)), math.nan)
+    for column, (name, about) in enumerate(conditions.items()):
+        known = {category: index for index, category in enumerate(about.get("categories", ()))}
+        for row, value in enumerate(columns.get(name, ())):
+            number = known.get(value) if "categories" in about else _as_number(name, value)
+            rows[row, column] = math.nan if number is None else number
+    return rows
+
+
+def _as_number(name: str, text: str) -> float | None:
+    try:
+        number = float(text.removesuffix("+") if name == "age" else text)
+    except ValueError:
+        return None
+    if not math.isfinite(number):
+        return None
+    return OLDEST if name == "age" and number > OLDEST - 1 else number
+
+
+def asked_conditions(given: Sequence[str], count: int) -> dict[str, list[str]]:
+    """The values {name: one for each of `count` images} of --conditions: NAME=VALUE …, or a CSV file.
+
+    The file has a column for each condition and a row for each image, at least `count` of them. Raises
+    UserError for a word without "=", a file that cannot be read, or too few rows.
+    """
+    if len(given) == 1 and given[0].lower().endswith(".csv"):
+        path = Path(given[0])
+        try:
+            table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"--conditions {path}: not a CSV file ({' '.join(str(error).split())})"
+            ) from error
+        if len(table) < count:
+            raise UserError(f"--conditions {path}: {len(table)} rows for {count} images of each class")
+        return {name: table[name].tolist()[:count] for name in table}
+    pairs = [word.partition("=") for word in given]
+    for name, equals, _ in pairs:
+        if not (name and equals):
+            raise UserError(f"--conditions {name}: give NAME=VALUE, such as age=75, or a CSV file")
+    return {name: [value] * count for name, _, value in pairs}
+
+
+def matched_conditions(
+    listing: FolderListing, split: str, count: int, seed: int
+) -> dict[str, dict[str, list[str]]]:
+    """The joint conditions {class: {name: values}} of `count` slices of a split, drawn with replacement.
+
+    The samples then have the covariates of real slices, in each class those of its own. Raises UserError for
+    a class without slices in the split.
+    """
+    found = {}
+    for label, name in enumerate(listing.class_names):
+        files = [file for file in listing.files if file.split == split and file.label == label]
+        if not files:
+            raise UserError(f"--match {listing.root}: no slices of class {name} in its split {split}")
+        rows = np.random.default_rng([seed, label]).integers(len(files), size=count)
+        chosen = [files[row].conditions for row in rows]
+        found[name] = {
+            column: [_capped(column, one[column]) for one in chosen] for column in listing.conditions
+        }
+    return found
+
+
+def _capped(name: str, value: str) -> str:
+    number = _as_number(name, value) if name == "age" else None
+    return f"{number:g}" if number == OLDEST else value
