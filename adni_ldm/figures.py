@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -29,7 +30,9 @@ def to_pil(image: torch.Tensor) -> Image.Image:
     return converted
 
 
-def save_rows(path: str | Path, rows: Mapping[str, torch.Tensor], columns: int | None = None) -> None:
+def save_rows(
+    path: str | Path | BinaryIO, rows: Mapping[str, torch.Tensor], columns: int | None = None
+) -> None:
     """Save rows of slices, {title: (n, 1, H, W) in [0, 1]}; long rows wrap after `columns`."""
     columns = columns or max(len(images) for images in rows.values())
     lines = [
@@ -49,9 +52,9 @@ def save_rows(path: str | Path, rows: Mapping[str, torch.Tensor], columns: int |
     save_figure(figure, path, bbox_inches="tight", pad_inches=0.05)
 
 
-def save_figure(figure: Figure, path: str | Path, dpi: int = 110, **options) -> None:
-    """Save a figure as a PNG file, atomically."""
-    with atomic_file(path) as partial:
+def save_figure(figure: Figure, path: str | Path | BinaryIO, dpi: int = 110, **options) -> None:
+    """Save a figure as a PNG file, atomically, or write it to an open one."""
+    with nullcontext(path) if hasattr(path, "write") else atomic_file(path) as partial:
         figure.savefig(partial, format="png", dpi=dpi, **options)
 
 

@@ -237,7 +237,7 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         Raises:
             ValueError: a wrong argument, or a scheduler that does not follow the training's noise schedule.
         """
-        labels = self._labels(class_labels, num_images_per_prompt)  # (B,)
+        labels = self._labels(class_labels, num_images_per_prompt).to(self._execution_device)  # (B,)
         low, high = guidance_interval
         if not 0 <= low < high <= 1:
             raise ValueError(f"guidance_interval={guidance_interval} must be LOW < HIGH within 0 and 1")
@@ -321,11 +321,11 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
 
     def encode_classes(self, labels: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Tokens (B, 2 + K, D) of labels (B,) and conditions (B, K), NaN where missing; None: all of them."""
-        tokens = self.class_embedding(labels.to(self._execution_device), return_dict=False)[0]
+        tokens = self.class_embedding(labels, return_dict=False)[0]
         if self.condition_embedding is None:
             return tokens
         rows = self._condition_rows(None, len(labels)) if rows is None else rows
-        added = self.condition_embedding(rows.to(self._execution_device), return_dict=False)[0]
+        added = self.condition_embedding(rows.to(labels.device), return_dict=False)[0]
         return torch.cat([tokens, added], dim=1)
 
     def _predict(self, latents, timestep, tokens, guidance_scale: float) -> torch.Tensor:
@@ -426,7 +426,8 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         changed = {**(conditions or {}), **(target_conditions or {})}
         own, other = (
             self.encode_classes(
-                self._labels(name, len(image)), self._condition_rows(given, len(image), extrapolate)
+                self._labels(name, len(image)).to(image.device),
+                self._condition_rows(given, len(image), extrapolate),
             )
             for name, given in ((source, conditions), (target, changed))
         )

@@ -96,7 +96,8 @@ def test_a_text_to_image_model_is_admitted_without_its_safety_checker(tmp_path):
 def test_our_pipeline_loads_beside_a_safety_checker(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path)
     edit(tmp_path / "model_index.json", safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
-    assert set(load_pipeline(str(tmp_path)).components) == {"vae", "unet", "class_embedding", "scheduler"}
+    loaded = load_pipeline(str(tmp_path)).components
+    assert {name for name, part in loaded.items() if part} == {"vae", "unet", "class_embedding", "scheduler"}
 
 
 @pytest.mark.parametrize(

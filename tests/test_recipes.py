@@ -182,8 +182,10 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(presets, vae_dir, tmp_path)
     )
     command += ("--latent_variants", 1, "--latent_cache", tmp_path / "latents")
     run(*command, "--output_dir", tmp_path / "whole")
-    checkpoint = tmp_path / "whole/checkpoints/step-00000004"
-    assert [path.name for path in checkpoint.parent.iterdir()] == [checkpoint.name], "one is kept"
+    kept = [path.name for path in (tmp_path / "whole/checkpoints").iterdir()]
+    assert kept == ["step-00000006"], "one is kept"
+    run(*command, "--checkpoints_total_limit", 9, "--output_dir", tmp_path / "all")
+    checkpoint = tmp_path / "all/checkpoints/step-00000004"
     run(*command, "--output_dir", tmp_path / "resumed", "--resume_from_checkpoint", checkpoint)
     whole, resumed = (load_file(tmp_path / name / UNET_WEIGHTS) for name in ("whole", "resumed"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

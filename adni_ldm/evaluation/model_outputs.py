@@ -38,7 +38,7 @@ def denoising_losses(
     labels = torch.from_numpy(known[images.labels])
     losses = [np.zeros(0)]
     for rows, latents in _latent_batches(pipeline, images, batch_size, "denoising loss"):
-        tokens = pipeline.encode_classes(labels[rows])  # (B, 2 + K, D)
+        tokens = pipeline.encode_classes(labels[rows].to(latents.device))  # (B, 2 + K, D)
         of_levels = []
         for index, level in enumerate(LEVELS):
             noisy, noise, timesteps, scheduler = _add_noise(pipeline, latents, level, seed + index)

@@ -59,6 +59,8 @@ def bundle_model(
     pipeline.to("cpu").save_pretrained(folder, safe_serialization=True)
     _strip_config(folder / "model_index.json", pipeline)
     for name, part in pipeline.components.items():
+        if part is None:  # no conditions
+            continue
         _strip_config(folder / name / part.config_name, part)
     _write_losses(run / "metrics.csv", folder)
     _write_metrics(folder, report)
