@@ -183,9 +183,8 @@ def interpolate_classes(
     ).values()
     embedding, config = pipeline.class_embedding, pipeline.unet.config
     labels = [*embedding.labels_of([source, target]), embedding.null_label]
-    first, last, null = pipeline.encode_classes(torch.tensor(labels, device=pipeline.device)).split(
-        1
-    )  # (1, 2 + K, D)
+    labels = torch.tensor(labels, device=pipeline.device)
+    first, last, null = pipeline.encode_classes(labels).split(1)  # (1, 2 + K, D)
     tokens = torch.cat([first.lerp(last, share) for share in torch.linspace(0, 1, frames).tolist()])
     if guidance_scale != 1:
         tokens = torch.cat([null.expand_as(tokens), tokens])  # (2 · frames, 2, D)

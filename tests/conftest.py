@@ -10,6 +10,7 @@ import atexit
 import os
 import shutil
 import signal
+import sys
 import tempfile
 
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the cache of the process that started them
@@ -105,6 +106,24 @@ def phantom_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("phantom") / "cohort"
     write_phantom_cohort(folder, subjects=12, slices=3, image_size=32, seed=0, workers=1)
     return folder
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Run a recipe in this process by its command line."""
+    from accelerate.state import AcceleratorState
+
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+
+    def run(recipe, *words):
+        AcceleratorState._reset_state(True)
+        monkeypatch.setattr(sys, "argv", [f"{recipe.__name__}.py", *map(str, words)])
+        recipe.main()
+
+    yield run
+    AcceleratorState._reset_state(True)
+    for number, handler in kept.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -2,14 +2,11 @@
 
 import math
 import shutil
-import signal
-import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from stand_ins import make_pipeline
 
@@ -25,22 +22,6 @@ from adni_ldm.training import conditioning
 from adni_ldm.training.batch_sampling import BatchRandom
 
 ABOUT = {"age": {"mean": 70.0, "std": 8.0, "low": 55.0, "high": 90.0}, "sex": {"categories": ["F", "M"]}}
-
-
-@pytest.fixture
-def run(monkeypatch):
-    """Run a recipe in this process by its command line."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-
-    def run(recipe, *words):
-        AcceleratorState._reset_state(True)
-        monkeypatch.setattr(sys, "argv", [f"{recipe.__name__}.py", *map(str, words)])
-        recipe.main()
-
-    yield run
-    AcceleratorState._reset_state(True)
-    for number, handler in kept.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -24,13 +24,8 @@ from adni_ldm.data.splits import SPLITS, DataError, shared_subjects
 from adni_ldm.data.study_table import image_key, index_by_image, read_table
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
-IMAGE_FORMATS = (
-    "PNG",
-    "JPEG",
-    "TIFF",
-    "BMP",
-    "WEBP",
-)  # for PIL, which would start Ghostscript for PostScript
+# For PIL, which would start Ghostscript for PostScript.
+IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
 _ALIASES = {"val": ("val", "validation", "valid"), "NC": ("NC", "CN")}  # other names of a folder
 
 SUBJECTS_UNKNOWN = (
@@ -121,7 +116,7 @@ def list_folder(
     elif not listing.subjects_known:
         listing.notes.append(f"{listing.root}: {SUBJECTS_UNKNOWN}")
     if absent := [name for name in conditions if name not in listing.columns]:
-        known = ", ".join(sorted(listing.columns - {"", "file_name"})) or "none"
+        known = ", ".join(sorted(listing.columns - {"file_name"})) or "none"
         raise DataError(
             f"--conditions {absent[0]}: no such column in metadata.csv or the study table; there are: {known}"
         )
@@ -238,7 +233,6 @@ def _list_file(
         listing.subjects_known = False
     age = row.get("age") or ""
     age = float(age) if re.fullmatch(r"\d+(\.\d*)?", age) else None
-    listing.columns |= row.keys()
     known = {name: _plain_value(row.get(name)) for name in listing.conditions}
     listing.files.append(
         SliceFile(path.as_posix(), split, label, subject, slice_number, scan_id, size, age, known)
@@ -309,6 +303,7 @@ def _read_metadata(listing: FolderListing, path: Path) -> dict[str, dict[str, st
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         listing.problems.append(f"{path}: not a CSV file in UTF-8 ({error}); write it anew or remove it")
         return {}
+    listing.columns |= {name for name in rows[0] if name} if rows else set()
     if rows and "file_name" not in rows[0]:
         listing.problems.append(
             f"{path}: has no column file_name; add it, with paths such as AD/218391_78.png"

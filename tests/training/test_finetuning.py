@@ -1,13 +1,11 @@
 """Fine-tuning: RGB autoencoders, other classes, frozen parts, and LoRA."""
 
 import json
-import signal
 import subprocess
 import sys
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, DDIMScheduler
 from safetensors.torch import load_file
 
@@ -26,22 +24,6 @@ COMMON += ("--mixed_precision", "no", "--report_to", "none", "--checkpointing_st
 LDM = (*COMMON, "--validation_steps", 0, "--learning_rate", 1e-3, "--max_steps", 2)
 STILL = ("--max_steps", 1, "--learning_rate", 1e-12)
 RECORD = {"hash": "0" * 64, "hash_of": "names", "ids": "0123456789abcdef"}
-
-
-@pytest.fixture
-def run(monkeypatch):
-    """Run a recipe in this process by its command line."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-
-    def run(recipe, *words):
-        AcceleratorState._reset_state(True)
-        monkeypatch.setattr(sys, "argv", [f"{recipe.__name__}.py", *map(str, words)])
-        recipe.main()
-
-    yield run
-    AcceleratorState._reset_state(True)
-    for number, handler in kept.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
