@@ -38,6 +38,7 @@ from adni_ldm.evaluation.conditioning import (
     class_conditioning_accuracy,
     class_conditioning_accuracy_by_guidance,
 )
+from adni_ldm.evaluation.covariates import adjusted_effects, condition_faithfulness, describe_real
 from adni_ldm.evaluation.effects import compare_anatomy
 from adni_ldm.evaluation.features import load_extractor
 from adni_ldm.evaluation.fidelity import fidelity
@@ -49,7 +50,16 @@ from adni_ldm.evaluation.history import (
     read_history,
     read_metadata,
 )
-from adni_ldm.evaluation.image_sets import ImageSet, generate_image_set, join, load_samples, real_set, thin
+from adni_ldm.evaluation.image_sets import (
+    ImageSet,
+    conditions_asked,
+    generate_image_set,
+    join,
+    load_samples,
+    read_sample_table,
+    real_set,
+    thin,
+)
 from adni_ldm.evaluation.model_outputs import reconstruct
 from adni_ldm.evaluation.privacy import measure_memorization
 from adni_ldm.evaluation.questions import QUESTIONS, list_verdicts
@@ -78,9 +88,12 @@ def main() -> int:
 
     # ---- Samples, real slices and the model ----------------------------------------------------------------
     names = class_names(cfg.classes)
-    samples = load_samples(cfg.samples, names, cfg.max_slices)
+    folder, table = as_folder(cfg.real, names, **cfg.dataset_options), read_sample_table(cfg.samples)
+    listing = open_folder(folder, names, cfg.table)
+    if asked := conditions_asked(table, listing.columns):
+        listing = open_folder(folder, names, cfg.table, asked)
+    samples = load_samples(cfg.samples, names, cfg.max_slices, table[asked])
     size = samples.images.shape[-1]
-    listing = open_folder(as_folder(cfg.real, names, **cfg.dataset_options), names, cfg.table)
     splits = read_slices(listing, cfg.val_fraction)
     data, metadata = describe_data(listing, splits), read_metadata(cfg.samples)
     pipeline = open_pipeline(cfg.model, metadata, names, size)
@@ -114,6 +127,7 @@ def main() -> int:
     pixel_mm = cfg.pixel_mm or find_pixel_mm(listing.root, size)
     # Anatomy of all real slices: nothing was fitted to it, and more subjects give narrower intervals.
     all_real = join(train, held_out)
+    about = describe_real(all_real)  # of the conditions that samples were asked for
     anatomy = [measure_anatomy(images.floats(), pixel_mm, progress=True) for images in (all_real, samples)]
 
     # ---- Metrics -------------------------------------------------------------------------------------------
@@ -128,16 +142,23 @@ def main() -> int:
         conditioning["by_guidance"] = class_conditioning_accuracy_by_guidance(
             classifier, generate, cfg.guidance_scales, held_out
         )
-    memorization = measure_memorization(samples, all_train, held_out, pipeline=pipeline, seed=cfg.seed)
+    memorization = measure_memorization(samples, all_train, held_out, pipeline, seed=cfg.seed, about=about)
     reconstructions = reconstruct(vae, held_out) if vae else None
     metrics = {
         "fidelity": fidelity(held_out, train, samples, features, seed=cfg.seed),
         "spectrum": measure_spectra(held_out, samples, reconstructions, cfg.seed),
-        "tstr": train_on_synthetic_test_on_real(classifier, train, samples, held_out, **training),
+        "tstr": train_on_synthetic_test_on_real(
+            classifier, train, samples, held_out, **training, about=about
+        ),
         "conditioning": conditioning,
         "anatomy": compare_anatomy(all_real, anatomy[0], samples, anatomy[1], cfg.seed),
         "privacy": {**memorization.metrics, "unseen_cohorts": unseen},
     }
+    if about:
+        metrics["conditions"] = {
+            **condition_faithfulness(about, train, samples, held_out, **training),
+            "effects": adjusted_effects(about, all_real, anatomy[0], samples, anatomy[1], cfg.seed),
+        }
 
     # ---- Report --------------------------------------------------------------------------------------------
     facts = {

@@ -290,3 +290,33 @@ def test_what_a_killed_report_left_is_replaced_and_nothing_else(tmp_path):
         (tmp_path / "report/.content.partial").mkdir()
         with pytest.raises(UserError, match="none"):  # the samples: it goes on
             evaluate.main()
+
+
+def test_conditions_in_the_samples_metadata_are_compared_with_what_the_samples_show(
+    real, others, perfect, tmp_path, monkeypatch
+):
+    """A perfect model that was asked for age and sex: sections, adjusted effects and matched copies."""
+    samples = tmp_path / "samples"
+    shutil.copytree(perfect, samples)
+    known = pd.concat(
+        pd.read_csv(path, dtype=str).assign(split=path.parent.name) for path in others.glob("*/metadata.csv")
+    )
+    rows = []
+    for name in ("AD", "NC"):
+        paths = sorted(others.glob(f"*/{name}/*.png"))
+        by_path = {f"{row.split}/{row.file_name}": row for row in known.itertuples()}
+        for index, path in enumerate(paths):
+            row = by_path[str(path.relative_to(others))]
+            rows.append({"file_name": f"{name}/{index:06d}.png", "label": name, "seed": index})
+            rows[-1] |= {"age": row.age, "sex": row.sex}
+    pd.DataFrame(rows).to_csv(samples / "metadata.csv", index=False)
+    folder = tmp_path / "report"
+    metrics = run(monkeypatch, "--real", real, "--samples", samples, "--output_dir", folder, *QUICK)
+    assert set(metrics["conditions"]) == {"age", "sex", "effects"}
+    assert "accuracy" in metrics["conditions"]["sex"] and "slope" in metrics["conditions"]["age"]
+    ventricle = metrics["conditions"]["effects"]["ventricle_mm2"]
+    assert 0.7 < ventricle["adjusted_ratio"]["value"] < 1.4
+    assert metrics["privacy"]["matched_copies"]["value"] < 0.1
+    assert set(metrics["tstr"]["matched"]) == {"real", "synthetic", "both"}
+    page = (folder / "report.html").read_text()
+    assert "at equal conditions, samples ÷ real" in page and "with the same conditions" in page

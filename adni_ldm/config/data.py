@@ -23,6 +23,12 @@ class PhantomConfig:
     )
     contrast: str = HfArg(default="t1", help="Image contrast.", metadata={"choices": ["t1", "t2"]})
     image_size: int = HfArg(default=64, help="Side of the square slice, pixels.")
+    covariate_effects: bool = HfArg(
+        default=False,
+        help="Let age widen the ventricles and thin the cortex, and sex scale the brain, with the areas "
+        "without the disease and at equal age in metadata.csv.",
+    )
+    age_gap: float = HfArg(default=3.0, help="Years by which AD is older than NC on average.")
     seed: int = HfArg(default=0, help="Random seed; the cohort does not depend on the number of workers.")
     workers: int | None = HfArg(default=None, help="Number of processes. Default: one per core.")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import nn
@@ -54,22 +56,51 @@ def train_classifier(
     if (counts > 0).sum() < 2:
         present = [name for name, count in zip(train.class_names, counts) if count]
         raise UserError(f"classes present: {', '.join(present) or 'none'}; a classifier needs at least two")
+    weights = torch.from_numpy(1 / counts[train.labels])  # (N,), of equal sum in every class
+    labels = torch.from_numpy(train.labels).to(device)
+
+    def loss_of(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits, labels[rows.to(device)])
+
+    outputs = len(train.class_names)
+    options = {"device": device, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
+    return fit_network(train, outputs, loss_of, weights, seed=seed, description=description, **options)
+
+
+def fit_network(
+    train: ImageSet,
+    outputs: int,
+    loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    weights: torch.Tensor,
+    *,
+    seed: int,
+    device: str | torch.device,
+    steps: int,
+    description: str,
+    batch_size: int = 64,
+    learning_rate: float = 1e-3,
+) -> nn.Module:
+    """Train `build_classifier` of so many outputs, as `train_classifier` says.
+
+    Args:
+        loss_of: the loss () of outputs (B, outputs), float32, on the rows (B,) of the set.
+        weights: (N,), in proportion to which rows are drawn.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = build_classifier(len(train.class_names), train.images.shape[-1])
+        model = build_classifier(outputs, train.images.shape[-1])
         model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=learning_rate, total_steps=steps)
     generator = torch.Generator().manual_seed(seed)
-    weights = torch.from_numpy(1 / counts[train.labels])  # (N,), of equal sum in every class
 
     model.train()
     for _ in tqdm(range(steps), desc=description, leave=False):
         rows = torch.multinomial(weights, batch_size, replacement=True, generator=generator)
         images = augment(train.floats(rows), generator).to(device)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=has_bf16()):
-            logits = model(images.contiguous(memory_format=torch.channels_last))  # (B, K)
-        loss = F.cross_entropy(logits.float(), torch.from_numpy(train.labels[rows]).to(device))
+            logits = model(images.contiguous(memory_format=torch.channels_last))  # (B, outputs)
+        loss = loss_of(logits.float(), rows)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -90,16 +121,18 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return ((moved + 1) * gain - 1).clamp(-1, 1)[:, None]
 
 
-@torch.no_grad()
 def probabilities(model: nn.Module, images: ImageSet, batch_size: int = 256) -> np.ndarray:
-    """Probability of each class for each slice, (N, K) float32, in the order of `class_names`.
+    """Probability of each class for each slice, (N, K) float32, in the order of `class_names`."""
+    return outputs_of(model, images, batch_size).softmax(dim=1).numpy()
 
-    Computed in float32, regardless of the caller's autocast.
-    """
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, images: ImageSet, batch_size: int = 256) -> torch.Tensor:
+    """Outputs (N, outputs) float32 on the CPU, computed in float32 regardless of the caller's autocast."""
     device = next(model.parameters()).device
     with torch.autocast(device.type, enabled=False):
         logits = [
             model(images.floats(slice(first, first + batch_size)).to(device)).cpu()
             for first in range(0, len(images), batch_size)
         ]
-    return torch.cat(logits).softmax(dim=1).numpy()
+    return torch.cat(logits)

@@ -10,10 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
-
 from adni_ldm.data.archives import open_data_dir
-from adni_ldm.data.cells import unescape_table
 from adni_ldm.data.folder import classes_in
 from adni_ldm.data.provenance import (
     DataRecord,
@@ -25,7 +22,7 @@ from adni_ldm.data.provenance import (
 )
 from adni_ldm.data.slices import open_folder, read_slices
 from adni_ldm.errors import UserError
-from adni_ldm.evaluation.image_sets import ImageSet, real_set, relabel
+from adni_ldm.evaluation.image_sets import ImageSet, read_sample_table, real_set, relabel
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
 
 FLAG = "--also_trained_on"
@@ -76,13 +73,7 @@ class Cohort:
 
 def read_metadata(folder: str | Path) -> dict[str, str]:
     """Model, data and settings in the samples' metadata.csv, a column's values joined; {} without one."""
-    path = Path(folder) / "metadata.csv"
-    if not path.is_file():
-        return {}
-    try:
-        table = unescape_table(pd.read_csv(path, dtype=str, keep_default_na=False))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as a table ({error}); sample.py writes it") from error
+    table = read_sample_table(folder)
     columns = ("model", "model_hash", "data_hash")
     columns += ("guidance_scale", "num_inference_steps", "eta", "scheduler")
     return {name: ", ".join(sorted(set(table[name]))) for name in columns if name in table}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from datasets import Dataset
 
+from adni_ldm.data.cells import unescape_table
 from adni_ldm.data.slices import SliceTensors, prepare_image, read_image, to_arrays, to_float
 from adni_ldm.errors import UserError
 from adni_ldm.evaluation.estimates import FEWEST_SLICES, FEWEST_SUBJECTS
@@ -19,15 +21,17 @@ from adni_ldm.pipeline import ClassConditionalLDMPipeline
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Slices with their classes and subjects, in 8 bits.
+    """Slices with their classes, subjects and conditions, in 8 bits.
 
-    A sample counts as a subject; image k of every class is "sample k", since they share their noise.
+    A sample counts as a subject; image k of every class is "sample k", since they share their noise. Its
+    conditions are what was asked for.
     """
 
     images: torch.Tensor  # uint8 (N, 1, H, W), 0 to 255
     labels: np.ndarray  # int64 (N,)
     subjects: np.ndarray  # str (N,)
     class_names: tuple[str, ...]
+    conditions: Mapping[str, np.ndarray] = field(default_factory=dict)  # str (N,) each; "" where missing
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -36,7 +40,11 @@ class ImageSet:
         """The rows at `indices`, or where a boolean mask is true."""
         rows = np.arange(len(self))[indices]
         return ImageSet(
-            self.images[torch.from_numpy(rows)], self.labels[rows], self.subjects[rows], self.class_names
+            self.images[torch.from_numpy(rows)],
+            self.labels[rows],
+            self.subjects[rows],
+            self.class_names,
+            {name: values[rows] for name, values in self.conditions.items()},
         )
 
     def of_class(self, name: str) -> ImageSet:
@@ -49,12 +57,17 @@ class ImageSet:
 
 
 def join(first: ImageSet, second: ImageSet) -> ImageSet:
-    """The rows of both sets."""
+    """The rows of both sets; a condition that one of them does not have is missing there."""
+    conditions = {
+        name: np.concatenate([one.conditions.get(name, np.full(len(one), "")) for one in (first, second)])
+        for name in {**first.conditions, **second.conditions}
+    }
     return ImageSet(
         torch.cat([first.images, second.images]),
         np.concatenate([first.labels, second.labels]),
         np.concatenate([first.subjects, second.subjects]),
         first.class_names,
+        conditions,
     )
 
 
@@ -62,7 +75,7 @@ def relabel(images: ImageSet, class_names: Sequence[str]) -> ImageSet:
     """The same slices with the labels of `class_names`; -1 for a class that is not among them."""
     labels = {name: label for label, name in enumerate(class_names)}
     new = np.array([labels.get(name, -1) for name in images.class_names])
-    return ImageSet(images.images, new[images.labels], images.subjects, tuple(class_names))
+    return replace(images, labels=new[images.labels], class_names=tuple(class_names))
 
 
 def real_set(slices: Dataset, image_size: int, most: int | None = None, seed: int = 0) -> ImageSet:
@@ -80,7 +93,9 @@ def image_set(slices: SliceTensors, most: int | None = None, seed: int = 0) -> I
     if most is not None and len(chosen) > most:
         chosen = thin(slices.subjects, most, seed)
     pixels = torch.from_numpy(slices.arrays[chosen]["image"])[:, None]
-    return ImageSet(pixels, slices.labels[chosen].numpy(), slices.subjects[chosen], slices.class_names)
+    conditions = {name: np.array(values, dtype=str)[chosen] for name, values in slices.conditions.items()}
+    labels, subjects = slices.labels[chosen].numpy(), slices.subjects[chosen]
+    return ImageSet(pixels, labels, subjects, slices.class_names, conditions)
 
 
 def too_few(samples: ImageSet, held_out: ImageSet) -> str:
@@ -93,11 +108,34 @@ def too_few(samples: ImageSet, held_out: ImageSet) -> str:
     return ""
 
 
-def load_samples(folder: str | Path, class_names: Sequence[str], most: int | None = None) -> ImageSet:
+def read_sample_table(folder: str | Path) -> pd.DataFrame:
+    """metadata.csv of samples as text, indexed by file_name; empty without one. Raises UserError where it
+    cannot be read."""
+    path = Path(folder) / "metadata.csv"
+    if not path.is_file():
+        return pd.DataFrame()
+    try:
+        return unescape_table(pd.read_csv(path, dtype=str, keep_default_na=False)).set_index("file_name")
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"{path}: cannot be read as a table ({error}); sample.py writes it") from error
+
+
+def conditions_asked(samples: pd.DataFrame, real_columns: Collection[str]) -> list[str]:
+    """The columns of `read_sample_table` that real data have too: what was asked for beside the class."""
+    return [name for name in samples if name in real_columns and name != "label"]
+
+
+def load_samples(
+    folder: str | Path,
+    class_names: Sequence[str],
+    most: int | None = None,
+    conditions: pd.DataFrame | None = None,
+) -> ImageSet:
     """The samples in `folder`, one subfolder per class, as sample.py writes them.
 
     Args:
         most: read at most this many of each class.
+        conditions: columns of `read_sample_table` that were asked for; "" where they were not.
 
     Raises:
         UserError: no such folder, no sample of any class, or samples of different sizes.
@@ -105,7 +143,7 @@ def load_samples(folder: str | Path, class_names: Sequence[str], most: int | Non
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"--samples {folder}: no such folder; python sample.py --class all writes one")
-    images, labels = [], []
+    images, labels, files = [], [], []
     image_size = _first_size(folder, class_names)
     for label, name in enumerate(class_names):
         for path in sorted((folder / name).glob("*.png"))[:most]:
@@ -117,7 +155,12 @@ def load_samples(folder: str | Path, class_names: Sequence[str], most: int | Non
                 )
             images.append(torch.from_numpy(prepare_image(image, image_size).copy()))
             labels.append(label)
-    return _sample_set(torch.stack(images)[:, None], np.array(labels), class_names)
+            files.append(f"{name}/{path.name}")
+    found = _sample_set(torch.stack(images)[:, None], np.array(labels), class_names)
+    if conditions is None:
+        return found
+    asked = conditions[~conditions.index.duplicated()].reindex(files, fill_value="")
+    return replace(found, conditions={name: asked[name].to_numpy(str) for name in asked})
 
 
 def generate_image_set(

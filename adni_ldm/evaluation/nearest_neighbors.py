@@ -42,7 +42,12 @@ class Neighbors:
 
 
 @torch.autocast("cpu", enabled=False)  # float32, regardless of the caller's autocast
-def nearest_in_pixels(images: torch.Tensor, train: torch.Tensor, train_subjects: np.ndarray) -> Neighbors:
+def nearest_in_pixels(
+    images: torch.Tensor,
+    train: torch.Tensor,
+    train_subjects: np.ndarray,
+    allowed: np.ndarray | None = None,
+) -> Neighbors:
     """Nearest training image after alignment by rotations of up to about 6 degrees and shifts of up to 1/16
     of the side, at least 3 pixels.
 
@@ -52,6 +57,8 @@ def nearest_in_pixels(images: torch.Tensor, train: torch.Tensor, train_subjects:
     Args:
         images: uint8 (N, 1, H, W).
         train: uint8 (M, 1, H, W), with the subject of each (M,).
+        allowed: bool (N, M), which training images are searched for each image; None: all. An image without
+            any has the distance infinity, and the ratio 1.
     """
     if images.shape[1:] != train.shape[1:]:
         raise ValueError(f"images of {tuple(images.shape[1:])} compared with {tuple(train.shape[1:])}")
@@ -68,8 +75,13 @@ def nearest_in_pixels(images: torch.Tensor, train: torch.Tensor, train_subjects:
         best = torch.stack([one.amax(1) for one in similar]).argmax(0)  # (B,) the rotation of each image
         each = torch.arange(len(some))
         patterns, similarity = (torch.stack(one)[best, each] for one in (turned, similar))
+        if allowed is not None:
+            searched = allowed[first : first + _CHUNK]
+            similarity = similarity.masked_fill(~torch.from_numpy(searched), -2)  # below any correlation
         candidates = _candidates(similarity, subjects)  # (B, K)
         distances, shifts = _aligned_distances(patterns, train_patterns, candidates, reach)
+        if allowed is not None:
+            distances = np.where(np.take_along_axis(searched, candidates, axis=1), distances, np.inf)
         rows, nearest, ratios, places = _closest(distances, candidates, subjects)
         found.append((rows, nearest, ratios, shifts[np.arange(len(rows)), places]))
     rows, distances, ratios, shifts = (np.concatenate(parts) for parts in zip(*found))
@@ -155,6 +167,7 @@ def _closest(distances: np.ndarray, rows: np.ndarray, subjects: np.ndarray) -> t
         first = np.sort(np.unique(subjects[rows[index, places]], return_index=True)[1])
         of_subjects = distances[index, places[first]]  # ascending, one per subject
         around = of_subjects[1 : 1 + NEXT_SUBJECTS]
+        around = around[np.isfinite(around)]  # infinite: not searched
         if len(around) and around.mean() > 0:  # zero if all are identical: no subject is copied
             ratios[index] = of_subjects[0] / around.mean()
     picked, nearest = np.arange(len(order)), order[:, 0]

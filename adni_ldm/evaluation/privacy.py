@@ -12,10 +12,12 @@ passed through the autoencoder; 99 scaled by 3 %; and 66 rotated by 8 degrees.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from adni_ldm.evaluation.covariates import comparable, rows_of
 from adni_ldm.evaluation.estimates import (
     FEWEST_SUBJECTS,
     Estimate,
@@ -94,6 +96,7 @@ def measure_memorization(
     pipeline: ClassConditionalLDMPipeline | None = None,
     most: int = 300,
     seed: int = 0,
+    about: Mapping[str, Mapping] | None = None,
 ) -> Memorization:
     """Share of copies among the samples, the nearest pairs, and membership inference.
 
@@ -103,10 +106,22 @@ def measure_memorization(
         held_out: real slices of subjects that it was not trained on.
         pipeline: the model that generated the samples: adds `membership_auc`.
         most: slices of either set that the model's loss is computed on, the same share of every subject's.
+        about: description of the conditions that samples were asked for: adds `matched_copies`, as
+            `copies`, and its like, of a search among the training slices with the same conditions alone.
     """
     near = nearest_in_pixels(samples.images, train.images, train.subjects)
     near_held_out = nearest_in_pixels(held_out.images, train.images, train.subjects)
     metrics, rule = copy_metrics(near, samples, near_held_out, held_out, train)
+    if about:
+        rows = rows_of(train, about)
+        matched = (
+            nearest_in_pixels(
+                one.images, train.images, train.subjects, comparable(rows_of(one, about), rows, about)
+            )
+            for one in (samples, held_out)
+        )
+        found, _ = copy_metrics(next(matched), samples, next(matched), held_out, train)
+        metrics |= {f"matched_{name}": found[name] for name in ("copies", "near_copies", "copies_excess")}
     if pipeline is not None:
         members = train.take(train.labels >= 0)  # the model has no tokens of other classes
         chosen = [one.take(thin(one.subjects, most, seed)) for one in (members, held_out)]

@@ -51,6 +51,21 @@ LABELS = {
     "effect_real": "disease effect in real slices (Cohen's d)",
     "effect_synthetic": "disease effect in samples (Cohen's d)",
     "effect_ratio": "effect in samples ÷ effect in real slices",
+    "slope": "slope of the predicted value on the one that was asked for",
+    "correlation": "correlation (r) of the predicted value with the one that was asked for",
+    "error": "mean absolute error of the predicted value",
+    "accuracy": "balanced accuracy of the predicted category",
+    "slope_ratio": "slope in samples ÷ in held-out real slices",
+    "effects": "First class less last",
+    "real_plain": "real slices, as they are",
+    "real_adjusted": "real slices, at equal conditions",
+    "synthetic_plain": "samples, as they are",
+    "synthetic_adjusted": "samples, at equal conditions",
+    "adjusted_ratio": "at equal conditions, samples ÷ real",
+    "matched": "Among subjects with the same conditions, AUC by subject",
+    "matched_copies": "Samples classified as copies of a training slice with the same conditions",
+    "matched_near_copies": "Samples nearer than any real slice to a training slice with the same conditions",
+    "matched_copies_excess": "Samples classified as copies among the same conditions, less the reference",
     "copies": "Samples classified as copies of a training slice",
     "copies_excess": "Samples classified as copies, less the reference",
     "subjects_copied": "Training subjects with at least one copy",
@@ -72,6 +87,12 @@ SECTIONS = {  # section of metrics.json: (heading, what is measured)
         QUESTIONS["faithfulness"],
         "Class-conditioning accuracy is the share of samples that a classifier trained on real slices "
         "assigns to the class they were conditioned on. The reference is its accuracy on held-out slices.",
+    ),
+    "conditions": (
+        "Conditions: do samples show what was asked for beside the class?",
+        "A network trained on real slices predicts the conditions; the reference is what it reaches on "
+        "held-out slices. The difference between the first and the last class is given as it is, and at "
+        "equal conditions, by a linear model (analysis of covariance).",
     ),
     "anatomy": (
         "Anatomy: is the effect of the disease preserved?",

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from adni_ldm.evaluation.classifier import STEPS, probabilities, train_classifier
+from adni_ldm.evaluation.covariates import comparable, subject_conditions
 from adni_ldm.evaluation.estimates import Estimate, Resamples, estimate, roc_auc, unknown
 from adni_ldm.evaluation.image_sets import ImageSet, join, too_few
 
@@ -29,12 +30,14 @@ def train_on_synthetic_test_on_real(
     device: str | torch.device = "cpu",
     steps: int = STEPS,
     draws: int = 1000,
+    about: Mapping[str, Mapping] | None = None,
 ) -> dict[str, Estimate | dict[str, Estimate]]:
     """AUC and balanced accuracy by subject, of classifiers trained on real slices, on samples and on both.
 
     All three have the same architecture, seed and number of steps. Intervals resample held-out subjects.
 
     Args:
+        about: description of the conditions that samples were asked for; adds "matched".
         classifier: what `train_classifier` returned for `train`, with `seed` and `steps`.
         train: real slices of the subjects that the model was trained on.
         held_out: real slices of other subjects, of every class.
@@ -60,7 +63,39 @@ def train_on_synthetic_test_on_real(
     by_subject = {name: subject_probabilities(model, held_out) for name, model in classifiers.items()}
     _, labels, subjects = by_subject["real"]
     scores = {name: result[0] for name, result in by_subject.items()}  # (S, K)
-    return tstr_metrics(labels, subjects, scores, seed=seed, draws=draws)
+    results = tstr_metrics(labels, subjects, scores, seed=seed, draws=draws)
+    if about and len(held_out.class_names) == 2:
+        rows = subject_conditions(held_out, subjects, about)
+        pairs = comparable(rows[labels == 1], rows[labels == 0], about)
+        drawn = Resamples.draw(subjects, draws, seed).times
+        found = {name: estimate(matched_auc(labels, one[:, 1], pairs, drawn)) for name, one in scores.items()}
+        real = found["real"].value
+        results["matched"] = {
+            name: one if name == "real" else one.with_reference(real) for name, one in found.items()
+        }
+    return results
+
+
+def matched_auc(labels: np.ndarray, scores: np.ndarray, pairs: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """AUC (B + 1,) over pairs of subjects with the same covariates alone (Janes & Pepe 2009): what of the
+    separation is not that of the covariates.
+
+    Args:
+        labels, scores: (S,), 1 for cases.
+        pairs: bool (cases, others), which are compared.
+        times: (B + 1, S), how often a bootstrap sample has the subject, as of `Resamples`.
+
+    Returns:
+        NaN in bootstrap samples without a pair.
+    """
+    cases, others = labels == 1, labels == 0
+    wins = (np.sign(scores[cases][:, None] - scores[others][None, :]) + 1) / 2
+    weights = [
+        np.einsum("bc,co,bo->b", times[:, cases], part, times[:, others], optimize=True)
+        for part in (pairs * wins, pairs.astype(float))
+    ]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return weights[0] / weights[1]
 
 
 def tstr_metrics(

@@ -167,8 +167,11 @@ def _privacy(estimates: Mapping) -> dict:
         estimates.get(name) or unknown("") for name in ("copies", "near_copies", "copies_excess")
     )
     membership = estimates.get("membership_auc") or unknown("membership was not tested: give --model")
-    copied = bool(near.value) or (excess.low is not None and excess.low > 0)
-    not_copied = excess.high is not None and excess.high <= COPIES_MARGIN
+    matched = estimates.get("matched_copies_excess")  # where samples were asked for by conditions
+    found = [excess] if matched is None else [excess, matched]
+    closest = max(near.value or 0, (estimates.get("matched_near_copies") or near).value or 0)
+    copied = bool(closest) or any(one.low is not None and one.low > 0 for one in found)
+    not_copied = all(one.high is not None and one.high <= COPIES_MARGIN for one in found)
     known = membership.low is not None and membership.high is not None
     identified = known and (membership.low > IDENTIFIED[1] or membership.high < IDENTIFIED[0])
     hidden = known and HIDDEN[0] <= membership.low and membership.high <= HIDDEN[1]
@@ -182,6 +185,15 @@ def _privacy(estimates: Mapping) -> dict:
             excess,
             high=0.0 if copied else COPIES_MARGIN,
             interval=(excess.low, excess.high),
+        ),
+        *(
+            Criterion(
+                "share of copies among the same conditions, less the reference",
+                one,
+                high=0.0 if copied else COPIES_MARGIN,
+                interval=(one.low, one.high),
+            )
+            for one in found[1:]
         ),
         Criterion(
             "AUC of membership inference",

@@ -31,7 +31,8 @@ from adni_ldm.hub.report import Report
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
 
 PREVIEWS = 4  # of each class
-_PUSHED_METRICS = ("verdicts", "fidelity", "spectrum", "tstr", "conditioning", "anatomy", "privacy")
+_PUSHED_METRICS = ("verdicts", "fidelity", "spectrum", "tstr", "conditioning", "conditions")
+_PUSHED_METRICS += ("anatomy", "privacy")
 _PUSHED_METRICS += ("model_hash", "data_hash")
 _PUSHED_COLUMNS = ("file_name", "label", "seed", "num_inference_steps", "guidance_scale", "eta", "scheduler")
 _PUSHED_COLUMNS += ("precision", "model_hash", "data_hash", "guidance_interval", "decoder_noise")

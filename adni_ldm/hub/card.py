@@ -192,12 +192,19 @@ def _sizes(pipeline: ClassConditionalLDMPipeline) -> dict[str, str]:
     def count(module) -> str:
         return f"{sum(tensor.numel() for tensor in module.parameters()):,} parameters"
 
+    conditions = {}
+    if embedding := pipeline.condition_embedding:
+        conditions = {
+            "conditions beside the class": embedding.describe(),
+            "condition embedding": f"{count(embedding)}, a token for each condition",
+        }
     return {
         "slice": f"1 × {side} × {side}, greyscale",
         "latent": f"{unet.in_channels} × {latent} × {latent}",
         "autoencoder (AutoencoderKL)": f"{count(vae)}, channels {list(vae.config.block_out_channels)}",
         "U-Net (UNet2DConditionModel)": f"{count(pipeline.unet)}, channels {list(unet.block_out_channels)}",
         "class embedding": f"{count(pipeline.class_embedding)}, tokens of width {unet.cross_attention_dim}",
+        **conditions,
         "prediction type": str(pipeline.scheduler.config.prediction_type),
         "sampling, by default": describe_sampling(pipeline),
     }

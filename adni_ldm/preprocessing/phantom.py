@@ -12,6 +12,10 @@ its own. A point p of the subject, in mm, is mapped to the template in three ste
 The ground truth of a slice, the areas of ventricle and brain, comes from the template's masks at the points
 that the slice is sampled at. a, b and the contraction are sampled from `SEVERITY`, and the groups overlap.
 
+Age and sex are without effect, unless `covariate_effects` is set: then each year above 65 adds `PER_YEAR` to
+a and b, and sex scales the brain. The truth then includes the areas that the same subject would have without
+the disease, and at the mean age of both groups.
+
 Axes: RAS, mm, MNI152 space (x right, y anterior, z superior). Slices: superior is up; anterior is left in the
 sagittal plane, the subject's right is left in the coronal plane.
 """
@@ -49,9 +53,16 @@ HIPPOCAMPI_MM = np.array([[-26.0, -22.0, -14.0], [26.0, -22.0, -14.0]], np.float
 HIPPOCAMPUS_RADII_MM = np.array([8.0, 18.0, 8.0], np.float32)
 
 SEVERITY = {  # mean and standard deviation over the subjects of a class
-    "AD": {"ventricle": (4.5, 1.2), "atrophy": (1.8, 0.5), "hippocampus": (0.25, 0.08), "age": (76, 7)},
-    "NC": {"ventricle": (1.0, 1.2), "atrophy": (0.4, 0.5), "hippocampus": (0.04, 0.08), "age": (73, 7)},
+    "AD": {"ventricle": (4.5, 1.2), "atrophy": (1.8, 0.5), "hippocampus": (0.25, 0.08)},
+    "NC": {"ventricle": (1.0, 1.2), "atrophy": (0.4, 0.5), "hippocampus": (0.04, 0.08)},
 }
+MEAN_AGE, AGE_SD = 74.5, 7.0  # years; the mean is that of both groups, which lie at equal distance from it
+AGE_GAP = 3.0  # years from NC to AD
+
+# With covariate_effects:
+PER_YEAR = {"ventricle": 0.15, "atrophy": 0.03}  # mm for each year above NO_EFFECT_AGE
+NO_EFFECT_AGE = 65
+SEX_SCALE = {"F": 0.975, "M": 1.025}  # of lengths, so that brains of men are 10 % larger in area
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +89,14 @@ class Subject:
     noise: float
 
 
-def sample_subject(seed: int, index: int) -> Subject:
+def sample_subject(
+    seed: int, index: int, covariate_effects: bool = False, age_gap: float = AGE_GAP
+) -> Subject:
     """Sample subject `index` of cohort `seed`, whatever the cohort's size. Even is AD, odd is NC."""
     rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
     label = CLASSES[index % 2]
     severity = {name: rng.normal(*moments) for name, moments in SEVERITY[label].items()}
+    age = rng.normal(MEAN_AGE + (age_gap / 2 if label == "AD" else -age_gap / 2), AGE_SD)
 
     scale = np.clip(rng.normal(1, 0.035), 0.93, 1.06) * rng.normal(1, 0.012, size=3)
     pitch, roll, yaw = np.radians(rng.normal(0, [3.0, 1.0, 1.0]))
@@ -94,10 +108,10 @@ def sample_subject(seed: int, index: int) -> Subject:
     amplitude = rng.normal(size=(24, 3)) / np.linalg.norm(vectors, axis=1, keepdims=True)  # all equally steep
     amplitude *= np.array([1.0, 2.0, 2.0]) / np.sqrt((amplitude**2).sum(0) / 2)  # rms in x, y, z, mm
     bias = (*_sample_waves(rng, 4, shortest=150, longest=300), rng.normal(0, 0.05, size=4))
-    return Subject(
+    subject = Subject(
         index=index,
         label=label,
-        age=int(np.clip(round(severity["age"]), 55, 92)),
+        age=int(np.clip(round(age), 55, 92)),
         sex=str(rng.choice(["F", "M"])),
         ventricle=float(np.clip(severity["ventricle"], -2, 9)),
         atrophy=float(np.clip(severity["atrophy"], -1, 4)),
@@ -109,6 +123,25 @@ def sample_subject(seed: int, index: int) -> Subject:
         gamma=float(np.exp(rng.normal(0, 0.1))),
         noise=float(rng.uniform(0.015, 0.035)),
     )
+    if not covariate_effects:
+        return subject
+    subject = dataclasses.replace(subject, to_template=subject.to_template / SEX_SCALE[subject.sex])
+    return aged(subject, subject.age - NO_EFFECT_AGE)
+
+
+def aged(subject: Subject, years: float) -> Subject:
+    """The subject with the ventricles and the cortex of so many years more."""
+    added = {name: getattr(subject, name) + years * slope for name, slope in PER_YEAR.items()}
+    return dataclasses.replace(subject, **added)
+
+
+def without_disease(subject: Subject) -> Subject:
+    """The subject without what AD adds on average; a subject of NC as it is."""
+    if subject.label == "NC":
+        return subject
+    ad, nc = SEVERITY["AD"], SEVERITY["NC"]
+    less = {name: getattr(subject, name) - (ad[name][0] - nc[name][0]) for name in ad}
+    return dataclasses.replace(subject, **less)
 
 
 def _sample_waves(rng: np.random.Generator, count: int, shortest: float, longest: float) -> tuple:
@@ -168,24 +201,8 @@ def render_slice(
         the slice, and the areas of ventricle and brain, mm².
     """
     finer = max(1, round(FIELD_OF_VIEW_MM / image_size))
-    side = image_size * finer
-    half = FIELD_OF_VIEW_MM / 2
-    nodes = np.linspace(-half, half, LATTICE)
-    centres = (np.arange(side) + 0.5) * FIELD_OF_VIEW_MM / side - half
-    to_centres = np.stack([np.interp(centres, nodes, node) for node in np.eye(LATTICE)], axis=1)
-    to_centres = to_centres.astype(np.float32)  # (side, LATTICE)
-
-    # Map the lattice to the template; between its nodes, 1.6 mm apart, the map is linear.
-    row, column = np.meshgrid(nodes, nodes, indexing="ij")  # down, and to the right
-    lattice = np.stack([CENTRE_MM[0] - column, CENTRE_MM[1] - column, CENTRE_MM[2] - row], axis=-1)
-    if plane == "axial":  # anterior is up
-        lattice[..., 1] = CENTRE_MM[1] - row
-    lattice[..., NORMAL_AXIS[plane]] = position_mm
-    lattice = lattice.astype(np.float32)  # (LATTICE, LATTICE, 3)
-    mapped = np.moveaxis(template_points(lattice, subject, field, atlas), -1, 0)  # (3, LATTICE, LATTICE)
-    points = np.moveaxis(to_centres @ mapped @ to_centres.T, 0, -1)  # (side, side, 3)
-    brain = _sample(atlas.brain, points, atlas, spacing=1, mode="constant") > 0.5
-    ventricle = brain & (_sample(atlas.ventricle, points, atlas, spacing=1, mode="constant") > 0.5)
+    lattice, to_centres = _slice_lattice(position_mm, image_size * finer, plane)
+    points, brain, ventricle = _slice_masks(lattice, to_centres, subject, field, atlas)
 
     # Fluid is 0.25 and white matter 0.86 in the template; single scans have darker fluid.
     intensity = _sample(atlas.intensity, points, atlas, spacing=1, mode="constant")
@@ -200,8 +217,48 @@ def render_slice(
     real, imaginary = subject.noise * rng.standard_normal((2, image_size, image_size), dtype=np.float32)
     noisy = np.hypot(pixels(intensity * brain) + real, imaginary)  # Rician, as in magnitude images
     grey = np.where(pixels(brain) > 0.5, np.clip(noisy * 215, 1, 255), 0).astype(np.uint8)
-    area = (FIELD_OF_VIEW_MM / side) ** 2
-    return grey, float(ventricle.sum() * area), float(brain.sum() * area)
+    return grey, *_areas_mm2(ventricle, brain)
+
+
+def measure_slice(
+    subject: Subject, position_mm: float, image_size: int, atlas: Atlas, plane: str = "sagittal"
+) -> tuple[float, float]:
+    """The areas of ventricle and brain, mm², of a slice as `render_slice` renders it, without its image."""
+    finer = max(1, round(FIELD_OF_VIEW_MM / image_size))
+    lattice, to_centres = _slice_lattice(position_mm, image_size * finer, plane)
+    _, brain, ventricle = _slice_masks(lattice, to_centres, subject, disease_field(subject, atlas), atlas)
+    return _areas_mm2(ventricle, brain)
+
+
+def _slice_lattice(position_mm: float, side: int, plane: str) -> tuple[np.ndarray, np.ndarray]:
+    """Points (LATTICE, LATTICE, 3) of a subject, mm, and weights (side, LATTICE) of its nodes in pixels."""
+    half = FIELD_OF_VIEW_MM / 2
+    nodes = np.linspace(-half, half, LATTICE)
+    centres = (np.arange(side) + 0.5) * FIELD_OF_VIEW_MM / side - half
+    to_centres = np.stack([np.interp(centres, nodes, node) for node in np.eye(LATTICE)], axis=1)
+    row, column = np.meshgrid(nodes, nodes, indexing="ij")  # down, and to the right
+    lattice = np.stack([CENTRE_MM[0] - column, CENTRE_MM[1] - column, CENTRE_MM[2] - row], axis=-1)
+    if plane == "axial":  # anterior is up
+        lattice[..., 1] = CENTRE_MM[1] - row
+    lattice[..., NORMAL_AXIS[plane]] = position_mm
+    return lattice.astype(np.float32), to_centres.astype(np.float32)
+
+
+def _slice_masks(
+    lattice: np.ndarray, to_centres: np.ndarray, subject: Subject, field: np.ndarray, atlas: Atlas
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Template points (side, side, 3) of a slice's pixels, mm, and masks (side, side) of brain, ventricle."""
+    # The lattice is mapped to the template; between its nodes, 1.6 mm apart, the map is linear.
+    mapped = np.moveaxis(template_points(lattice, subject, field, atlas), -1, 0)  # (3, LATTICE, LATTICE)
+    points = np.moveaxis(to_centres @ mapped @ to_centres.T, 0, -1)  # (side, side, 3)
+    brain = _sample(atlas.brain, points, atlas, spacing=1, mode="constant") > 0.5
+    ventricle = brain & (_sample(atlas.ventricle, points, atlas, spacing=1, mode="constant") > 0.5)
+    return points, brain, ventricle
+
+
+def _areas_mm2(*masks: np.ndarray) -> tuple[float, ...]:
+    """The areas of masks (side, side) that cover the field of view, mm²."""
+    return tuple(float(mask.sum() * (FIELD_OF_VIEW_MM / len(mask)) ** 2) for mask in masks)
 
 
 def slice_positions(slices: int) -> np.ndarray:
@@ -213,7 +270,12 @@ def _write_subject(task: tuple[int, str], root: Path, settings: Mapping, atlas: 
     """Write the slices of subject `index` in `split`. Returns rows of metadata.csv, with the split added."""
     index, split = task
     seed, plane, image_size = settings["seed"], settings["plane"], settings["image_size"]
-    subject = sample_subject(seed, index)
+    covariates = {name: settings[name] for name in ("covariate_effects", "age_gap") if name in settings}
+    subject = sample_subject(seed, index, **covariates)
+    known = {}  # the truth in other circumstances, where age and disease both have an effect
+    if covariates.get("covariate_effects"):
+        at_mean_age = aged(subject, MEAN_AGE - subject.age)
+        known = {"no_disease": without_disease(subject), "mean_age": at_mean_age}
     field = disease_field(subject, atlas)
     digits = max(4, len(str(settings["subjects"] - 1)))
     name = f"s{seed}p{index:0{digits}d}"  # unique across cohorts
@@ -241,6 +303,10 @@ def _write_subject(task: tuple[int, str], root: Path, settings: Mapping, atlas: 
                 "split": split,
             }
         )
+        for circumstance, other in known.items():
+            areas = measure_slice(other, position_mm, image_size, atlas, plane)
+            for part, area in zip(("ventricle", "brain"), areas, strict=True):
+                rows[-1][f"{part}_mm2_{circumstance}"] = round(area, 1)
     return rows
 
 
@@ -266,6 +332,7 @@ LIMITS = {
     "slices": (1, 100),  # two digits in a file's name
     "image_size": (16, 1024),
     "seed": (0, math.inf),
+    "age_gap": (-15, 15),  # beyond, the groups hardly overlap, and ages are clipped
     "workers": (1, math.inf),
 }
 
@@ -289,14 +356,20 @@ def write_phantom_cohort(
     workers: int | None = None,
     plane: str = "sagittal",
     contrast: str = "t1",
+    covariate_effects: bool = False,
+    age_gap: float = AGE_GAP,
 ) -> pd.DataFrame:
     """Write a cohort as output_dir/{train,val,test}/{AD,NC}/SUBJECT_SLICE.png with metadata.csv and manifest.
 
     Slices are 8-bit, image_size pixels and 208 mm per side, 0 outside the brain. Subjects alternate AD, NC.
     metadata.csv of each split: file_name (relative to its folder), label, subject, slice, slice_mm (x;
-    coronal: y), age, sex, pixel_mm, and the ground truth ventricle_mm2 and brain_mm2. The bytes depend on the
-    seed and the sizes, not on `workers` (None: one per CPU). A killed run leaves .NAME.partial, which
-    the next one removes.
+    coronal: y), age, sex, pixel_mm, and the ground truth ventricle_mm2 and brain_mm2. AD is `age_gap` years
+    older than NC on average. With `covariate_effects` age and sex change the anatomy, and the truth has
+    further columns: ventricle_mm2_no_disease, brain_mm2_no_disease and ventricle_mm2_mean_age,
+    brain_mm2_mean_age, the same slice without the disease and at MEAN_AGE.
+
+    The bytes depend on the seed and the settings, not on `workers` (None: one per CPU). A killed run leaves
+    .NAME.partial, which the next one removes.
 
     Returns the rows of all splits, with a column `split`. Raises UserError if a size is out of range, or
     output_dir is not empty; nothing is written then.
@@ -304,7 +377,9 @@ def write_phantom_cohort(
     workers = os.cpu_count() if workers is None else workers
     settings = {"subjects": subjects, "slices": slices, "image_size": image_size}
     settings |= {"plane": plane, "contrast": contrast, "seed": seed}
-    _check_settings(settings | {"workers": workers})
+    _check_settings(settings | {"workers": workers, "age_gap": age_gap})
+    if covariate_effects or age_gap != AGE_GAP:  # else the manifest stays that of cohorts made before
+        settings |= {"covariate_effects": covariate_effects, "age_gap": age_gap}
     output_dir = Path(output_dir)
     check_empty_dir(output_dir)
     atlas = load_atlas()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 from pathlib import Path
 
 import datasets
@@ -134,6 +135,70 @@ def test_ventricle_truth_follows_the_push_and_shows_as_dark():
         darks.append(np.count_nonzero((picture > 0) & (picture < 80)) * 3.25**2)
     assert areas[0] < areas[1] < areas[2]
     assert darks[2] - darks[0] == pytest.approx(areas[2] - areas[0], rel=0.4)
+
+
+def test_without_covariate_effects_age_and_sex_leave_the_brain_as_it_is(tiny, tmp_path):
+    """Another gap of ages changes the ages alone; the columns of the truth are those of before."""
+    write_phantom_cohort(tmp_path / "older", **TINY, age_gap=10)
+    before, after = (
+        pd.concat(pd.read_csv(path) for path in sorted(folder.glob("*/metadata.csv")))
+        for folder in (tiny, tmp_path / "older")
+    )
+    assert list(before) == list(after) and not [name for name in before if "mean_age" in name]
+    assert before.drop(columns="age").equals(after.drop(columns="age"))
+    moved = (after.age - before.age).groupby(before.label).mean()
+    assert moved.AD > 2 and moved.NC < -2
+    pictures = [
+        sorted(path.read_bytes() for path in folder.rglob("*.png")) for folder in (tiny, tmp_path / "older")
+    ]
+    assert pictures[0] == pictures[1]
+    settings = json.loads((tiny / "manifest.json").read_text())["settings"]
+    assert "age_gap" not in settings, "the manifest of a cohort as before is as before"
+
+
+def test_covariates_widen_the_ventricles_and_scale_the_brain_as_stated():
+    atlas = phantom.load_atlas()
+    plain, subject = (phantom.sample_subject(0, 2, covariate_effects=which) for which in (False, True))
+    years = subject.age - phantom.NO_EFFECT_AGE
+    for name, slope in phantom.PER_YEAR.items():
+        assert getattr(subject, name) == pytest.approx(getattr(plain, name) + slope * years)
+    scaled = plain.to_template / phantom.SEX_SCALE[subject.sex]
+    assert np.allclose(subject.to_template, scaled)
+    young, old = (phantom.measure_slice(phantom.aged(subject, more), 8.0, 64, atlas) for more in (-10, 10))
+    assert young[0] < old[0] and young[1] > old[1], "wider ventricles, less brain"
+    man, woman = (
+        phantom.measure_slice(
+            dataclasses.replace(plain, to_template=plain.to_template / phantom.SEX_SCALE[sex]), 8.0, 64, atlas
+        )
+        for sex in "MF"
+    )
+    assert man[1] / woman[1] == pytest.approx((1.025 / 0.975) ** 2, rel=0.03)
+
+
+def test_the_truth_at_equal_age_and_without_the_disease(tmp_path):
+    table = write_phantom_cohort(
+        tmp_path / "c", **(TINY | {"subjects": 24}), covariate_effects=True, age_gap=8
+    )
+    patients, controls = (table[table.label == name] for name in ("AD", "NC"))
+    assert (controls.ventricle_mm2_no_disease == controls.ventricle_mm2).all()
+    assert (patients.ventricle_mm2_no_disease < patients.ventricle_mm2).mean() > 0.9
+    assert (patients.brain_mm2_no_disease > patients.brain_mm2).mean() > 0.9
+    older = table[table.age > phantom.MEAN_AGE + 3]
+    assert (older.ventricle_mm2_mean_age < older.ventricle_mm2).mean() > 0.9
+    as_it_is, equal = (
+        patients[name].mean() - controls[name].mean() for name in ("ventricle_mm2", "ventricle_mm2_mean_age")
+    )
+    assert as_it_is > 1.1 * equal, "the older group has the larger ventricles for its age alone"
+    again = phantom.sample_subject(3, 0, covariate_effects=True, age_gap=8)
+    own = table[table.subject == "s3p0000"].iloc[0]
+    areas = phantom.measure_slice(again, own.slice_mm, 32, phantom.load_atlas())
+    assert areas[0] == pytest.approx(own.ventricle_mm2, rel=0.02, abs=20)
+
+
+@pytest.mark.parametrize("gap", [-16, 15.5, float("nan")])
+def test_a_gap_that_parts_the_groups_is_refused(tmp_path, gap):
+    with pytest.raises(UserError, match="age_gap"):
+        write_phantom_cohort(tmp_path / "c", **TINY, age_gap=gap)
 
 
 def test_a_coronal_t2_cohort_is_symmetric_with_bright_fluid(tmp_path):
