@@ -21,6 +21,7 @@ from adni_ldm.hub.leak_scan import check_leaks, find_leaks, index_training_data
 from adni_ldm.hub.push import push_model
 from adni_ldm.hub.report import Report
 from adni_ldm.loading import load_pipeline
+from adni_ldm.models import ConditionEmbedding
 
 SUBJECT = "s0p0003"
 
@@ -360,6 +361,20 @@ def test_the_card_names_the_base_model_and_its_license(own_run, phantom_dir, tmp
     assert "base_model:\n- maker/base\n" in card and "license: openrail++" in card
     for name in ("maker/base", "base-of-a-folder"):
         assert f"fine-tuned from {name} (license: openrail++)" in card
+
+
+def test_the_card_names_the_conditions_with_their_ranges(own_run, phantom_dir, tmp_path):
+    pipeline = load_pipeline(str(own_run))
+    listings, report = [open_folder(phantom_dir)], Report(missing="none")
+    write_model_card(tmp_path / "plain.md", "me/m", pipeline, own_run, listings, report, None, [])
+    assert "onditions beside the class" not in (tmp_path / "plain.md").read_text()
+    about = {"age": {"mean": 70.0, "std": 8.0, "low": 55.0, "high": 90.0}, "sex": {"categories": ["F", "M"]}}
+    width = pipeline.class_embedding.config.token_dim
+    pipeline.register_modules(condition_embedding=ConditionEmbedding(about, width))
+    write_model_card(tmp_path / "README.md", "me/m", pipeline, own_run, listings, report, None, [])
+    card = (tmp_path / "README.md").read_text()
+    assert "| conditions beside the class | age (55 to 90), sex (F/M) |" in card
+    assert 'pipeline("AD", conditions={…})' in card
 
 
 def test_settings_left_out_of_the_card_exist():
