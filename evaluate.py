@@ -71,6 +71,7 @@ from adni_ldm.evaluation.verdicts import verdicts
 from adni_ldm.files import CONTENT_PARTIAL, atomic_content, check_empty_dir
 from adni_ldm.generation import hash_pipeline
 from adni_ldm.loading import load_pipeline
+from adni_ldm.output_lock import OutputLock
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
 from adni_ldm.precision import choose_precision
 
@@ -84,6 +85,7 @@ def main() -> int:
     # An earlier report is replaced, or one that a kill interrupted, and nothing else.
     if not any((output_dir / name).exists() for name in ("metrics.json", CONTENT_PARTIAL)):
         check_empty_dir(output_dir)
+    lock = OutputLock(output_dir)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
     # ---- Samples, real slices and the model ----------------------------------------------------------------
@@ -197,6 +199,7 @@ def main() -> int:
             plot_model(folder, pipeline, cfg.model, held_out, samples, sampling, cfg.seed)
         write_metrics(partial / "metrics.json", metrics)
         write_html(partial / "report.html", metrics, folder.figures, describe(facts))
+    lock.release()
     for verdict in list_verdicts(metrics):
         print(f"{verdict.question} {verdict.answer}. {verdict.text}")
     print(f"report: {output_dir}/report.html")

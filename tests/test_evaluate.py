@@ -102,6 +102,7 @@ def test_the_report_has_every_section_and_verdict(report):
     for verdict in metrics["verdicts"].values():
         assert verdict["text"].split(".")[0] in page.replace("&#39;", "'")
     assert all(Image.open(path).size[0] > 100 for path in (folder / "figures").glob("*.png"))
+    assert {path.name for path in folder.iterdir()} == {"figures", "metrics.json", "report.html"}
 
 
 def test_real_slices_of_other_subjects_reach_the_reference(report):

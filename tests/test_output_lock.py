@@ -10,6 +10,7 @@ import time
 import pytest
 from accelerate.state import AcceleratorState
 
+import evaluate
 import train_ldm
 from adni_ldm import output_lock
 from adni_ldm.errors import UserError
@@ -76,3 +77,12 @@ def test_a_training_run_is_refused_before_it_reads_data(held_by_another, monkeyp
     with held_by_another(tmp_path / "run"), pytest.raises(UserError, match="run is being written by process"):
         train_ldm.main()
     AcceleratorState._reset_state(True)
+
+
+def test_a_report_is_refused_before_it_reads_samples(held_by_another, monkeypatch, tmp_path):
+    words = ["--samples", tmp_path / "none", "--output_dir", tmp_path / "report"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+    with held_by_another(tmp_path / "report"), pytest.raises(UserError, match="report is being written by"):
+        evaluate.main()
+    with pytest.raises(UserError, match="none: no such folder"):
+        evaluate.main()
