@@ -40,6 +40,7 @@ from adni_ldm.web import components
 from adni_ldm.web.guard import Guard, is_open, read_accounts
 from adni_ldm.web.uploads import read_upload
 
+UPLOAD_SECONDS = 600  # that an upload is kept if no visitor's page has it read
 PREVIEWS = 10  # intermediate images shown while sampling
 ABOUT = """# Brain MRI slices by diagnosis
 
@@ -57,16 +58,14 @@ def main() -> None:
     if is_open(cfg.host) and not (cfg.auth or cfg.no_auth):
         raise UserError("--host: others can connect; give a file of passwords with --auth, or --no_auth")
     accounts = read_accounts(cfg.auth) if cfg.auth else None
-    guard = Middleware(
-        Guard, host=cfg.host, allowed_hosts=cfg.allowed_hosts, max_upload=cfg.max_upload_mb << 20
-    )
     with tempfile.TemporaryDirectory(prefix="adni_ldm_app_") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads  # of uploads until they are read
+        guard = {"host": cfg.host, "allowed_hosts": cfg.allowed_hosts, "max_upload": cfg.max_upload_mb << 20}
         build_page(cfg).queue(max_size=cfg.queue_size, default_concurrency_limit=1).launch(
             server_name=cfg.host,  # None: GRADIO_SERVER_NAME, which a Space sets, or 127.0.0.1
             server_port=cfg.port or None,
             auth=accounts,
-            app_kwargs={"middleware": [guard]},
+            app_kwargs={"middleware": [Middleware(Guard, folder=uploads, **guard)]},
             max_file_size=f"{cfg.max_upload_mb}mb",
             theme=gr.themes.Default(font="system-ui", font_mono="monospace"),  # no fonts from other servers
             css=components.CSS,
@@ -85,9 +84,8 @@ def build_page(cfg: AppConfig) -> gr.Blocks:
     """
     model = Model(cfg)
     first, last = model.classes[0], model.classes[-1]
-    with gr.Blocks(
-        title="Brain MRI slices by diagnosis", analytics_enabled=False, delete_cache=(60, 600)
-    ) as page:
+    options = {"analytics_enabled": False, "delete_cache": (UPLOAD_SECONDS // 10, UPLOAD_SECONDS)}
+    with gr.Blocks(title="Brain MRI slices by diagnosis", **options) as page:
         gr.Markdown(ABOUT)
         with gr.Tab("Sample"), gr.Row():
             with gr.Column(min_width=300):

@@ -62,12 +62,12 @@ def model(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def serve(model, folder, *more):
+def serve(model, folder, *more, program=("app.py",)):
     """URL of the page, and the folder of the server's temporary files."""
     options = ("--model", model, "--port", "0", "--queue_size", "2", "--max_steps", "400", *more)
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-u", "app.py", *map(str, options)],
+            [sys.executable, "-u", *program, *map(str, options)],
             cwd=ROOT,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -400,6 +400,35 @@ def test_uploads_that_are_refused_leave_no_file(server):
     assert httpx.post(f"{server[0]}/gradio_api/queue/join", content=bytes(100_000)).status_code == 413
 
 
+def send_upload(address, number, size):
+    content = number.to_bytes(4) + bytes(size - 4)
+    return httpx.post(f"{address}/gradio_api/upload", files={"files": ("a.png", content)})
+
+
+def test_uploads_that_nobody_reads_fill_no_disk(model, tmp_path):
+    with serve(model, tmp_path, "--max_upload_mb", "1") as server:
+        for number in range(100):
+            if (answer := send_upload(server[0], number, 900_000)).status_code != 200:
+                break
+        assert answer.status_code == 507 and answer.text.startswith("the page has no room for uploads now")
+        files = stored_files(server)
+        assert len(files) == number and 48 << 20 < sum(path.stat().st_size for path in files) < 50 << 20
+        for path in files[:2]:  # as when they are read: their folders stay
+            path.unlink()
+        assert send_upload(server[0], 100, 900_000).status_code == 200
+        assert not any(path.parent.exists() for path in files[:2])
+
+
+def test_an_upload_that_nobody_reads_is_deleted(model, tmp_path):
+    program = ("-c", "import app; app.UPLOAD_SECONDS = 10; app.main()")
+    with serve(model, tmp_path, program=program) as server:
+        assert send_upload(server[0], 0, 100).status_code == 200 and len(stored_files(server)) == 1
+        deadline = time.monotonic() + 60
+        while stored_files(server):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+
 @pytest.mark.parametrize("place", ["path", "url"])
 @pytest.mark.parametrize("kind", [{"Content-Type": "application/json"}, {}])
 def test_addresses_in_an_upload_are_not_fetched(server, place, kind):
@@ -462,7 +491,7 @@ def test_with_auth_only_who_logs_in_is_served(model, tmp_path):
     ],
 )
 def test_an_open_page_answers_to_its_names_and_to_numbers(host, allowed, asked, served):
-    guard = Guard(None, host=host, allowed_hosts=allowed, max_upload=1)
+    guard = Guard(None, host=host, allowed_hosts=allowed, max_upload=1, folder="")
     assert (guard._foreign(Headers({"host": asked})) == "") == served
 
 

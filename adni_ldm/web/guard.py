@@ -1,7 +1,8 @@
 """Which requests reach the page: from its own address, of a bounded size, and without addresses to fetch.
 
-gradio's cap is one per file, of which a request may hold a thousand, and it answers any name that resolves to
-this machine, by which a page of another site could use it (DNS rebinding).
+gradio's cap is one per file, of which a request may hold a thousand, and uploads that no event reads stay on
+disk until they are old. It answers any name that resolves to this machine, by which a page of another site
+could use it (DNS rebinding).
 """
 
 import asyncio
@@ -11,6 +12,7 @@ import os
 import re
 import socket
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,6 +25,8 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 MOST_SETTINGS = 1 << 16  # bytes of a request that is no upload
 OVERHEAD = 1 << 16  # bytes around the file of an upload
 UPLOADS_AT_ONCE = 8  # are held in memory
+UPLOADS_ON_DISK = 50  # of the largest size, until they are read or too old
+BLOCK = 1 << 12  # bytes that a file or folder takes beside its content
 SECONDS = 60  # in which a request must arrive
 
 
@@ -47,16 +51,17 @@ def read_accounts(path: str) -> list[tuple[str, str]]:
 class Guard:
     """ASGI middleware that refuses requests to or from another address, and what is too large.
 
-    Bodies are read before gradio sees them: what is refused or breaks off leaves no file.
+    Bodies are read before gradio sees them: what is refused or breaks off leaves no file. An upload for which
+    the folder of uploads has no room is refused with status 507.
     """
 
-    def __init__(self, app, host: str | None, allowed_hosts: list[str], max_upload: int):
-        self.app, self.max_upload = app, max_upload
+    def __init__(self, app, host: str | None, allowed_hosts: list[str], max_upload: int, folder: str):
+        self.app, self.max_upload, self.folder = app, max_upload, folder
         self.anywhere = "SPACE_ID" in os.environ  # behind the Hub's proxy
         self.any_ip = is_open(host)  # no other site can point its name at a number
         own = (host, socket.gethostname(), socket.getfqdn()) if self.any_ip else (host,)
         self.names = {name.lower() for name in (*LOOPBACK, *own, *allowed_hosts) if name}
-        self.uploads = asyncio.Semaphore(UPLOADS_AT_ONCE)
+        self.uploads, self.arriving = asyncio.Semaphore(UPLOADS_AT_ONCE), 0
 
     async def __call__(self, scope, receive, send) -> None:
         """Answer the request with an error, or hand it on."""
@@ -72,7 +77,29 @@ class Guard:
         if not scope["path"].rstrip("/").endswith("/upload"):
             return await self._checked(scope, receive, send, MOST_SETTINGS, _check_settings)
         async with self.uploads:
-            await self._checked(scope, receive, send, self.max_upload + OVERHEAD, _check_upload)
+            room = UPLOADS_ON_DISK * self.max_upload - self._stored()
+            if room < (self.arriving + 1) * self.max_upload:
+                reason = "the page has no room for uploads now: try again in ten minutes"
+                return await _refuse(scope, receive, send, 507, reason)
+            self.arriving += 1
+            try:
+                await self._checked(scope, receive, send, self.max_upload + OVERHEAD, _check_upload)
+            finally:
+                self.arriving -= 1
+
+    def _stored(self) -> int:
+        """Bytes of uploads on disk. Removes folders that gradio left empty, unless it may be filling one."""
+        total = 0
+        for place, _, files in os.walk(self.folder, topdown=False):
+            for name in files:
+                with suppress(FileNotFoundError):  # read in between
+                    total += os.stat(os.path.join(place, name)).st_size + BLOCK
+            if place != self.folder:
+                total += BLOCK
+                with suppress(OSError):  # not empty
+                    if not self.arriving:
+                        os.rmdir(place)
+        return total
 
     def _foreign(self, headers: Headers) -> str:
         """Why a request is not for this page or not from it; "" if it is."""
