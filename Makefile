@@ -60,8 +60,8 @@ faults: .venv  ## interrupt and damage every command in every known way, and res
 	$(VENV) benchmarks/faults.py --kills $(KILLS)
 	OMP_NUM_THREADS=1 $(VENV) -m pytest tests/faults/test_launches.py
 
-fuzz: .venv  ## read 10,000 mutated files of each format, as untrusted ones are; an hour on 2 cores
-	$(VENV) tests/fuzz/run_fuzz.py --write
+fuzz: .venv  ## read 10,000 mutated files of each format, as untrusted ones are; goes on if interrupted
+	$(VENV) tests/fuzz/run_fuzz.py --write --workers 2 --resume runs/fuzz
 
 gpu-check: .venv  ## checks that need a CUDA device: fp16, bit-identical resume, speed and memory
 	$(VENV) benchmarks/gpu_check.py

@@ -1,19 +1,22 @@
 """Mutate valid files of each format, and read them as untrusted ones are read.
 
-    python tests/fuzz/run_fuzz.py                       # 10,000 inputs a format: `make fuzz`
+    python tests/fuzz/run_fuzz.py                       # 10,000 inputs of each format
+    python tests/fuzz/run_fuzz.py --write --resume runs/fuzz    # `make fuzz`: goes on after an interruption
     python tests/fuzz/run_fuzz.py NIfTI --inputs 200    # one format
     python tests/fuzz/run_fuzz.py NIfTI --only 137      # input 137 again, with its traceback
 
 An input is refused with a UserError or VolumeError, which our commands report in one line, or accepted.
 Anything else is a finding: another exception, more than 1 GB of memory above the process's own, more than
 60 s, a file written outside the working folder, a program started, a connection, or the death of the process.
-Input k of a format depends on k alone. Each format runs in a process of its own. Prints a table, writes
-docs/fuzzing.md with --write, and ends with status 1 if there are findings.
+Input k of a format depends on k alone. Each format has one process, which reads its inputs one after another;
+--workers formats run at once, the slowest first. Prints a table, writes docs/fuzzing.md with --write, and
+ends with status 1 if there are findings.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -25,8 +28,10 @@ import sys
 import tempfile
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
@@ -38,6 +43,7 @@ WORDS = (
     "> % \\ \0 \n \t ../x /etc/passwd .. \ufeff \udcff é [[[[[[[[ {{{{{{{{ "
     "!!python/object/apply:os.system &a *a <<: ~"
 ).split(" ")
+SLOWEST_FIRST = ("safetensors", "DICOM", "CSV", "model_index", "zip", "NIfTI", "YAML", "PNG", "JPEG")
 HEADER = (
     "| format | inputs | refused | accepted | findings | most memory, MB | longest time, s |\n"
     "| --- | --- | --- | --- | --- | --- | --- |"
@@ -117,15 +123,15 @@ def one_input(name: str, seeds: list[bytes], number: int, formats) -> tuple[byte
     return (formats.repair_png(content) if name == "PNG" and rng.random() < 0.8 else content), seed
 
 
-def work(name: str, numbers: range, folder: Path, progress: Path) -> None:
-    """Read the inputs of a format; after each, `progress` has the counts."""
+def work(name: str, numbers: range, folder: Path, progress: Path, parent: int) -> None:
+    """Read the inputs of a format; after each, `progress` has the counts. Ends with the process `parent`."""
     import formats
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries warn of
     reader, seeds = formats.reader(name, folder), formats.seeds(name, folder)
     reader(seeds[0], 0)  # what is imported or cached at the first use
-    counts = json.loads(progress.read_text())
-    seen = watch(folder)
+    counts = read_progress(progress)
+    begin = time.monotonic() - counts["total_seconds"]
 
     def too_long(*_):
         raise OutOfTime
@@ -134,12 +140,11 @@ def work(name: str, numbers: range, folder: Path, progress: Path) -> None:
     space = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (space + int(4 * MOST_MEMORY),) * 2)  # spares the machine
     with progress.open("r+") as file:
+        seen = watch(folder)
         for number in numbers:
-            counts["at"] = number
-            file.seek(0)
-            file.write(json.dumps(counts))
-            file.truncate()
-            file.flush()
+            note_progress(file, counts | {"at": number, "total_seconds": time.monotonic() - begin})
+            if os.getppid() != parent:  # which was killed: the next start goes on from here
+                return
             content, seed = one_input(name, seeds, number, formats)
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from here
             before, start, finding = memory("VmRSS"), time.monotonic(), ""
@@ -162,18 +167,55 @@ def work(name: str, numbers: range, folder: Path, progress: Path) -> None:
             if finding:
                 counts["findings"].append([number, finding])
             seen.clear()
-        counts["at"] = numbers.stop
-        file.seek(0)
-        file.write(json.dumps(counts))
-        file.truncate()
+        note_progress(file, counts | {"at": numbers.stop, "total_seconds": time.monotonic() - begin})
 
 
-def fuzz(name: str, inputs: int) -> dict:
-    """Counts of a format: its process is started anew where an input ends it."""
-    folder = Path(tempfile.mkdtemp(prefix="adni_ldm_fuzz_")).resolve()
+def note_progress(file: TextIO, counts: dict) -> None:
+    """Write the counts, in one line, over those before."""
+    file.seek(0)
+    file.write(json.dumps(counts) + "\n")
+    file.truncate()
+    file.flush()
+
+
+def progress_file(folder: Path, name: str, inputs: int) -> Path:
+    return folder / f"{name}-{inputs}.json"
+
+
+def read_progress(path: Path) -> dict:
+    """The counts; of a file that a kill left between `write` and `truncate`, those of its first line."""
+    return json.loads(path.read_text().partition("\n")[0])
+
+
+def code_hash() -> str:
+    """SHA-256 of what is fuzzed and of what fuzzes: a run goes on only where neither has changed."""
+    total = hashlib.sha256()
+    for path in sorted([*(ROOT / "adni_ldm").rglob("*.py"), *Path(__file__).parent.glob("*.py")]):
+        total.update(path.read_bytes())
+    return total.hexdigest()
+
+
+def start_or_continue(progress: Path) -> dict:
+    """Counts of an interrupted run of this code on this Python, else those of a new one."""
     counts = {"accepted": 0, "refused": 0, "memory": 0, "seconds": 0.0, "findings": [], "at": 0}
+    counts |= {"total_seconds": 0.0, "code": code_hash(), "python": sys.version}
     try:
-        progress = folder / "progress.json"
+        found = read_progress(progress)
+        return found if all(found[key] == counts[key] for key in ("code", "python")) else counts
+    except (OSError, ValueError, KeyError):
+        return counts
+
+
+def fuzz(name: str, inputs: int, state: Path | None) -> dict:
+    """Counts of a format: its process is started anew where an input ends it.
+
+    Args:
+        state: folder in which the counts are kept after each input; a later call goes on from them.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="adni_ldm_fuzz_")).resolve()
+    try:
+        progress = progress_file(state or folder, name, inputs)
+        counts = start_or_continue(progress)
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
@@ -187,11 +229,12 @@ def fuzz(name: str, inputs: int) -> dict:
         (folder / "tmp").mkdir()
         while counts["at"] < inputs:
             progress.write_text(json.dumps(counts))
-            words = [sys.executable, __file__, name, "--work", str(folder), "--first", str(counts["at"])]
-            ended = subprocess.run(
-                [*words, "--inputs", str(inputs)], env=environment, capture_output=True, text=True
-            )
-            last, counts = counts["at"], json.loads(progress.read_text())
+            words = [sys.executable, __file__, name, "--work", str(folder), "--progress", str(progress)]
+            words += ["--first", str(counts["at"]), "--inputs", str(inputs), "--parent", str(os.getpid())]
+            ended = subprocess.run(words, env=environment, capture_output=True, text=True)
+            last, counts = counts["at"], read_progress(progress)
+            if ended.returncode in (-signal.SIGINT, -signal.SIGTERM):  # sent to the whole group
+                raise SystemExit("interrupted")
             if ended.returncode:
                 if counts["at"] == last and not counts["accepted"] + counts["refused"]:
                     raise RuntimeError(f"{name}: {ended.stdout[-2000:]}{ended.stderr[-2000:]}")
@@ -212,8 +255,8 @@ def row(name: str, counts: dict) -> str:
     )
 
 
-def page(rows: list[str]) -> str:
-    """docs/fuzzing.md."""
+def page(rows: list[str], workers: int, seconds: float) -> str:
+    """docs/fuzzing.md; `seconds` are those of all processes."""
     cpu = next(
         (
             line.split(":")[1].strip()
@@ -233,7 +276,7 @@ the working folder, a program that was started, a connection, or a crash.
 {chr(10).join(rows)}
 
 {date.today()}, {cpu}, {os.cpu_count()} cores, Python {platform.python_version()}. Memory and time are the
-most that one input took.
+most that one input took. {workers} formats at once; the processes took {seconds / 60:.0f} minutes together.
 
 NIfTI and DICOM are scans of 24³ voxels; zip is unpacked and listed; CSV is a study table or a metadata.csv;
 YAML the settings of a recipe or of sample.py; safetensors the weights of an autoencoder or a LoRA;
@@ -247,38 +290,46 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=10_000, help="of each format")
     parser.add_argument("--only", type=int, help="one input, in this process")
     parser.add_argument("--write", action="store_true", help="write docs/fuzzing.md")
+    parser.add_argument("--workers", type=int, default=1, help="formats at once, a core each")
+    parser.add_argument("--resume", type=Path, help="folder in which an interrupted run is kept, and goes on")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--progress", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        work(
-            options.formats[0],
-            range(options.first, options.inputs),
-            options.work,
-            options.work / "progress.json",
-        )
+        numbers = range(options.first, options.inputs)
+        work(options.formats[0], numbers, options.work, options.progress, options.parent)
         return 0
-    import formats
-
     if options.only is not None:
+        import formats
+
         with tempfile.TemporaryDirectory() as folder:
             name, seeds = options.formats[0], formats.seeds(options.formats[0], Path(folder))
             content, seed = one_input(name, seeds, options.only, formats)
             print(f"seed {seed}, {len(content)} bytes: {content[:300]!r}")
             formats.reader(name, Path(folder))(content, seed)
         return 0
-    rows, findings = [], 0
+    if options.resume:
+        options.resume.mkdir(parents=True, exist_ok=True)
+    chosen = sorted(options.formats or SLOWEST_FIRST, key=SLOWEST_FIRST.index)
+    found = {}
     print(HEADER, flush=True)
-    for name in options.formats or formats.FORMATS:
-        counts = fuzz(name, options.inputs)
-        rows.append(row(name, counts))
-        findings += len(counts["findings"])
-        print(rows[-1], flush=True)
-        for number, finding in counts["findings"][:20]:
-            print(f"{name} input {number}: {finding}", file=sys.stderr, flush=True)
+    with ThreadPoolExecutor(options.workers) as pool:
+        started = pool.map(lambda name: (name, fuzz(name, options.inputs, options.resume)), chosen)
+        for name, counts in started:
+            found[name] = counts
+            print(row(name, counts), flush=True)
+            for number, finding in counts["findings"][:20]:
+                print(f"{name} input {number}: {finding}", file=sys.stderr, flush=True)
     if options.write:
-        (ROOT / "docs/fuzzing.md").write_text(page(rows))
-    return 1 if findings else 0
+        rows = [row(name, found[name]) for name in chosen]
+        seconds = sum(counts["total_seconds"] for counts in found.values())
+        (ROOT / "docs/fuzzing.md").write_text(page(rows, options.workers, seconds))
+    if options.resume:  # finished: the next run starts anew
+        for name in chosen:
+            progress_file(options.resume, name, options.inputs).unlink()
+    return int(any(counts["findings"] for counts in found.values()))
 
 
 if __name__ == "__main__":
