@@ -6,7 +6,8 @@ Each kill has a folder of its own, on a disk and in memory (tmpfs) in turn. At h
 fails as well: files are cut back to what was flushed (tests/faults/power_cuts.py). Right after the kill, and
 at the end, every safetensors, JSON, PNG, CSV and NumPy file under its final name must be whole. The command
 is started again by the same line; it survives if weights, samples, metrics and slices are then byte for byte
-those of the undisturbed run, and no temporary file is left.
+those of the undisturbed run, no temporary file is left, and training repeats at most the steps since the last
+checkpoint: two, of those that metrics.csv held when the kill came.
 
 A run of train_ldm.py includes the encoding of latents, checkpoints, validation, online evaluation with best/
 and the final save. Processes are forks of one that has imported torch; two processes of a training run are
@@ -40,9 +41,9 @@ from safetensors.numpy import load_file
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests/faults"))
 from power_cuts import cut_power, record_flushes  # noqa: E402
-from tiny_runs import Run, arguments, prepare_imports, resumed_at, steps_done  # noqa: E402
+from tiny_runs import Run, arguments, prepare_imports, starts_of, steps_done, steps_lost  # noqa: E402
 
-STEPS = 6
+STEPS, EVERY = 6, 2  # of a training run, and between its checkpoints
 EVALUATION = {"evaluation_steps": 3, "evaluate_images": 6, "classifier_steps": 2, "num_inference_steps": 2}
 # How the kills are shared out: (command, processes) and weight.
 SHARES = {
@@ -82,7 +83,7 @@ class Kills:
         models = self.work / "undisturbed"
         if command.startswith("train"):
             settings = {"data_dir": self.data, "output_dir": place / "run", "max_steps": STEPS}
-            settings |= {"checkpointing_steps": 2}
+            settings |= {"checkpointing_steps": EVERY}
             if command == "train_ldm":
                 settings |= {
                     "vae": models / "train_vae1/run",
@@ -143,24 +144,25 @@ class Kills:
             run.kill()
         done = steps_done(place / "run")
         cut = cut_power(place, flushes) if power_cut else 0
-        record = place / "run/run.json"
-        finished = record.is_file() and '"finished"' in record.read_text()
         broken = [path for path in whole_files(place) if not is_whole(path, power_cut)]
+        before = [] if broken else starts_of(place / "run")
         self.finish(self.start(command, processes, place))
         broken += [path for path in whole_files(place) if not is_whole(path)]
         left = [path for path in place.rglob("*") if path.name.endswith(".partial") or path.name == ".lock"]
         found, whole = outcome(place), self.whole[key]
         differing = sorted(name for name in found.keys() | whole.keys() if found.get(name) != whole.get(name))
-        survived = not (broken or left or differing)
+        lost = steps_lost(done, before, starts_of(place / "run"))
+        survived = not (broken or left or differing) and lost <= EVERY
         if not survived:
-            print(f"{place}: broken {broken}, left {left}, differing {differing}", flush=True)
+            problems = f"broken {broken}, left {left}, differing {differing}, {lost} steps lost"
+            print(f"{place}: {problems}", flush=True)
         row = self.rows[(*key, filesystem)]
         row[0] += 1
         row[1] += power_cut
         row[2] += cut
         row[3] += survived
         if command.startswith("train"):
-            row[4].append(0 if finished else max(0, done - resumed_at(place / "run")))
+            row[4].append(lost)
         if survived:
             shutil.rmtree(place)
 

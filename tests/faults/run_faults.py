@@ -34,8 +34,9 @@ from tiny_runs import (
     checkpoints,
     finish,
     prepare_imports,
-    resumed_at,
+    starts_of,
     steps_done,
+    steps_lost,
     wait_for,
     weights_of,
 )
@@ -72,9 +73,10 @@ class Faults:
 
     def resume(self, fault: str, recipe: str, folder: Path) -> str:
         """Resume the broken run, and record whether it ends like the undisturbed one; returns its output."""
-        done = steps_done(folder)
+        done, before = steps_done(folder), starts_of(folder)
         said = finish(recipe, self.words(recipe, folder), folder / "log").said()
-        self.note(fault, weights_of(recipe, folder) == self.whole[recipe], done - resumed_at(folder))
+        lost = steps_lost(done, before, starts_of(folder))
+        self.note(fault, weights_of(recipe, folder) == self.whole[recipe], lost)
         shutil.rmtree(folder)
         return said
 
@@ -174,7 +176,7 @@ class Faults:
             done = steps_done(folder)
             finish(recipe, self.words(recipe, folder), self.work / "disk.log")
             same = weights_of(recipe, folder) == self.whole[recipe]
-            self.note("disk full (small tmpfs)", same, done - resumed_at(folder))
+            self.note("disk full (small tmpfs)", same, done - starts_of(folder)[-1])
         finally:
             subprocess.run(["umount", "-l", str(folder)], check=True)
         return True
@@ -196,7 +198,9 @@ class Faults:
         os.kill(rank_of(process.pid, 1), signal.SIGKILL)
         done = steps_done(folder)
         assert process.wait(240) == 0, (folder / "log").read_text()[-4000:]
-        self.note("one of two ranks killed", weights_of(recipe, folder) == whole, done - resumed_at(folder))
+        self.note(
+            "one of two ranks killed", weights_of(recipe, folder) == whole, done - starts_of(folder)[-1]
+        )
 
         # One rank alone gets the signal: both stop at the same step. The launcher restarts them by itself.
         folder, process = self.launch(recipe, "one-told")
@@ -204,7 +208,7 @@ class Faults:
         assert process.wait(240) == 0, (folder / "log").read_text()[-4000:]
         stopped = re.search(r"SIGTERM: stopped after step (\d+)", (folder / "log").read_text())
         assert stopped, "the run did not stop on the signal"
-        lost = int(stopped[1]) - resumed_at(folder)
+        lost = int(stopped[1]) - starts_of(folder)[-1]
         self.note("SIGTERM to one of two ranks", weights_of(recipe, folder) == whole, lost)
 
         # The launcher gets the signal: it forwards it to its ranks, waits for their checkpoint, and ends.
@@ -216,7 +220,7 @@ class Faults:
         _, process = self.launch(recipe, "launcher-told", wait=False)
         assert process.wait(240) == 0, (folder / "log").read_text()[-4000:]
         same = weights_of(recipe, folder) == whole
-        self.note("SIGTERM to the launcher of two ranks", same, done - resumed_at(folder))
+        self.note("SIGTERM to the launcher of two ranks", same, done - starts_of(folder)[-1])
 
     def launch(self, recipe: str, name: str, wait: bool = True) -> tuple[Path, subprocess.Popen]:
         """Two ranks and their launcher, returned once the first checkpoint is written."""
@@ -264,7 +268,7 @@ class Faults:
             assert (folder / "scontrol").read_text() == "requeue 42\n", "queued again once"
             done = steps_done(folder) if start == 0 else done
         same = weights_of(recipe, folder) == self.whole[recipe]
-        self.note("Slurm's time is up (examples/slurm.sh)", same, done - resumed_at(folder))
+        self.note("Slurm's time is up (examples/slurm.sh)", same, done - starts_of(folder)[-1])
 
     # ---- The table -----------------------------------------------------------------------------------------
 

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tiny_runs import steps_lost
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -25,3 +27,10 @@ def test_killed_preparation_goes_on_as_if_nothing_had_happened(tmp_path):
     script = (ROOT / "benchmarks/faults.py", "--commands", "prepare_data", "--out", tmp_path)
     said = run(*script, "--kills", 6)
     assert "6 kills, 6 survived" in said and list(tmp_path.glob("faults_*.md"))
+
+
+def test_steps_are_lost_only_where_a_run_is_trained_again():
+    assert steps_lost(5, before=[0], after=[0, 4]) == 1
+    assert steps_lost(6, before=[0], after=[0]) == 0, "already finished: there is no start"
+    assert steps_lost(6, before=[0, 4], after=[0, 4, 6]) == 0
+    assert steps_lost(1, before=[], after=[0]) == 1

@@ -161,9 +161,18 @@ def steps_done(folder: Path) -> int:
     return max((int(number) for number in numbers if number.isdigit()), default=0)
 
 
-def resumed_at(folder: Path) -> int:
-    """Step that the last start went on from."""
-    return json.loads((folder / "run.json").read_text())["starts"][-1]["step"]
+def starts_of(folder: Path) -> list[int]:
+    """Step that each start went on from. One of a run that is already finished is no start."""
+    path = folder / "run.json"
+    return [start["step"] for start in json.loads(path.read_text())["starts"]] if path.is_file() else []
+
+
+def steps_lost(done: int, before: list[int], after: list[int]) -> int:
+    """Steps that were trained again, of those in metrics.csv, where `before` and `after` are the starts.
+
+    A run that was killed when it was finished has no later start, and lost nothing.
+    """
+    return max(0, done - after[-1]) if len(after) > len(before) else 0
 
 
 def checkpoints(folder: Path) -> list[Path]:
