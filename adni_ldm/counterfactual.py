@@ -8,7 +8,14 @@ import torch
 from adni_ldm.data.cells import escape_table, unescape_table
 from adni_ldm.data.slices import prepare_image, read_image, to_float
 from adni_ldm.errors import UserError
-from adni_ldm.figures import colour_limit, difference_image, save_counterfactual, save_rows, to_pil
+from adni_ldm.figures import (
+    colour_limit,
+    difference_image,
+    save_counterfactual,
+    save_film,
+    save_rows,
+    to_pil,
+)
 from adni_ldm.files import atomic_folder, check_empty_dir
 from adni_ldm.generation import hash_pipeline, interpolate_classes
 from adni_ldm.pipeline import ClassConditionalLDMPipeline, Counterfactual
@@ -89,8 +96,6 @@ def write_morph(
         frames = interpolate_classes(pipeline, source, target, **options)
     except ValueError as error:
         raise UserError(str(error)) from error
-    film = [to_pil(frame) for frame in frames]
-    film += film[-2:0:-1]
     with atomic_folder(output_dir) as folder:
         save_rows(folder / "morph.png", {f"{source} to {target}": frames})
-        film[0].save(folder / "morph.gif", save_all=True, append_images=film[1:], duration=120, loop=0)
+        save_film(folder / "morph.gif", frames)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -31,9 +31,15 @@ def to_pil(image: torch.Tensor) -> Image.Image:
 
 
 def save_rows(
-    path: str | Path | BinaryIO, rows: Mapping[str, torch.Tensor], columns: int | None = None
+    path: str | Path | BinaryIO,
+    rows: Mapping[str, torch.Tensor],
+    columns: int | None = None,
+    headings: Sequence[str] = (),
 ) -> None:
-    """Save rows of slices, {title: (n, 1, H, W) in [0, 1]}; long rows wrap after `columns`."""
+    """Save rows of slices, {title: (n, 1, H, W) in [0, 1]}; long rows wrap after `columns`.
+
+    `headings` are those of the columns, above the first row.
+    """
     columns = columns or max(len(images) for images in rows.values())
     lines = [
         (title if first == 0 else "", images[first : first + columns])
@@ -49,7 +55,19 @@ def save_rows(
         axis.imshow(strip, cmap="gray", vmin=0, vmax=1, interpolation="lanczos")
         axis.set_ylabel(title, color="white", rotation=0, ha="right", va="center", fontsize=11)
         hide_frame(axis)
+    places = [width * (column + 0.5) for column in range(len(headings))]
+    axes[0, 0].set_xticks(places, headings, color="white", fontsize=9)
+    axes[0, 0].tick_params(length=0, bottom=False, labelbottom=False, labeltop=True)
     save_figure(figure, path, bbox_inches="tight", pad_inches=0.05)
+
+
+def save_film(path: str | Path, frames: torch.Tensor) -> None:
+    """Save frames (n, 1, H, W) in [0, 1] as an endless GIF, forwards and backwards, atomically."""
+    film = [to_pil(frame) for frame in frames]
+    film += film[-2:0:-1]
+    options = {"save_all": True, "append_images": film[1:], "duration": 120, "loop": 0}
+    with atomic_file(path) as partial:
+        film[0].save(partial, format="gif", **options)
 
 
 def save_figure(figure: Figure, path: str | Path | BinaryIO, dpi: int = 110, **options) -> None:

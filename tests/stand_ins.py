@@ -16,7 +16,21 @@ def blob_image(seed: Sequence[int], width: int = 256, height: int = 240) -> Imag
     return Image.fromarray((blobs / blobs.max() * 230).astype(np.uint8))
 
 
-def make_pipeline(image_size: int = 16):
+ABOUT = {"age": {"mean": 70.0, "std": 8.0, "low": 55.0, "high": 90.0}, "sex": {"categories": ["F", "M"]}}
+
+
+def make_condition_embedding():
+    """An embedding of age and sex whose functions are as after training, not 0."""
+    from adni_ldm.models import ConditionEmbedding
+
+    torch.manual_seed(1)
+    made = ConditionEmbedding(ABOUT, token_dim=16)
+    torch.nn.init.normal_(made.learned["age"].linear_2.weight)
+    torch.nn.init.normal_(made.learned["sex"].weight)
+    return made
+
+
+def make_pipeline(image_size: int = 16, condition_embedding=None):
     """A pipeline with random weights that samples 16 x 16 pixels in milliseconds."""
     from diffusers import DDIMScheduler
 
@@ -34,6 +48,8 @@ def make_pipeline(image_size: int = 16):
         clip_sample=False,
     )
     unet = build_denoiser(4, image_size // 2, widths=(32, 64), token_dim=16)
-    made = ClassConditionalLDMPipeline(vae, unet, ClassEmbedding(token_dim=16), scheduler)
+    made = ClassConditionalLDMPipeline(
+        vae, unet, ClassEmbedding(token_dim=16), scheduler, condition_embedding
+    )
     made.set_progress_bar_config(disable=True)
     return made

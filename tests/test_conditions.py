@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from stand_ins import make_pipeline
+from stand_ins import ABOUT, make_condition_embedding, make_pipeline
 
 import sample
 import train_ldm
@@ -16,30 +16,20 @@ from adni_ldm.data.conditions import condition_rows, describe_conditions
 from adni_ldm.data.slices import CONDITION, load_slices, open_folder, read_slices
 from adni_ldm.data.splits import DataError
 from adni_ldm.errors import UserError
-from adni_ldm.models import ConditionalDenoiser, ConditionEmbedding
+from adni_ldm.models import ConditionalDenoiser
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
 from adni_ldm.training import conditioning
 from adni_ldm.training.batch_sampling import BatchRandom
 
-ABOUT = {"age": {"mean": 70.0, "std": 8.0, "low": 55.0, "high": 90.0}, "sex": {"categories": ["F", "M"]}}
-
 
 @pytest.fixture
 def embedding():
-    """An embedding whose functions are as after training, not 0."""
-    torch.manual_seed(1)
-    made = ConditionEmbedding(ABOUT, token_dim=16)
-    torch.nn.init.normal_(made.learned["age"].linear_2.weight)
-    torch.nn.init.normal_(made.learned["sex"].weight)
-    return made
+    return make_condition_embedding()
 
 
 @pytest.fixture
 def conditioned(embedding):
-    plain = make_pipeline()
-    made = ClassConditionalLDMPipeline(**{**plain.components, "condition_embedding": embedding})
-    made.set_progress_bar_config(disable=True)
-    return made
+    return make_pipeline(condition_embedding=embedding)
 
 
 def images(pipeline, classes=("AD", "NC"), seed=0, steps=3, **options):

@@ -67,6 +67,12 @@ class SampleConfig:
         default="test", help="Split of --match.", metadata={"choices": ["train", "val", "test"]}
     )
     table: str | None = HfArg(default=None, help="Study table of --match, as of train_ldm.py.")
+    sweep: str | None = HfArg(
+        default=None,
+        help="One brain of each class at several values of a condition, from the same noise at every step: "
+        "NAME=LOW:HIGH:COUNT, such as age=55:90:8, or categories, such as sex=F,M. The other conditions are "
+        "those of --conditions; --num_images is not used. Also saves sweep.png and sweep.gif.",
+    )
     extrapolate: bool = HfArg(
         default=False,
         help="Allow conditions outside of their range in training; metadata.csv marks such samples.",
@@ -110,6 +116,9 @@ class SampleConfig:
             raise UserError(f"--morph {self.morph} must be at least 2 frames")
         if self.conditions and self.match:
             raise UserError(f"--conditions and --match {self.match}: give only one of them")
+        if self.sweep and (self.match or self.from_image or self.morph):
+            other = "match" if self.match else "from_image" if self.from_image else "morph"
+            raise UserError(f"--sweep {self.sweep} and --{other}: give only one of them")
         if not 0 <= self.strength <= 1:
             raise UserError(f"--strength {self.strength} must lie in [0, 1]")
         if (self.from_image or self.morph) and not self.target:

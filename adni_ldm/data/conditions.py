@@ -103,6 +103,29 @@ def asked_conditions(given: Sequence[str], count: int) -> dict[str, list[str]]:
     return {name: [value] * count for name, _, value in pairs}
 
 
+def swept_conditions(sweep: str, given: Sequence[str]) -> dict[str, list[str]]:
+    """The condition and the values {name: values} of --sweep NAME=LOW:HIGH:COUNT, or NAME=VALUE,VALUE,….
+
+    `given` are the words of --conditions, for the other conditions. Raises UserError for a text of another
+    form, fewer than two values, or a condition that `given` has too.
+    """
+    name, _, text = sweep.partition("=")
+    try:
+        low, high, count = text.split(":")
+        ends, count = [float(low), float(high)], int(count)
+        finite = all(map(math.isfinite, ends))
+        values = [f"{value:g}" for value in np.linspace(*ends, count)] if finite else []
+    except ValueError:
+        values = [] if ":" in text else [value.strip() for value in text.split(",")]
+    if not name or len(values) < 2 or not all(values):
+        raise UserError(
+            f"--sweep {sweep}: give NAME=LOW:HIGH:COUNT, such as age=55:90:8, or categories, such as sex=F,M"
+        )
+    if name in asked_conditions(given, 1):
+        raise UserError(f"--sweep {sweep}: --conditions has {name} as well; leave it out there")
+    return {name: values}
+
+
 def matched_conditions(
     listing: FolderListing, split: str, count: int, seed: int
 ) -> dict[str, dict[str, list[str]]]:

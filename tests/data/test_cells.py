@@ -46,7 +46,7 @@ def test_a_table_keeps_its_numbers_and_file_names():
 
 def test_the_metadata_of_samples_is_escaped_and_read_back(tmp_path):
     sample.write_metadata(
-        tmp_path, make_pipeline(), {"AD": {}}, 1, 0, {"model": "=runs/ldm", "guidance_scale": -1.5}
+        tmp_path, make_pipeline(), {"AD": {}}, [0], {"model": "=runs/ldm", "guidance_scale": -1.5}
     )
     rows = list(csv.reader((tmp_path / "metadata.csv").open()))
     assert rows[1][-2:] == ["'=runs/ldm", "-1.5"]

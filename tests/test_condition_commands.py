@@ -1,0 +1,91 @@
+"""sample.py with conditions: one brain at several values of a condition, counterfactuals of a condition."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from stand_ins import make_condition_embedding, make_pipeline
+
+import sample
+from adni_ldm.errors import UserError
+from adni_ldm.generation import image_seed
+from adni_ldm.pipeline import ClassConditionalLDMPipeline
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("conditioned")
+    make_pipeline(condition_embedding=make_condition_embedding()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def generate(run, model, tmp_path):
+    """sample.py into a new folder, which is returned."""
+
+    def generate(*words, name="out"):
+        options = ("--num_inference_steps", 3, "--mixed_precision", "no", "--batch_size", 2)
+        run(sample, "--model", model, "--output_dir", tmp_path / name, *options, *words)
+        return tmp_path / name
+
+    return generate
+
+
+# ---- One brain at several values of a condition ------------------------------------------------------------
+
+
+def test_a_sweep_is_one_brain_at_several_ages(generate, model):
+    folder = generate("--class", "all", "--sweep", "age=60:80:3", "--conditions", "sex=F")
+    table = pd.read_csv(folder / "metadata.csv")
+    assert list(table.age) == [60, 70, 80] * 2 and list(table.label) == ["AD"] * 3 + ["NC"] * 3
+    assert set(table.sex) == {"F"} and set(table.eta) == {1} and not table.extrapolated.any()
+    assert set(table.seed) == {image_seed(0, 0)}
+    pipeline = ClassConditionalLDMPipeline.from_pretrained(model)
+    pipeline.set_progress_bar_config(disable=True)
+    frames = []
+    for row in table.itertuples():
+        noise = torch.Generator().manual_seed(image_seed(0, 0))
+        asked = {"age": row.age, "sex": "F"}
+        (image,) = pipeline(row.label, 3, generator=noise, conditions=asked).images
+        frames.append(np.asarray(Image.open(folder / row.file_name)).astype(int))
+        assert abs(frames[-1] - np.asarray(image)).max() <= 1, "it differs by what was asked for alone"
+    assert all((one != other).any() for one, other in zip(frames, frames[1:]))
+    with Image.open(folder / "sweep.gif") as film:
+        assert film.size == (32, 16) and film.n_frames == 4, "both classes, there and back, no end twice"
+    assert Image.open(folder / "sweep.png").width > 300 and not (folder / "grid.png").exists()
+
+
+def test_a_sweep_over_categories(generate):
+    table = pd.read_csv(generate("--class", "NC", "--sweep", "sex=F,M") / "metadata.csv")
+    assert list(table.sex) == ["F", "M"] and table.seed.nunique() == 1
+
+
+def test_a_sweep_out_of_range_is_marked(generate):
+    words = ("--class", "AD", "--sweep", "age=80:100:3")
+    with pytest.raises(UserError, match="--sweep: age=100 is outside of the range in training, 55 to 90"):
+        generate(*words)
+    table = pd.read_csv(generate(*words, "--extrapolate", "true") / "metadata.csv")
+    assert list(table.extrapolated) == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--sweep", "age"), "--sweep age: give NAME=LOW:HIGH:COUNT, such as age=55:90:8"),
+        (("--sweep", "age=60:80"), "give NAME=LOW:HIGH:COUNT"),
+        (("--sweep", "age=60:80:1"), "give NAME=LOW:HIGH:COUNT"),
+        (("--sweep", "age=60:old:3"), "give NAME=LOW:HIGH:COUNT"),
+        (("--sweep", "age=60:inf:3"), "give NAME=LOW:HIGH:COUNT"),
+        (("--sweep", "sex=F"), "or categories, such as sex=F,M"),
+        (("--sweep", "sex=F,X"), "--sweep: sex=X: not one of F, M"),
+        (("--sweep", "mmse=9:30:3"), "--sweep: unknown condition 'mmse'"),
+        (("--sweep", "age=60:80:3", "--conditions", "age=70"), "--conditions has age as well"),
+        (("--sweep", "age=60:80:3", "--match", "data"), "--match: give only one of them"),
+        (("--sweep", "age=60:80:3", "--morph", 3), "--morph: give only one of them"),
+    ],
+)
+def test_wrong_sweeps_are_refused(words, message, generate, tmp_path):
+    with pytest.raises(UserError, match=message):
+        generate(*words)
+    assert not (tmp_path / "out").exists()
