@@ -495,6 +495,12 @@ def test_an_open_page_answers_to_its_names_and_to_numbers(host, allowed, asked, 
     assert (guard._foreign(Headers({"host": asked})) == "") == served
 
 
+def test_a_space_has_the_names_that_the_hub_gives_it(monkeypatch):
+    monkeypatch.setenv("SPACE_ID", "me/page")
+    guard = Guard(None, host="0.0.0.0", allowed_hosts=[], max_upload=1, folder="")
+    assert guard._foreign(Headers({"host": "me-page.example", "origin": "https://hub.example"})) == ""
+
+
 # ---- Without a browser ---------------------------------------------------------------------------------
 
 

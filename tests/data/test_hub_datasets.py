@@ -56,9 +56,8 @@ def contents(folder):
 
 
 def test_a_saved_data_set_is_the_folder_that_it_was_made_from(saved, rows, phantom_dir):
-    assert set(rows) == {"train", "validation", "test"} and rows["train"].features["label"] == Value(
-        "large_string"
-    )
+    texts = (Value("string"), Value("large_string"))  # of pandas 2 and 3
+    assert set(rows) == {"train", "validation", "test"} and rows["train"].features["label"] in texts
     folder = as_folder(saved, NAMES)
     assert contents(folder) == contents(phantom_dir)
     assert folder.stat().st_mode & 0o077 == 0, "only its owner may read it"

@@ -183,11 +183,20 @@ def test_what_is_postscript_despite_its_name_starts_no_ghostscript(tmp_path, suf
     assert not started
 
 
-def test_a_pipe_is_no_scan(tmp_path):
-    """Reading it would block forever."""
+def test_a_pipe_or_a_device_is_no_scan(tmp_path):
+    """Reading it would block, or go on, forever."""
     os.mkfifo(tmp_path / "a.nii")
-    with pytest.raises(VolumeError, match="not a file"):
-        read_volume(tmp_path / "a.nii")
+    (tmp_path / "b.nii").symlink_to("/dev/zero")
+    for name in ("a.nii", "b.nii"):
+        with pytest.raises(VolumeError, match="not a file"):
+            read_volume(tmp_path / name)
+
+
+def test_a_dicom_series_of_too_many_bytes_is_refused_unread(tmp_path):
+    folder = write_dicom(head(), tmp_path / "series")
+    os.truncate(sorted(folder.iterdir())[3], (4 << 30) + 1)  # sparse: it takes no room
+    with pytest.raises(VolumeError, match="too large to be a scan"):
+        read_volume(folder)
 
 
 def test_dicom_that_only_says_that_it_is_huge_is_refused(tmp_path):
