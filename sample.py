@@ -4,6 +4,7 @@
     python sample.py --class all --num_inference_steps 20 --scheduler dpm++ --guidance_scale 3
     accelerate launch sample.py --num_images 100000 --batch_size 256    # distributed over the GPUs
     python sample.py --from_image scan.png --from NC --to AD            # counterfactual of a real slice
+    python sample.py --from_image scan.png --from NC --to age=85 --conditions age=70    # the same class at 85
     python sample.py --morph 9 --from NC --to AD                        # class interpolation in 9 frames
     python sample.py --class all --sweep age=55:90:8                    # one brain at 8 ages, in each class
 
@@ -49,6 +50,7 @@ from adni_ldm.generation import (
     generate_images,
     hash_pipeline,
     image_seed,
+    is_extrapolated,
     use_scheduler,
 )
 from adni_ldm.loading import load_pipeline
@@ -211,6 +213,8 @@ def write_transition(
     cfg: SampleConfig, output_dir: Path, pipeline: ClassConditionalLDMPipeline, options: Mapping[str, object]
 ) -> str:
     """Write the counterfactual of --from_image or the class interpolation of --morph; returns a summary."""
+    asked = {name: value for name, (value,) in asked_conditions(cfg.conditions, 1).items()}
+    options = {**options, "conditions": asked, "extrapolate": cfg.extrapolate}
     if cfg.morph:
         options = {**options, "seed": image_seed(cfg.seed, 0), "frames": cfg.morph}
         write_morph(output_dir, pipeline, cfg.source, cfg.target, **options)
@@ -257,15 +261,6 @@ def write_metadata(
             rows.append({**row, **one, **marks, **columns})
     with atomic_file(folder / "metadata.csv") as partial:
         escape_table(pd.DataFrame(rows)).to_csv(partial, index=False, lineterminator="\n")
-
-
-def is_extrapolated(pipeline: ClassConditionalLDMPipeline, conditions: Mapping[str, str]) -> bool:
-    """Whether a condition of one image is outside of its range in training."""
-    try:
-        pipeline.condition_embedding.rows_of(conditions, 1)
-    except ValueError:
-        return True
-    return False
 
 
 if __name__ == "__main__":

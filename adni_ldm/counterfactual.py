@@ -1,5 +1,6 @@
 """What sample.py writes instead of samples: the counterfactual of a slice, and a class interpolation."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -17,7 +18,7 @@ from adni_ldm.figures import (
     to_pil,
 )
 from adni_ldm.files import atomic_folder, check_empty_dir
-from adni_ldm.generation import hash_pipeline, interpolate_classes
+from adni_ldm.generation import hash_pipeline, interpolate_classes, is_extrapolated
 from adni_ldm.pipeline import ClassConditionalLDMPipeline, Counterfactual
 
 
@@ -26,8 +27,8 @@ def make_counterfactual(
 ) -> Counterfactual:
     """Generate the counterfactual of one slice (H, W), uint8, of the model's size; float32 on the CPU.
 
-    `options` are `strength`, `num_inference_steps` and `guidance_scale` of `pipeline.counterfactual`. Raises
-    UserError for a class that the model does not have, or an option out of range.
+    `options` are those of `pipeline.counterfactual`. Raises UserError for a class or a condition that the
+    model does not have, or an option out of range.
     """
     try:
         result = pipeline.counterfactual(to_float(pixels)[None, None], source, target, **options)
@@ -42,11 +43,14 @@ def write_counterfactual(
     image: str,
     source: str | None,
     target: str,
+    conditions: Mapping[str, str],
+    extrapolate: bool = False,
     **options,
 ) -> dict[str, object]:
-    """Write the counterfactual of the image file `image` in the class `target`: three PNGs and metadata.csv.
+    """Write the counterfactual of the image file `image`: three PNGs and metadata.csv.
 
-    `source` is the class of the slice, by default that of the metadata.csv beside it. Returns the row of
+    `target` is another class, or NAME=VALUE of a condition, which keeps the class. `source` is the class of
+    the slice, by default that of the metadata.csv beside it, and `conditions` its own. Returns the row of
     metadata.csv; `difference` and `round_trip_error` are means of absolute differences, as fractions of the
     intensity range. Raises UserError if the file is not an image, its class is unknown or the folder is not
     empty, and as `make_counterfactual`.
@@ -55,11 +59,21 @@ def write_counterfactual(
     source = source or class_in_metadata(Path(image))
     size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     pixels = torch.tensor(prepare_image(read_image(image), size))  # (H, W)
-    result = make_counterfactual(pipeline, pixels, source, target, **options)
+    changed_name, is_condition, value = target.partition("=")
+    if not is_condition:
+        check_target(pipeline, target)
+    asked = {"conditions": conditions, "extrapolate": extrapolate}
+    asked["target_conditions"] = {changed_name: value} if is_condition else {}
+    result = make_counterfactual(
+        pipeline, pixels, source, source if is_condition else target, **asked, **options
+    )
 
     limit = colour_limit(result.difference)
     classes = f"{source} to {target}"
-    row = {"file_name": "counterfactual.png", "from_image": image, "from": source, "to": target, **options}
+    row = {"file_name": "counterfactual.png", "from_image": image, "from": source, "to": target}
+    row |= {**conditions, **options}
+    if pipeline.condition_embedding is not None:
+        row["extrapolated"] = is_extrapolated(pipeline, {**conditions, **asked["target_conditions"]})
     row |= {"difference": float(result.difference.abs().mean()), "colour_limit": limit}
     row |= {"round_trip_error": float(result.error.mean()), "round_trip_error_max": float(result.error.max())}
     row["model_hash"] = hash_pipeline(pipeline)
@@ -69,6 +83,16 @@ def write_counterfactual(
         save_counterfactual(folder / "side_by_side.png", to_float(pixels)[None], result, classes)
         escape_table(pd.DataFrame([row])).to_csv(folder / "metadata.csv", index=False)
     return row
+
+
+def check_target(pipeline: ClassConditionalLDMPipeline, target: str) -> None:
+    """Check that `target` is a class of the model, else UserError with the classes and the conditions."""
+    try:
+        pipeline.class_embedding.labels_of(target)
+    except ValueError as error:
+        embedding = pipeline.condition_embedding
+        other = f", and its conditions, for --to NAME=VALUE, {embedding.describe()}" if embedding else ""
+        raise UserError(f"--to {target}: {error}{other}") from error
 
 
 def class_in_metadata(image: Path) -> str:
@@ -88,8 +112,8 @@ def write_morph(
 ) -> None:
     """Write a class interpolation from `source` to `target`: its frames side by side and back and forth.
 
-    `options` are those of `interpolate_classes`. Raises UserError for a class that the model does not have,
-    or a folder that is not empty.
+    `options` are those of `interpolate_classes`. Raises UserError for a class or condition that the model
+    does not have, or a folder that is not empty.
     """
     check_empty_dir(output_dir)
     try:

@@ -2,7 +2,7 @@
 
 import hashlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from queue import Queue
 from threading import Event, Lock, Thread
@@ -169,13 +169,15 @@ def interpolate_classes(
     frames: int,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
+    conditions: Mapping[str, object] | None = None,
+    extrapolate: bool = False,
 ) -> torch.Tensor:
     """Interpolate between two classes from one initial noise: (frames, 1, H, W) in [0, 1].
 
     The class tokens are interpolated linearly; the first and the last frame are the deterministic DDIM
-    samples (η = 0) of the two classes from that seed. Number of steps and guidance scale are by default the
-    model's own. Raises ValueError for an unknown class, or a scheduler that does not follow the training's
-    noise schedule.
+    samples (η = 0) of the two classes from that seed; all have the same `conditions`. Number of steps and
+    guidance scale are by default the model's own. Raises ValueError for an unknown class or condition, or a
+    scheduler that does not follow the training's noise schedule.
     """
     check_scheduler(pipeline.scheduler)
     num_inference_steps, guidance_scale, _ = pipeline.sampling_settings(
@@ -184,7 +186,8 @@ def interpolate_classes(
     embedding, config = pipeline.class_embedding, pipeline.unet.config
     labels = [*embedding.labels_of([source, target]), embedding.null_label]
     labels = torch.tensor(labels, device=pipeline.device)
-    first, last, null = pipeline.encode_classes(labels).split(1)  # (1, 2 + K, D)
+    rows = pipeline.condition_rows(conditions, len(labels), extrapolate)
+    first, last, null = pipeline.encode_classes(labels, rows).split(1)  # (1, 2 + K, D)
     tokens = torch.cat([first.lerp(last, share) for share in torch.linspace(0, 1, frames).tolist()])
     if guidance_scale != 1:
         tokens = torch.cat([null.expand_as(tokens), tokens])  # (2 · frames, 2, D)
@@ -194,6 +197,15 @@ def interpolate_classes(
     timesteps = torch.linspace(0, train_steps, num_inference_steps + 1)[1:].round().int() - 1
     latents = pipeline.ddim(noise.expand(frames, -1, -1, -1), timesteps, tokens, guidance_scale)
     return pipeline.decode_latents(latents).float().cpu()
+
+
+def is_extrapolated(pipeline: ClassConditionalLDMPipeline, conditions: Mapping[str, str]) -> bool:
+    """Whether a condition of one image is outside of its range in training."""
+    try:
+        pipeline.condition_rows(conditions, 1)
+    except ValueError:
+        return True
+    return False
 
 
 def _autocast(device: torch.device, precision: str) -> AbstractContextManager:

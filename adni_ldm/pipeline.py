@@ -247,7 +247,7 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         num_inference_steps, self._guidance_scale, eta = settings.values()
         latents = self._initial_latents(len(labels), generator, latents)
         null = torch.full_like(labels, self.class_embedding.null_label)
-        rows = self._condition_rows(conditions, len(labels), extrapolate)  # (B, K)
+        rows = self.condition_rows(conditions, len(labels), extrapolate)  # (B, K)
         unguided = torch.full_like(rows, torch.nan) if guide_conditions else rows
         tokens = self.encode_classes(torch.cat([null, labels]), torch.cat([unguided, rows]))  # (2B, 2 + K, D)
         step_kwargs = self._step_kwargs(eta, generator)
@@ -312,7 +312,8 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
             raise ValueError(f"latents must have shape {shape}, not {tuple(latents.shape)}")
         return latents.to(device, self.unet.dtype)
 
-    def _condition_rows(self, conditions, count: int, extrapolate: bool = False) -> torch.Tensor:
+    def condition_rows(self, conditions, count: int, extrapolate: bool = False) -> torch.Tensor:
+        """Rows (count, K) of `conditions` as in `__call__`; ValueError for those that the model lacks."""
         if self.condition_embedding is not None:
             return self.condition_embedding.rows_of(conditions, count, extrapolate)
         if conditions:
@@ -324,7 +325,7 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         tokens = self.class_embedding(labels, return_dict=False)[0]
         if self.condition_embedding is None:
             return tokens
-        rows = self._condition_rows(None, len(labels)) if rows is None else rows
+        rows = self.condition_rows(None, len(labels)) if rows is None else rows
         added = self.condition_embedding(rows.to(labels.device), return_dict=False)[0]
         return torch.cat([tokens, added], dim=1)
 
@@ -427,7 +428,7 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         own, other = (
             self.encode_classes(
                 self._labels(name, len(image)).to(image.device),
-                self._condition_rows(given, len(image), extrapolate),
+                self.condition_rows(given, len(image), extrapolate),
             )
             for name, given in ((source, conditions), (target, changed))
         )

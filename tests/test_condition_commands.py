@@ -89,3 +89,61 @@ def test_wrong_sweeps_are_refused(words, message, generate, tmp_path):
     with pytest.raises(UserError, match=message):
         generate(*words)
     assert not (tmp_path / "out").exists()
+
+
+# ---- Counterfactuals and class interpolation ---------------------------------------------------------------
+
+
+@pytest.fixture
+def scan(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (16, 16), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "scan.png")
+    return tmp_path / "scan.png"
+
+
+def test_a_counterfactual_changes_the_class_or_one_condition(generate, model, scan):
+    """--to age=85 keeps class and sex, --to AD keeps the conditions."""
+    pipeline = ClassConditionalLDMPipeline.from_pretrained(model)
+    image = torch.tensor(np.array(Image.open(scan)))[None, None] / 127.5 - 1
+    own = {"age": 70, "sex": "F"}
+    for word, target, changed in (("age=85", "NC", {"age": 85}), ("AD", "AD", {})):
+        words = ("--from_image", scan, "--from", "NC", "--to", word, "--conditions", "age=70", "sex=F")
+        folder = generate(*words, name=word)
+        expected = pipeline.counterfactual(
+            image, "NC", target, 0.8, 3, conditions=own, target_conditions=changed
+        )
+        found = np.asarray(Image.open(folder / "counterfactual.png")).astype(int)
+        assert abs(found - (expected.images[0, 0].numpy() + 1) * 127.5).max() <= 1
+        row = pd.read_csv(folder / "metadata.csv").iloc[0]
+        assert (row["from"], row.to, row.age, row.sex, row.extrapolated) == ("NC", word, 70, "F", False)
+
+
+def test_a_morph_keeps_the_conditions(generate, model):
+    words = ("--morph", 3, "--from", "NC", "--to", "AD")
+    films = [
+        (generate(*words, *more, name=name) / "morph.gif").read_bytes()
+        for name, more in (("a", ("--conditions", "age=60")), ("b", ("--conditions", "age=85")))
+    ]
+    assert films[0] != films[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--to", "85"), "--to 85: unknown class '85'.*conditions, for --to NAME=VALUE, age .55 to 90., sex"),
+        (("--to", "mmse=20"), "unknown condition 'mmse'"),
+        (("--to", "age=95"), "age=95 is outside of the range in training"),
+        (("--to", "sex=X"), "sex=X: not one of F, M"),
+        (("--to", "AD", "--conditions", "age=95"), "age=95 is outside"),
+        (("--to", "AD", "--match", "data"), "--match data is for samples"),
+    ],
+)
+def test_wrong_targets_are_refused(words, message, generate, scan, tmp_path):
+    with pytest.raises(UserError, match=message):
+        generate("--from_image", scan, "--from", "NC", *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_changed_condition_out_of_range_is_marked(generate, scan):
+    words = ("--from_image", scan, "--from", "NC", "--to", "age=95", "--extrapolate", "true")
+    assert pd.read_csv(generate(*words) / "metadata.csv").extrapolated.all()

@@ -84,7 +84,8 @@ class SampleConfig:
         default=False, help="Also save trajectory.png: the denoising trajectory of one slice of each class."
     )
     from_image: str | None = HfArg(
-        default=None, help="Image file of a slice: write its counterfactual in the class --to, not samples."
+        default=None,
+        help="Image file of a slice: write its counterfactual --to another class or age, not samples.",
     )
     morph: int = HfArg(
         default=0, help="Number of frames of a class interpolation from --from to --to, instead of samples."
@@ -95,7 +96,10 @@ class SampleConfig:
         aliases=["--from"],
     )
     target: str | None = HfArg(
-        default=None, help="Class of the counterfactual, or the interpolation's last class.", aliases=["--to"]
+        default=None,
+        help="Class of the counterfactual, or the condition that it changes, such as age=85; --conditions "
+        "has those of the slice. The interpolation's last class.",
+        aliases=["--to"],
     )
     strength: float = HfArg(
         default=0.8,
@@ -119,6 +123,8 @@ class SampleConfig:
         if self.sweep and (self.match or self.from_image or self.morph):
             other = "match" if self.match else "from_image" if self.from_image else "morph"
             raise UserError(f"--sweep {self.sweep} and --{other}: give only one of them")
+        if self.match and (self.from_image or self.morph):
+            raise UserError(f"--match {self.match} is for samples: give --conditions of the slice")
         if not 0 <= self.strength <= 1:
             raise UserError(f"--strength {self.strength} must lie in [0, 1]")
         if (self.from_image or self.morph) and not self.target:
