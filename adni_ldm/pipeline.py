@@ -469,10 +469,11 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
     def load_lora_weights(
         self, source: str | Path | dict[str, torch.Tensor], adapter_name: str | None = None, **kwargs
     ) -> None:
-        """Load a LoRA of train_ldm.py --lora_rank into the U-Net, with its class tokens and class names.
+        """Load a LoRA of train_ldm.py --lora_rank into the U-Net, with its class tokens, class names and
+        conditions.
 
         `set_adapters`, `disable_lora` and `fuse_lora` are diffusers' own and act on the U-Net alone. Of
-        several LoRAs, the class tokens are the last one's; `unload_lora_weights` restores the pipeline's.
+        several LoRAs, tokens and conditions are the last one's; `unload_lora_weights` restores its own.
 
         `source` is a folder, file or Hub name of pytorch_lora_weights.safetensors, or its tensors; `kwargs`
         are those of diffusers' `lora_state_dict`, as `revision` or `token`. Raises ValueError for a file of
@@ -495,24 +496,41 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         kwargs |= {"use_safetensors": True, "return_lora_metadata": True}
         weights, _, metadata = self.lora_state_dict(source, **kwargs)
         metadata, prefix = metadata or {}, "class_embedding."
-        self.load_lora_into_unet(weights, None, self.unet, adapter_name=adapter_name, _pipeline=self)
+        tokens = {key.removeprefix(prefix): weights[key] for key in weights if key.startswith(prefix)}
+        of_conditions = {key: tokens.pop(key) for key in list(tokens) if key.startswith("conditions.")}
         own, records = self.class_embedding, self.unet.config.get("_trained_on")
-        if getattr(self, "_before_lora", None) is None:
-            self._before_lora = (own, records)
-        if tokens := {key.removeprefix(prefix): weights[key] for key in weights if key.startswith(prefix)}:
+        width, embeddings = own.config.token_dim, {}
+        if tokens:
             names = metadata.get("class_embedding.class_names", own.config.class_names)
-            width = own.config.token_dim
             tuned = type(own)(list(names), width, tokens["table.weight"].shape[1] // width)
             tuned.load_state_dict(tokens)
-            self.register_modules(class_embedding=tuned.to(own.device, own.dtype))
+            embeddings["class_embedding"] = tuned.to(own.device, own.dtype)
+        if of_conditions:
+            tuned = self._condition_embedding_type()(metadata["class_embedding.conditions"], width)
+            tuned.load_state_dict(
+                {key.removeprefix("conditions."): of_conditions[key] for key in of_conditions}
+            )
+            embeddings["condition_embedding"] = tuned.to(own.device, own.dtype)
+        self.load_lora_into_unet(weights, None, self.unet, adapter_name=adapter_name, _pipeline=self)
+        if getattr(self, "_before_lora", None) is None:
+            self._before_lora = (own, self.condition_embedding, records)
+        self.register_modules(**embeddings)
         self.unet.register_to_config(_trained_on=metadata.get("class_embedding.trained_on", records))
 
+    def _condition_embedding_type(self) -> type:
+        if self.condition_embedding is not None:
+            return type(self.condition_embedding)
+        try:  # the folder of a pipeline without conditions does not hold this code
+            return importlib.import_module("adni_ldm.models.condition_embedding").ConditionEmbedding
+        except ImportError as error:
+            raise ValueError("its conditions need adni-ldm: pip install adni-ldm") from error
+
     def unload_lora_weights(self) -> None:
-        """Remove all LoRAs and restore the pipeline's own class names and class tokens."""
+        """Remove all LoRAs and restore the pipeline's own class names, class tokens and conditions."""
         super().unload_lora_weights()
         if getattr(self, "_before_lora", None) is not None:
-            embedding, records = self._before_lora
-            self.register_modules(class_embedding=embedding)
+            classes, conditions, records = self._before_lora
+            self.register_modules(class_embedding=classes, condition_embedding=conditions)
             self.unet.register_to_config(_trained_on=records)
             self._before_lora = None
 

@@ -8,6 +8,8 @@ import pandas as pd
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors import safe_open
+from safetensors.torch import save_file
 from stand_ins import ABOUT, make_condition_embedding, make_pipeline
 
 import sample
@@ -16,9 +18,10 @@ from adni_ldm.data.conditions import condition_rows, describe_conditions
 from adni_ldm.data.slices import CONDITION, load_slices, open_folder, read_slices
 from adni_ldm.data.splits import DataError
 from adni_ldm.errors import UserError
+from adni_ldm.generation import hash_pipeline
 from adni_ldm.models import ConditionalDenoiser
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
-from adni_ldm.training import conditioning
+from adni_ldm.training import conditioning, finetuning
 from adni_ldm.training.batch_sampling import BatchRandom
 
 
@@ -250,6 +253,52 @@ def test_from_metadata_to_samples(run, phantom_dir, tmp_path, capsys):
     run(train_ldm, *common, *tuned, "--validation_steps", 0)
     loaded = ClassConditionalLDMPipeline.from_pretrained(tmp_path / "tuned")
     assert loaded.condition_embedding.names == ["age", "sex", "slice_mm"]
+
+
+def test_a_lora_carries_its_conditions(run, phantom_dir, tmp_path):
+    """Loaded over a base without conditions it gives what the merged pipeline gives; unloading undoes it."""
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    make_pipeline().save_pretrained(base)
+    words = ("--init_from", base, "--data_dir", phantom_dir, "--image_size", 16, "--batch_size", 4)
+    words += ("--warmup_steps", 0, "--mixed_precision", "no", "--report_to", "none", "--learning_rate", 1e-2)
+    words += ("--max_steps", 3, "--validation_steps", 0, "--lora_rank", 2, "--conditions", "age", "sex")
+    run(train_ldm, *words, "--output_dir", tuned)
+    merged, pipeline = (ClassConditionalLDMPipeline.from_pretrained(folder) for folder in (tuned, base))
+    before, untouched = images(pipeline), hash_pipeline(pipeline)
+    about = merged.condition_embedding.config.conditions["age"]
+    asked = {"age": [about["low"], about["high"]], "sex": ["F", "M"]}
+
+    pipeline.load_lora_weights(tuned)
+    assert pipeline.condition_embedding.config.conditions == merged.condition_embedding.config.conditions
+    pairs = zip(
+        pipeline.condition_embedding.state_dict().values(), merged.condition_embedding.state_dict().values()
+    )
+    assert all(torch.equal(*pair) for pair in pairs)
+    expected = images(merged, conditions=asked)
+    assert torch.allclose(images(pipeline, conditions=asked), expected, atol=1e-4)
+    assert not torch.allclose(images(pipeline), expected, atol=1e-4), "the conditions count"
+    pipeline.unload_lora_weights()
+    assert pipeline.condition_embedding is None and hash_pipeline(pipeline) == untouched
+    assert torch.equal(images(pipeline), before)
+
+
+def test_a_lora_whose_conditions_do_not_fit_is_refused_and_leaves_the_pipeline(conditioned, tmp_path):
+    denoiser = ConditionalDenoiser(
+        conditioned.unet, conditioned.class_embedding, conditioned.condition_embedding
+    )
+    finetuning.add_lora(denoiser.unet, 2)
+    finetuning.save_lora(denoiser, tmp_path)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    with safe_open(file, "pt") as opened:
+        weights, metadata = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()
+    damaged = {name: value for name, value in weights.items() if "conditions.null" not in name}
+    save_file(damaged, file, metadata)
+    plain = make_pipeline()
+    before = hash_pipeline(plain)
+    with pytest.raises(ValueError, match="not a LoRA of this pipeline"):
+        plain.load_lora_weights(tmp_path)
+    assert plain.condition_embedding is None and hash_pipeline(plain) == before
+    assert not any("lora" in name for name in plain.unet.state_dict())
 
 
 def test_the_denoiser_reads_class_tokens_then_conditions(conditioned):

@@ -159,11 +159,14 @@ def test_two_processes_take_the_step_of_one_vae(presets, tmp_path):
 
 def test_two_processes_take_the_step_of_one_ldm(presets, vae_dir, tmp_path):
     command = ("train_ldm.py", "--config", presets / "ldm.yaml", "--vae", vae_dir, "--report_to", "none")
+    command += ("--conditions", "age", "sex", "slice_mm")
     command += ("--no_use_ema", "--max_steps", 1, "--output_dir")
     run(*command, tmp_path / "start", "--learning_rate", 1e-12)
     run(*command, tmp_path / "one", "--batch_size", 8)
     run(*command, tmp_path / "two", "--batch_size", 4, launcher=TWO_PROCESSES)
-    assert share_alike(tmp_path / "one", tmp_path / "two", tmp_path / "start", UNET_WEIGHTS) > 0.97
+    folders = [tmp_path / name for name in ("one", "two", "start")]
+    assert share_alike(*folders, UNET_WEIGHTS) > 0.97
+    assert share_alike(*folders, UNET_WEIGHTS.replace("unet", "condition_embedding")) > 0.97
 
 
 def test_a_resumed_run_repeats_the_uninterrupted_one(presets, vae_dir, tmp_path):

@@ -157,18 +157,22 @@ def add_lora(unet: UNet2DConditionModel, rank: int) -> None:
 def save_lora(denoiser: ConditionalDenoiser, folder: Path) -> None:
     """Write pytorch_lora_weights.safetensors, which `load_lora_weights` applies to the pipeline tuned from.
 
-    It holds the U-Net's LoRA matrices, the class tokens and names, and the records of the training data.
+    It holds the U-Net's LoRA matrices, the class tokens and names, the condition embedding with its config,
+    and the records of the training data.
     """
     from peft import get_peft_model_state_dict
 
-    embedding = denoiser.class_embedding
-    metadata = {"class_names": list(embedding.config.class_names)}
+    embedding, conditions = denoiser.class_embedding, denoiser.condition_embedding
+    weights, metadata = embedding.state_dict(), {"class_names": list(embedding.config.class_names)}
+    if conditions is not None:
+        weights |= {f"conditions.{name}": value for name, value in conditions.state_dict().items()}
+        metadata["conditions"] = {name: dict(about) for name, about in conditions.config.conditions.items()}
     metadata["trained_on"] = list(denoiser.unet.config.get("_trained_on", ()))
     with atomic_content(folder, last=LORA_WEIGHT_NAME_SAFE) as partial:
         ClassConditionalLDMPipeline.save_lora_weights(
             partial,
             unet_lora_layers=get_peft_model_state_dict(denoiser.unet),
-            text_encoder_lora_layers=embedding.state_dict(),
+            text_encoder_lora_layers=weights,
             text_encoder_lora_adapter_metadata=metadata,
         )
 
