@@ -37,6 +37,7 @@ from adni_ldm.hub.space import push_space
 from adni_ldm.loading import load_pipeline
 from adni_ldm.precision import choose_precision
 from adni_ldm.web import components
+from adni_ldm.web.fields import condition_fields, sampling_fields, seed_field
 from adni_ldm.web.guard import Guard, is_open, read_accounts
 from adni_ldm.web.uploads import read_upload
 
@@ -93,7 +94,8 @@ def build_page(cfg: AppConfig) -> gr.Blocks:
                 number = gr.Slider(
                     1, cfg.max_images, min(4, cfg.max_images), step=1, label="Number of slices"
                 )
-                inputs = [label, number, *sampling_settings(cfg, model), seed_field()]
+                inputs = [label, number, *sampling_fields(model.sampling, cfg.max_steps), seed_field()]
+                inputs += condition_fields(model.conditions)
                 button = gr.Button("Sample", variant="primary")
             on_click(button, model.sample, inputs)
         with gr.Tab("Compare classes"), gr.Row():
@@ -101,7 +103,8 @@ def build_page(cfg: AppConfig) -> gr.Blocks:
                 gr.Markdown("One slice of each class, sampled from the same noise, and their difference.")
                 source = gr.Radio(model.classes, value=last, label="From class")
                 target = gr.Radio(model.classes, value=first, label="To class")
-                inputs = [source, target, *sampling_settings(cfg, model), seed_field()]
+                inputs = [source, target, *sampling_fields(model.sampling, cfg.max_steps), seed_field()]
+                inputs += condition_fields(model.conditions)
                 button = gr.Button("Compare", variant="primary")
             on_click(button, model.compare, inputs)
         with gr.Tab("Counterfactual"), gr.Row():
@@ -118,7 +121,9 @@ def build_page(cfg: AppConfig) -> gr.Blocks:
                 source = gr.Radio(model.classes, value=None, label="Class of the slice")
                 target = gr.Radio(model.classes, value=first, label="Target class")
                 strength = gr.Slider(0, 1, 0.8, step=0.05, label="Strength: how far the slice is noised")
-                inputs = [pixels, source, target, strength, *sampling_settings(cfg, model)]
+                inputs = [pixels, source, target, strength, *sampling_fields(model.sampling, cfg.max_steps)]
+                inputs += condition_fields(model.conditions, "{} of the slice", "not known")
+                inputs += condition_fields(model.conditions, "Target {}", "as the slice")
                 button = gr.Button("Compute counterfactual", variant="primary")
             quiet = {"api_visibility": "private", "show_progress": "hidden"}
             upload.upload(model.accept, upload, [upload, pixels, accepted], **quiet)
@@ -126,20 +131,6 @@ def build_page(cfg: AppConfig) -> gr.Blocks:
         with gr.Tab("Evaluation"):
             gr.HTML(components.verdict_list(find_report(cfg.model, cfg.report, model.hash, model.data)))
     return page
-
-
-def sampling_settings(cfg: AppConfig, model: Model) -> list[gr.Slider]:
-    """Sliders that start at the model's own settings, as far as they are in range."""
-    steps = max(2, min(model.sampling["num_inference_steps"], cfg.max_steps))
-    scale = min(model.sampling["guidance_scale"], 5)
-    return [
-        gr.Slider(2, cfg.max_steps, steps, step=1, label="Denoising steps"),
-        gr.Slider(0, 5, scale, step=0.1, label="Guidance scale (1: no guidance)"),
-    ]
-
-
-def seed_field() -> gr.Number:
-    return gr.Number(0, precision=0, minimum=0, maximum=2**32 - 1, label="Seed")
 
 
 def on_click(button: gr.Button, function, inputs: list) -> None:
@@ -162,6 +153,8 @@ class Model:
         if torch.accelerator.is_available():
             self.pipeline.to(torch.accelerator.current_accelerator())
         self.classes = list(self.pipeline.class_embedding.config.class_names)
+        embedding = self.pipeline.condition_embedding
+        self.conditions = embedding.config.conditions if embedding else {}
         self.side = self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
         self.sampling = self.pipeline.sampling_settings()
         self.hash = hash_pipeline(self.pipeline)
@@ -175,17 +168,23 @@ class Model:
         steps: int,
         guidance: float,
         seed: int,
+        *conditions: object,
     ) -> Iterator[tuple[str, str]]:
         """The slices that sample.py generates for this seed."""
         labels, seeds = [label] * number, [image_seed(seed, index) for index in range(number)]
-        for step, images in self._denoise(labels, seeds, steps, guidance):
+        asked, refusal = self._asked_for(conditions)
+        if refusal:
+            yield components.alert(refusal), ""
+            return
+        for step, images in self._denoise(labels, seeds, steps, guidance, asked):
             images = [to_pil(image) for image in images]
             shown = components.gallery((image, f"{label} {index}") for index, image in enumerate(images))
             yield components.progress_bar(step, steps), shown
         files = {f"{label}/{index:06d}.png": image for index, image in enumerate(images)}
-        rows = self._metadata(files, labels, seeds, steps, guidance)
+        rows = self._metadata(files, labels, seeds, steps, guidance, asked)
         shown += components.download_link("slices.zip", files, rows)
-        yield components.status(f"{number} slices of class {label}, seed {seed}."), shown
+        described = components.describe(label, asked)
+        yield components.status(f"{number} slices of class {described}, seed {seed}."), shown
 
     def compare(
         self,
@@ -194,13 +193,15 @@ class Model:
         steps: int,
         guidance: float,
         seed: int,
+        *conditions: object,
     ) -> Iterator[tuple[str, str]]:
         """One slice of each class from the same noise, and their difference."""
-        if source == target:
-            yield components.alert("Choose two different classes."), ""
+        asked, refusal = self._asked_for(conditions)
+        if refusal or source == target:
+            yield components.alert(refusal or "Choose two different classes."), ""
             return
         seeds = [image_seed(seed, 0)] * 2
-        for step, images in self._denoise([source, target], seeds, steps, guidance):
+        for step, images in self._denoise([source, target], seeds, steps, guidance, asked):
             difference = images[1] - images[0]  # (1, H, W)
             limit = colour_limit(difference)
             images = [*map(to_pil, images), difference_image(difference, limit)]
@@ -208,7 +209,8 @@ class Model:
             shown = components.gallery(zip(images, captions))
             yield components.progress_bar(step, steps), shown
         files = dict(zip((f"{source}.png", f"{target}.png", "difference.png"), images))
-        rows = self._metadata(files, [source, target, "difference"], [*seeds, seeds[0]], steps, guidance)
+        labels, seeds = [source, target, "difference"], [*seeds, seeds[0]]
+        rows = self._metadata(files, labels, seeds, steps, guidance, asked)
         shown += components.download_link("comparison.zip", files, rows)
         yield components.status(f"Both slices were sampled with seed {seed}."), shown
 
@@ -228,15 +230,28 @@ class Model:
         strength: float,
         steps: int,
         guidance: float,
+        *conditions: object,
     ) -> tuple[str, str]:
-        """The uploaded slice in the target class, and its reconstruction error in its own class."""
+        """The uploaded slice in the target class, and its reconstruction error in its own class.
+
+        `conditions` are those of the slice and then the target ones, which are kept where none is given.
+        """
         if pixels is None:
             return components.alert("Upload a slice first."), ""
-        if source is None or source == target:
+        count = len(self.conditions)
+        own, refusal = self._asked_for(conditions[:count])
+        changed, target_refusal = self._asked_for(conditions[count:])
+        changed = own | changed
+        if source is None or (source == target and changed == own):
             missing = "two different classes" if source else "the class of the slice"
-            return components.alert(f"Choose {missing}."), ""
+            other = ", or another target condition" if source and self.conditions else ""
+            return components.alert(f"Choose {missing}{other}."), ""
+        if refusal or target_refusal:
+            return components.alert(refusal or target_refusal), ""
         options = {"strength": strength, "num_inference_steps": steps, "guidance_scale": guidance}
-        result = make_counterfactual(self.pipeline, torch.tensor(pixels), source, target, **options)
+        asked = {"conditions": own, "target_conditions": changed}
+        result = make_counterfactual(self.pipeline, torch.tensor(pixels), source, target, **asked, **options)
+        before, after = components.describe(source, own), components.describe(target, changed)
         limit = colour_limit(result.difference)
         given = torch.tensor(pixels)[None] / 255  # (1, H, W), [0, 1]
         image = to_pil(result.images[0] / 2 + 0.5)
@@ -244,14 +259,16 @@ class Model:
         error_map = difference_image(result.round_trip[0] / 2 + 0.5 - given, limit)
         shown = components.gallery(
             [
-                (Image.fromarray(pixels), f"Uploaded slice, {source}"),
-                (image, f"Counterfactual, {target}"),
-                (difference, caption_difference(f"{target} − uploaded slice", limit)),
-                (error_map, f"Reconstruction error as {source}, same colours"),
+                (Image.fromarray(pixels), f"Uploaded slice, {before}"),
+                (image, f"Counterfactual, {after}"),
+                (difference, caption_difference(f"{after} − uploaded slice", limit)),
+                (error_map, f"Reconstruction error as {before}, same colours"),
             ]
         )
         error = float(result.error.mean())
-        row = {"label": target, "from": source, **options, "round_trip_error": error, "model_hash": self.hash}
+        row = {"label": target, **changed, "from": source}
+        row |= {f"from_{name}": value for name, value in own.items()} | options
+        row |= {"round_trip_error": error, "model_hash": self.hash}
         files = {"counterfactual.png": image, "difference.png": difference}
         rows = [{"file_name": name, **row} for name in files]
         text = (
@@ -261,23 +278,32 @@ class Model:
         shown += components.download_link("counterfactual.zip", files, rows)
         return components.status(text), shown
 
+    def _asked_for(self, values: Sequence[object]) -> tuple[dict[str, object], str]:
+        """{condition: value} of the fields that were filled in, and why the model refuses them, or ""."""
+        asked = {name: value for name, value in zip(self.conditions, values) if value not in (None, "")}
+        try:
+            self.pipeline.condition_rows(asked, 1)
+        except ValueError as error:
+            return asked, str(error)
+        return asked, ""
+
     def _denoise(
-        self, labels: Sequence[str], seeds: Sequence[int], steps: int, guidance: float
+        self, labels: Sequence[str], seeds: Sequence[int], steps: int, guidance: float, asked: dict
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """(step, images (B, 1, H, W) in [0, 1]) at PREVIEWS steps on the way, and at last the samples."""
-        options = {"num_inference_steps": steps, "guidance_scale": guidance}
+        options = {"num_inference_steps": steps, "guidance_scale": guidance, "conditions": asked}
         every = max(1, steps // PREVIEWS)
         numbers = self.pipeline.class_embedding.labels_of(labels)
         previews = generate_progressively(self.pipeline, numbers, seeds, every, self.precision, **options)
         for step, images in previews:
             yield step, images.clamp(0, 1)
 
-    def _metadata(self, files, labels, seeds, steps: int, guidance: float) -> list[dict]:
+    def _metadata(self, files, labels, seeds, steps: int, guidance: float, asked: dict) -> list[dict]:
         """Rows of metadata.csv, as sample.py writes them."""
         settings = self.pipeline.sampling_settings(steps, guidance) | {"scheduler": "ddim"}
         settings |= {"precision": self.precision, "model_hash": self.hash}
         return [
-            {"file_name": name, "label": label, "seed": seed, **settings}
+            {"file_name": name, "label": label, "seed": seed, **asked, **settings}
             for name, label, seed in zip(files, labels, seeds)
         ]
 

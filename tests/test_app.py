@@ -24,7 +24,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from stand_ins import blob_image, make_pipeline
+from stand_ins import blob_image, make_condition_embedding, make_pipeline
 from starlette.datastructures import Headers
 
 from adni_ldm.errors import UserError
@@ -262,6 +262,38 @@ def test_counterfactual(visit, screenshot, server, tmp_path):
     assert set(files) == {"counterfactual.png", "difference.png"}, "without the uploaded slice"
     assert set(rows["from"]) == {"NC"} and set(rows.label) == {"AD"} and (rows.round_trip_error > 0).all()
     assert not stored_files(server), "nothing is stored"
+
+
+def test_conditions(conditioned, browser, screenshot, tmp_path):
+    blob_image([3], 64, 60).save(tmp_path / "mine.png")
+    with serve(conditioned[1], tmp_path) as (address, _):
+        page = browser.new_page()
+        page.set_default_timeout(60_000)
+        page.goto(address)
+        fill(page, "age", 75)
+        fill(page, "Denoising steps", 3)
+        page.get_by_label("sex").filter(visible=True).click()
+        page.get_by_role("option", name="F").click()
+        page.get_by_role("button", name="Sample").click()
+        page.get_by_text("4 slices of class AD, age=75, sex=F, seed 0.").wait_for()
+        fill(page, "age", "")
+        page.get_by_role("button", name="Sample").click()
+        page.get_by_text("4 slices of class AD, sex=F, seed 0.").wait_for()
+        fill(page, "age", 95)
+        page.get_by_role("button", name="Sample").click()
+        page.get_by_text("age=95 is outside of the range in training, 55 to 90").wait_for()
+        open_tab(page, "Counterfactual")
+        page.locator("input[type=file]").set_input_files(tmp_path / "mine.png")
+        page.get_by_alt_text("Uploaded slice").first.wait_for()
+        for group in ("Class of the slice", "Target class"):
+            choose(page, group, "NC")
+        fill(page, "age of the slice", 60)
+        fill(page, "Target age", 85)
+        fill(page, "Denoising steps", 4)
+        page.get_by_role("button", name="Compute counterfactual").click()
+        page.get_by_alt_text("Counterfactual, NC, age=85").wait_for()
+        screenshot(page)
+        page.close()
 
 
 def test_bad_upload(visit, screenshot, tmp_path):
@@ -567,6 +599,105 @@ def test_the_sliders_start_at_the_models_own_settings(pipeline, tmp_path, most, 
     sliders = [(block.label, block.value) for block in blocks if isinstance(block, app.gr.Slider)]
     assert sliders.count(("Denoising steps", shown)) == 3
     assert sliders.count(("Guidance scale (1: no guidance)", 2.5)) == 3
+
+
+# ---- Fields of a model's conditions, and the functions behind the buttons ------------------------------
+
+
+@pytest.fixture(scope="module")
+def conditioned(tmp_path_factory):
+    """The app module, a folder of a model with conditions, and its `app.Model`."""
+    app = pytest.importorskip("app", reason="gradio is not installed", exc_type=SystemExit)
+    folder = tmp_path_factory.mktemp("conditioned")
+    make_pipeline(condition_embedding=make_condition_embedding()).save_pretrained(folder)
+    return app, folder, app.Model(app.AppConfig(model=str(folder)))
+
+
+def test_the_page_has_the_fields_that_the_model_has(conditioned, model):
+    app, folder, _ = conditioned
+
+    def fields(folder):
+        blocks = app.build_page(app.AppConfig(model=str(folder))).blocks.values()
+        kinds = (app.gr.Number, app.gr.Dropdown)
+        return [block for block in blocks if isinstance(block, kinds) and block.label != "Seed"]
+
+    found = fields(folder)
+    labels = ["age", "sex"] * 2 + ["age of the slice", "sex of the slice", "Target age", "Target sex"]
+    assert [field.label for field in found] == labels
+    assert {field.info for field in found[:4:2]} == {"55 to 90; empty: any"}
+    assert found[1].choices == [("any", ""), ("F", "F"), ("M", "M")] and found[1].value == ""
+    assert found[7].choices[0] == ("as the slice", "")
+    assert not fields(model), "a model without conditions has none"
+
+
+def page_images(shown):
+    """{caption: PNG} of the HTML that a button's function gives."""
+    return {caption: url for url, caption in re.findall(r'<img src="([^"]*)" alt="([^"]*)"', shown)}
+
+
+def page_rows(shown):
+    """The rows of metadata.csv in the download."""
+    content = base64.b64decode(re.search(r"data:application/zip;base64,([^\"]*)", shown).group(1))
+    return pd.read_csv(zipfile.ZipFile(io.BytesIO(content)).open("metadata.csv"))
+
+
+@pytest.mark.parametrize("button", ["sample", "compare"])
+def test_the_page_samples_what_was_asked_for(conditioned, button):
+    press = getattr(conditioned[2], button)
+    first = ("AD", 2) if button == "sample" else ("NC", "AD")
+
+    def pressed(*conditions):
+        return list(press(*first, 3, 1, 5, *conditions))[-1]
+
+    marginal = pressed()
+    empty = pressed(None, "")
+    assert page_images(empty[1]) == page_images(marginal[1]), "an empty field is marginal"
+    text, shown = pressed(75, "F")
+    rows = page_rows(shown)
+    assert set(rows.age) == {75} and set(rows.sex) == {"F"} and "age" not in page_rows(marginal[1])
+    seen = [list(page_images(pressed(*asked)[1]).values())[0] for asked in ((), (75, ""), (75, "F"))]
+    assert len(set(seen)) == 3, "each condition has an effect"
+    if button == "sample":
+        assert "2 slices of class AD, age=75, sex=F, seed 5." in text
+    text, shown = pressed(95, "")
+    assert "age=95 is outside of the range in training, 55 to 90" in text and not shown
+
+
+def test_a_counterfactual_on_the_page_changes_the_class_or_a_condition(conditioned):
+    pixels = np.asarray(blob_image([3], 16, 16))
+
+    def pressed(target, *conditions):
+        return conditioned[2].counterfactual(pixels, "NC", target, 0.8, 4, 1, *conditions)
+
+    refused = "Choose two different classes, or another target condition."
+    for same in ((70, "", None, ""), (70, "", 70, ""), (None, "", None, "")):
+        assert refused in pressed("NC", *same)[0]
+    _, shown = pressed("NC", 60, "F", 85, "")
+    images = page_images(shown)
+    assert {"Uploaded slice, NC, age=60, sex=F", "Counterfactual, NC, age=85, sex=F"} < set(images)
+    (row,) = page_rows(shown)[:1].to_dict("records")
+    assert (row["label"], row["age"], row["sex"], row["from_age"], row["from_sex"]) == (
+        "NC",
+        85,
+        "F",
+        60,
+        "F",
+    )
+    others = [
+        pressed("NC", 60, "F", 75, ""),
+        pressed("AD", 60, "F", None, ""),
+        pressed("AD", *(None, "") * 2),
+    ]
+    seen = {
+        page_images(shown)[caption]
+        for _, shown in others
+        for caption in page_images(shown)
+        if "Cou" in caption
+    }
+    assert len(seen | {images["Counterfactual, NC, age=85, sex=F"]}) == 4
+    for outside in ((95, "", 80, ""), (60, "", 95, "")):
+        text, shown = pressed("AD", *outside)
+        assert "age=95 is outside of the range in training, 55 to 90" in text and not shown
 
 
 def test_sampling_ends_when_the_visitor_leaves(pipeline):

@@ -43,6 +43,11 @@ def gallery(images: Iterable[tuple[Image.Image, str]]) -> str:
     return f'<div class="slices">{"".join(figures)}</div>'
 
 
+def describe(label: str, conditions: Mapping[str, object]) -> str:
+    """A class and conditions for people to read: "AD, age=75, sex=F"."""
+    return ", ".join([label, *(f"{name}={value}" for name, value in conditions.items())])
+
+
 def status(text: str) -> str:
     """A message that a screen reader reads out when it is idle."""
     return f'<p role="status">{escape(text)}</p>'
