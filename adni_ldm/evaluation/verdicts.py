@@ -169,8 +169,8 @@ def _privacy(estimates: Mapping) -> dict:
     membership = estimates.get("membership_auc") or unknown("membership was not tested: give --model")
     matched = estimates.get("matched_copies_excess")  # where samples were asked for by conditions
     found = [excess] if matched is None else [excess, matched]
-    closest = max(near.value or 0, (estimates.get("matched_near_copies") or near).value or 0)
-    copied = bool(closest) or any(one.low is not None and one.low > 0 for one in found)
+    near = max(near, estimates.get("matched_near_copies") or near, key=lambda one: one.value or 0)
+    copied = bool(near.value) or any(one.low is not None and one.low > 0 for one in found)
     not_copied = all(one.high is not None and one.high <= COPIES_MARGIN for one in found)
     known = membership.low is not None and membership.high is not None
     identified = known and (membership.low > IDENTIFIED[1] or membership.high < IDENTIFIED[0])

@@ -97,6 +97,12 @@ def test_privacy_is_decided_by_both_intervals():
     assert privacy(10, 1000, at_chance, unseen_cohorts=["a1b2 (unet)"]) is None
     assert privacy(10, 1000, at_chance, unseen_cohorts=None) is None
     assert privacy(40, 1000, at_chance, unseen_cohorts=None) is False, "copies of what is known"
+    few, many = with_interval(0.0, 0.01), with_interval(0.05, 0.02)
+    assert privacy(10, 1000, at_chance, matched_copies_excess=few) is True
+    assert privacy(10, 1000, at_chance, matched_copies_excess=many) is False, "among the same conditions"
+    wide = with_interval(0.0, 0.05)
+    assert privacy(10, 1000, at_chance, matched_copies_excess=wide) is None
+    assert privacy(10, 1000, at_chance, matched_near_copies=proportion(1, 1000)) is False
 
 
 def test_a_classifier_at_chance_on_real_slices_decides_nothing():
