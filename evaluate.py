@@ -90,7 +90,8 @@ def main() -> int:
 
     # ---- Samples, real slices and the model ----------------------------------------------------------------
     names = class_names(cfg.classes)
-    folder, table = as_folder(cfg.real, names, **cfg.dataset_options), read_sample_table(cfg.samples)
+    table = read_sample_table(cfg.samples)
+    folder = as_folder(cfg.real, names, **cfg.dataset_options)
     listing = open_folder(folder, names, cfg.table)
     if asked := conditions_asked(table, listing.columns):
         listing = open_folder(folder, names, cfg.table, asked)

@@ -109,8 +109,10 @@ def too_few(samples: ImageSet, held_out: ImageSet) -> str:
 
 
 def read_sample_table(folder: str | Path) -> pd.DataFrame:
-    """metadata.csv of samples as text, indexed by file_name; empty without one. Raises UserError where it
-    cannot be read."""
+    """metadata.csv of samples as text, indexed by file_name; empty without one. Raises UserError without the
+    folder, and where the file cannot be read."""
+    if not Path(folder).is_dir():
+        raise UserError(f"--samples {folder}: no such folder; python sample.py --class all writes one")
     path = Path(folder) / "metadata.csv"
     if not path.is_file():
         return pd.DataFrame()
@@ -138,11 +140,9 @@ def load_samples(
         conditions: columns of `read_sample_table` that were asked for; "" where they were not.
 
     Raises:
-        UserError: no such folder, no sample of any class, or samples of different sizes.
+        UserError: no sample of any class, or samples of different sizes.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"--samples {folder}: no such folder; python sample.py --class all writes one")
     images, labels, files = [], [], []
     image_size = _first_size(folder, class_names)
     for label, name in enumerate(class_names):

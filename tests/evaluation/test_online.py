@@ -15,7 +15,7 @@ class Slices:
     def __init__(self, images):
         self.images, self.labels = images.images, torch.from_numpy(images.labels)
         self.subjects, self.class_names = images.subjects, images.class_names
-        self.arrays = self
+        self.arrays, self.conditions = self, {}
 
     def __len__(self):
         return len(self.labels)
