@@ -48,7 +48,7 @@ from adni_ldm.evaluation.history import (
     find_model,
     open_cohorts,
     read_history,
-    read_metadata,
+    sampled_with,
 )
 from adni_ldm.evaluation.image_sets import (
     ImageSet,
@@ -98,7 +98,7 @@ def main() -> int:
     samples = load_samples(cfg.samples, names, cfg.max_slices, table[asked])
     size = samples.images.shape[-1]
     splits = read_slices(listing, cfg.val_fraction)
-    data, metadata = describe_data(listing, splits), read_metadata(cfg.samples)
+    data, metadata = describe_data(listing, splits), sampled_with(table)
     pipeline = open_pipeline(cfg.model, metadata, names, size)
     history = find_history(cfg.model, pipeline, metadata, cfg.samples)
     also = [as_folder(folder, names, **cfg.dataset_options) for folder in cfg.also_trained_on]

@@ -67,6 +67,11 @@ def denormalize_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tens
     return latents.float() * std + mean
 
 
+def _under(weights: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The weights whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
+
+
 def check_scheduler(scheduler: SchedulerMixin) -> None:
     """Check that a scheduler follows the noise schedule and prediction type that its config describes.
 
@@ -495,9 +500,10 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
     def _load_lora(self, source, adapter_name: str | None, **kwargs) -> None:
         kwargs |= {"use_safetensors": True, "return_lora_metadata": True}
         weights, _, metadata = self.lora_state_dict(source, **kwargs)
-        metadata, prefix = metadata or {}, "class_embedding."
-        tokens = {key.removeprefix(prefix): weights[key] for key in weights if key.startswith(prefix)}
-        of_conditions = {key: tokens.pop(key) for key in list(tokens) if key.startswith("conditions.")}
+        metadata = metadata or {}
+        of_conditions = _under(weights, "class_embedding.conditions.")
+        tokens = _under(weights, "class_embedding.")
+        tokens = {name: tokens[name] for name in tokens if not name.startswith("conditions.")}
         own, records = self.class_embedding, self.unet.config.get("_trained_on")
         width, embeddings = own.config.token_dim, {}
         if tokens:
@@ -507,9 +513,7 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
             embeddings["class_embedding"] = tuned.to(own.device, own.dtype)
         if of_conditions:
             tuned = self._condition_embedding_type()(metadata["class_embedding.conditions"], width)
-            tuned.load_state_dict(
-                {key.removeprefix("conditions."): of_conditions[key] for key in of_conditions}
-            )
+            tuned.load_state_dict(of_conditions)
             embeddings["condition_embedding"] = tuned.to(own.device, own.dtype)
         self.load_lora_into_unet(weights, None, self.unet, adapter_name=adapter_name, _pipeline=self)
         if getattr(self, "_before_lora", None) is None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from measure import DEVICE, RESULTS, flags, interleaved, report, run, table
@@ -213,16 +214,22 @@ def ratio(draws: np.ndarray, truth: float) -> str:
 def positions(samples: ImageSet, sets: dict[str, ImageSet]) -> tuple[str, ...]:
     """Row on the position that a network reads off slices: mean absolute error, samples and real.
 
-    Left and right of the mid-plane are alike, so the distance from it is compared.
+    Left and right of the mid-plane look alike, so the network learns the distance from it.
     """
-    about = {"slice_mm": describe_real(sets["train"])["slice_mm"]}
-    predictor = train_predictor(about, sets["train"], device=DEVICE, steps=400)
+    train, samples, held_out = (distances(one) for one in (sets["train"], samples, sets["test"]))
+    about = describe_real(train)
+    predictor = train_predictor(about, train, device=DEVICE, steps=400)
     errors = [
-        np.abs(np.abs(predictions(predictor, one, about)) - np.abs(rows_of(one, about))).mean()
-        for one in (samples, sets["test"])
+        np.abs(predictions(predictor, one, about) - rows_of(one, about)).mean() for one in (samples, held_out)
     ]
     title = "distance from the mid-plane: mean error, mm (samples; held-out slices)"
     return title, f"{errors[0]:.2f}, {errors[0] / errors[1]:.2f} times", f"{errors[1]:.2f}", "≤ 1.5 times"
+
+
+def distances(images: ImageSet) -> ImageSet:
+    """The set with the distance of each slice from the mid-plane, mm, as its one condition."""
+    x = images.conditions["slice_mm"].astype(float)
+    return replace(images, conditions={"distance_mm": np.abs(x).astype(str)})
 
 
 def fidelity(asked: dict[str, ImageSet], cohort: Path) -> list[tuple[str, ...]]:

@@ -18,9 +18,9 @@ from adni_ldm.preprocessing.phantom import (
     CENTRE_MM,
     NORMAL_AXIS,
     Subject,
+    cohort_subject,
     disease_field,
     render_slice,
-    sample_subject,
     slice_positions,
 )
 from adni_ldm.preprocessing.phantom_atlas import load_atlas
@@ -42,12 +42,11 @@ def render_again(
     """
     settings = json.loads((cohort / "manifest.json").read_text())["settings"]
     atlas, seed, size, view = load_atlas(), *(settings[name] for name in ("seed", "image_size", "plane"))
-    covariates = {name: settings[name] for name in ("covariate_effects", "age_gap") if name in settings}
     positions = slice_positions(settings["slices"]) + CENTRE_MM[NORMAL_AXIS[view]]  # metadata.csv rounds them
     rendered = []
     for row in tqdm(slices.itertuples(), total=len(slices), desc="rendering the truth", file=sys.stderr):
         index = int(row.subject.partition("p")[2])
-        subject = change(sample_subject(seed, index, **covariates), row.label)
+        subject = change(cohort_subject(settings, index), row.label)
         rng = np.random.default_rng(np.random.SeedSequence([seed, index, row.slice]))
         field, position = disease_field(subject, atlas), float(positions[row.slice]) + subject.x_offset
         rendered.append(

@@ -73,15 +73,17 @@ def condition_faithfulness(
     if problem := too_few(samples, held_out):
         return {name: {"slope_ratio": unknown(problem)} for name in about}
     predictor = train_predictor(about, train, seed=seed, device=device, steps=steps)
-    seen = {which: predictions(predictor, one, about) for which, one in (("s", samples), ("r", held_out))}
-    true = {"s": rows_of(samples, about), "r": rows_of(held_out, about)}
-    resamples = {
-        "s": Resamples.draw(samples.subjects, draws, [seed, 1]),
-        "r": Resamples.draw(held_out.subjects, draws, [seed, 0]),
-    }
+    sets = [
+        (
+            rows_of(one, about),
+            predictions(predictor, one, about),
+            Resamples.draw(one.subjects, draws, [seed, k]),
+        )
+        for k, one in ((1, samples), (0, held_out))
+    ]
     results = {}
     for column, (name, description) in enumerate(about.items()):
-        pairs = ((true[which][:, column], seen[which][:, column], resamples[which]) for which in "sr")
+        pairs = ((true[:, column], seen[:, column], resamples) for true, seen, resamples in sets)
         results[name] = asked_against_seen(*pairs, categories=len(description.get("categories", ())))
     return results
 

@@ -10,6 +10,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
+
 from adni_ldm.data.archives import open_data_dir
 from adni_ldm.data.folder import classes_in
 from adni_ldm.data.provenance import (
@@ -22,7 +24,7 @@ from adni_ldm.data.provenance import (
 )
 from adni_ldm.data.slices import open_folder, read_slices
 from adni_ldm.errors import UserError
-from adni_ldm.evaluation.image_sets import ImageSet, read_sample_table, real_set, relabel
+from adni_ldm.evaluation.image_sets import ImageSet, real_set, relabel
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
 
 FLAG = "--also_trained_on"
@@ -71,9 +73,8 @@ class Cohort:
     train: ImageSet  # its training slices; label -1 where the class is not one of the evaluation's
 
 
-def read_metadata(folder: str | Path) -> dict[str, str]:
-    """Model, data and settings in the samples' metadata.csv, a column's values joined; {} without one."""
-    table = read_sample_table(folder)
+def sampled_with(table: pd.DataFrame) -> dict[str, str]:
+    """Model, data and settings in a table of `read_sample_table`, a column's values joined."""
     columns = ("model", "model_hash", "data_hash")
     columns += ("guidance_scale", "num_inference_steps", "eta", "scheduler")
     return {name: ", ".join(sorted(set(table[name]))) for name in columns if name in table}

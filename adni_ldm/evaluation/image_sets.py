@@ -111,9 +111,7 @@ def too_few(samples: ImageSet, held_out: ImageSet) -> str:
 def read_sample_table(folder: str | Path) -> pd.DataFrame:
     """metadata.csv of samples as text, indexed by file_name; empty without one. Raises UserError without the
     folder, and where the file cannot be read."""
-    if not Path(folder).is_dir():
-        raise UserError(f"--samples {folder}: no such folder; python sample.py --class all writes one")
-    path = Path(folder) / "metadata.csv"
+    path = _check_folder(folder) / "metadata.csv"
     if not path.is_file():
         return pd.DataFrame()
     try:
@@ -140,9 +138,9 @@ def load_samples(
         conditions: columns of `read_sample_table` that were asked for; "" where they were not.
 
     Raises:
-        UserError: no sample of any class, or samples of different sizes.
+        UserError: no such folder, no sample of any class, or samples of different sizes.
     """
-    folder = Path(folder)
+    folder = _check_folder(folder)
     images, labels, files = [], [], []
     image_size = _first_size(folder, class_names)
     for label, name in enumerate(class_names):
@@ -185,6 +183,12 @@ def _sample_set(images: torch.Tensor, labels: np.ndarray, class_names: Sequence[
         within[labels == label] = np.arange((labels == label).sum())
     subjects = np.array([f"sample {index}" for index in within])
     return ImageSet(images, labels, subjects, tuple(class_names))
+
+
+def _check_folder(folder: str | Path) -> Path:
+    if not Path(folder).is_dir():
+        raise UserError(f"--samples {folder}: no such folder; python sample.py --class all writes one")
+    return Path(folder)
 
 
 def _first_size(folder: Path, class_names: Sequence[str]) -> int:

@@ -114,13 +114,10 @@ def measure_memorization(
     metrics, rule = copy_metrics(near, samples, near_held_out, held_out, train)
     if about:
         rows = rows_of(train, about)
-        matched = (
-            nearest_in_pixels(
-                one.images, train.images, train.subjects, comparable(rows_of(one, about), rows, about)
-            )
-            for one in (samples, held_out)
-        )
-        found, _ = copy_metrics(next(matched), samples, next(matched), held_out, train)
+        allowed = [comparable(rows_of(one, about), rows, about) for one in (samples, held_out)]
+        matched = nearest_in_pixels(samples.images, train.images, train.subjects, allowed[0])
+        matched_held_out = nearest_in_pixels(held_out.images, train.images, train.subjects, allowed[1])
+        found, _ = copy_metrics(matched, samples, matched_held_out, held_out, train)
         metrics |= {f"matched_{name}": found[name] for name in ("copies", "near_copies", "copies_excess")}
     if pipeline is not None:
         members = train.take(train.labels >= 0)  # the model has no tokens of other classes

@@ -129,6 +129,12 @@ def sample_subject(
     return aged(subject, subject.age - NO_EFFECT_AGE)
 
 
+def cohort_subject(settings: Mapping, index: int) -> Subject:
+    """Subject `index` of the cohort whose manifest.json has these settings."""
+    covariates = {name: settings[name] for name in ("covariate_effects", "age_gap") if name in settings}
+    return sample_subject(settings["seed"], index, **covariates)
+
+
 def aged(subject: Subject, years: float) -> Subject:
     """The subject with the ventricles and the cortex of so many years more."""
     added = {name: getattr(subject, name) + years * slope for name, slope in PER_YEAR.items()}
@@ -200,8 +206,8 @@ def render_slice(
     Returns:
         the slice, and the areas of ventricle and brain, mm².
     """
-    finer = max(1, round(FIELD_OF_VIEW_MM / image_size))
-    lattice, to_centres = _slice_lattice(position_mm, image_size * finer, plane)
+    lattice, to_centres = _slice_lattice(position_mm, image_size, plane)
+    finer = len(to_centres) // image_size
     points, brain, ventricle = _slice_masks(lattice, to_centres, subject, field, atlas)
 
     # Fluid is 0.25 and white matter 0.86 in the template; single scans have darker fluid.
@@ -224,14 +230,15 @@ def measure_slice(
     subject: Subject, position_mm: float, image_size: int, atlas: Atlas, plane: str = "sagittal"
 ) -> tuple[float, float]:
     """The areas of ventricle and brain, mm², of a slice as `render_slice` renders it, without its image."""
-    finer = max(1, round(FIELD_OF_VIEW_MM / image_size))
-    lattice, to_centres = _slice_lattice(position_mm, image_size * finer, plane)
+    lattice, to_centres = _slice_lattice(position_mm, image_size, plane)
     _, brain, ventricle = _slice_masks(lattice, to_centres, subject, disease_field(subject, atlas), atlas)
     return _areas_mm2(ventricle, brain)
 
 
-def _slice_lattice(position_mm: float, side: int, plane: str) -> tuple[np.ndarray, np.ndarray]:
-    """Points (LATTICE, LATTICE, 3) of a subject, mm, and weights (side, LATTICE) of its nodes in pixels."""
+def _slice_lattice(position_mm: float, image_size: int, plane: str) -> tuple[np.ndarray, np.ndarray]:
+    """Points (LATTICE, LATTICE, 3) of a subject, mm, and weights (side, LATTICE) of its nodes in fine pixels,
+    side a multiple of image_size."""
+    side = image_size * max(1, round(FIELD_OF_VIEW_MM / image_size))
     half = FIELD_OF_VIEW_MM / 2
     nodes = np.linspace(-half, half, LATTICE)
     centres = (np.arange(side) + 0.5) * FIELD_OF_VIEW_MM / side - half
@@ -270,10 +277,9 @@ def _write_subject(task: tuple[int, str], root: Path, settings: Mapping, atlas: 
     """Write the slices of subject `index` in `split`. Returns rows of metadata.csv, with the split added."""
     index, split = task
     seed, plane, image_size = settings["seed"], settings["plane"], settings["image_size"]
-    covariates = {name: settings[name] for name in ("covariate_effects", "age_gap") if name in settings}
-    subject = sample_subject(seed, index, **covariates)
+    subject = cohort_subject(settings, index)
     known = {}  # the truth in other circumstances, where age and disease both have an effect
-    if covariates.get("covariate_effects"):
+    if settings.get("covariate_effects"):
         at_mean_age = aged(subject, MEAN_AGE - subject.age)
         known = {"no_disease": without_disease(subject), "mean_age": at_mean_age}
     field = disease_field(subject, atlas)

@@ -16,7 +16,8 @@ from adni_ldm.config import class_names
 from adni_ldm.data.cells import escape, escape_table, unescape, unescape_table
 from adni_ldm.data.folder import list_folder
 from adni_ldm.errors import UserError
-from adni_ldm.evaluation.history import read_metadata
+from adni_ldm.evaluation.history import sampled_with
+from adni_ldm.evaluation.image_sets import read_sample_table
 from adni_ldm.files import write_json
 from adni_ldm.preprocessing.assembly import assemble
 from adni_ldm.preprocessing.slicing import SlicingSettings
@@ -50,7 +51,7 @@ def test_the_metadata_of_samples_is_escaped_and_read_back(tmp_path):
     )
     rows = list(csv.reader((tmp_path / "metadata.csv").open()))
     assert rows[1][-2:] == ["'=runs/ldm", "-1.5"]
-    assert read_metadata(tmp_path) == {"model": "=runs/ldm", "guidance_scale": "-1.5"}
+    assert sampled_with(read_sample_table(tmp_path)) == {"model": "=runs/ldm", "guidance_scale": "-1.5"}
 
 
 def test_the_pages_download_is_escaped():

@@ -30,7 +30,8 @@ from adni_ldm.data.folder import list_folder  # noqa: E402
 from adni_ldm.data.slices import prepare_image, read_image  # noqa: E402
 from adni_ldm.data.study_table import classify, index_by_image, read_table  # noqa: E402
 from adni_ldm.errors import UserError  # noqa: E402
-from adni_ldm.evaluation.history import read_metadata  # noqa: E402
+from adni_ldm.evaluation.history import sampled_with  # noqa: E402
+from adni_ldm.evaluation.image_sets import read_sample_table  # noqa: E402
 from adni_ldm.loading import load_autoencoder, load_pipeline  # noqa: E402
 from adni_ldm.models import ConditionalDenoiser, build_autoencoder  # noqa: E402
 from adni_ldm.pipeline import ClassConditionalLDMPipeline  # noqa: E402
@@ -199,7 +200,7 @@ def _read_csv(folder: Path, content: bytes, seed: int) -> None:
         if not (folder / place).exists():
             _put(folder / place, image_bytes("PNG", "L"))
     _put(folder / "train/metadata.csv", content)
-    read_metadata(folder / "train")
+    sampled_with(read_sample_table(folder / "train"))
     list_folder(folder, ("AD", "NC")).raise_problems()
 
 
