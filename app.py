@@ -9,6 +9,7 @@ Needs the extra `app`: pip install 'adni-ldm[app]'. Uploaded and generated image
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -59,6 +60,7 @@ def main() -> None:
     if is_open(cfg.host) and not (cfg.auth or cfg.no_auth):
         raise UserError("--host: others can connect; give a file of passwords with --auth, or --no_auth")
     accounts = read_accounts(cfg.auth) if cfg.auth else None
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # by which a server is stopped: remove uploads
     with tempfile.TemporaryDirectory(prefix="adni_ldm_app_") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads  # of uploads until they are read
         guard = {"host": cfg.host, "allowed_hosts": cfg.allowed_hosts, "max_upload": cfg.max_upload_mb << 20}

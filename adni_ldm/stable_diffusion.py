@@ -14,8 +14,12 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DDIMScheduler, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
-from huggingface_hub import ModelCard, hf_hub_download
+from diffusers.loaders.single_file_utils import (
+    DIFFUSERS_DEFAULT_PIPELINE_PATHS,
+    infer_diffusers_model_type,
+    load_single_file_checkpoint,
+)
+from huggingface_hub import ModelCard, hf_hub_download, snapshot_download
 
 from adni_ldm.errors import UserError
 from adni_ldm.models import ClassEmbedding
@@ -96,13 +100,23 @@ def load_parts(name: str, folder: Path, variant: str | None = None) -> dict[str,
 def load_single_file(path: str) -> dict[str, Any]:
     """The parts, the VAE among them, of a .safetensors checkpoint in the layout of its authors.
 
-    diffusers reads their configuration from the Hub, or from its cache.
+    Their configuration and the tokenizer's files are those of the pipeline that diffusers takes for this
+    kind of checkpoint, from the Hub or its cache.
     """
     kind = infer_diffusers_model_type(load_single_file_checkpoint(path))
     if kind not in ("v1", "v2"):
         raise UserError(f"{path}: a checkpoint of the kind {kind} does not fit; {FITS}")
+    config = DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
+    patterns = ["*.json", "tokenizer/*"]
+    try:
+        folder = snapshot_download(config, allow_patterns=patterns)
+    except OSError as error:  # those of the Hub's client are OSErrors
+        raise UserError(
+            f"{path}: its configuration is that of {config}, which is not in the cache and cannot be "
+            f"downloaded here; where it can: hf download {config} --include {' '.join(map(repr, patterns))}"
+        ) from error
     options = {"torch_dtype": torch.float32, "safety_checker": None, "feature_extractor": None}
-    return StableDiffusionPipeline.from_single_file(path, **options).components
+    return StableDiffusionPipeline.from_single_file(path, config=folder, **options).components
 
 
 def to_ddim(name: str, scheduler: SchedulerMixin) -> DDIMScheduler:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import httpx
@@ -23,6 +24,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from gradio.state_holder import StateHolder
 from PIL import Image
 from stand_ins import blob_image, make_condition_embedding, make_pipeline
 from starlette.datastructures import Headers
@@ -449,6 +451,7 @@ def test_uploads_that_nobody_reads_fill_no_disk(model, tmp_path):
             path.unlink()
         assert send_upload(server[0], 100, 900_000).status_code == 200
         assert not any(path.parent.exists() for path in files[:2])
+    assert not list(tmp_path.glob("adni_ldm_app_*")), "removed by SIGTERM"
 
 
 def test_an_upload_that_nobody_reads_is_deleted(model, tmp_path):
@@ -459,6 +462,38 @@ def test_an_upload_that_nobody_reads_is_deleted(model, tmp_path):
         while stored_files(server):
             assert time.monotonic() < deadline
             time.sleep(0.2)
+
+
+def test_an_upload_is_kept_eleven_minutes_at_most_and_its_pixels_ten(conditioned):
+    app, folder, _ = conditioned
+    page, sessions = app.build_page(app.AppConfig(model=str(folder))), StateHolder()
+    assert sum(page.delete_cache) <= 660
+    sessions.set_blocks(page)
+    (pixels,) = (block for block in page.blocks.values() if isinstance(block, app.gr.State))
+    session = sessions["visitor"]
+    for seconds, kept in ((590, True), (610, False)):
+        session[pixels._id] = np.zeros((16, 16), np.uint8)
+        session._state_ttl[pixels._id] = (pixels.time_to_live, datetime.now() - timedelta(seconds=seconds))
+        sessions.delete_all_expired_state()
+        assert (session[pixels._id] is not None) is kept
+
+
+def test_the_server_connects_to_nothing_but_itself(model, tmp_path):
+    """Of a model on this machine; what the page in a browser requests is watched by `visit`."""
+    code = """
+import sys
+def watch(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        print("CONNECT", arguments[1] if event == "socket.connect" else arguments[0], flush=True)
+sys.addaudithook(watch)
+import app
+app.main()
+"""
+    with serve(model, tmp_path, program=("-c", code)) as (address, folder):
+        assert httpx.get(f"{address}/config").status_code == 200
+        time.sleep(5)  # gradio asks for its newest version in a thread
+        seen = [line for line in (folder / "log").read_text().splitlines() if line.startswith("CONNECT")]
+    assert seen and all("127.0.0.1" in line or "localhost" in line for line in seen), seen
 
 
 @pytest.mark.parametrize("place", ["path", "url"])
@@ -541,7 +576,8 @@ def test_uploads_that_are_not_a_slice_are_refused(tmp_path):
     grey = blob_image([1], 64, 64)
     cases = {
         "in colour": lambda path: Image.fromarray(noise).save(path, "PNG"),
-        "at most 4096": lambda path: Image.new("L", (5000, 5000)).save(path, "PNG"),
+        # By its header: these pixels cannot be decoded.
+        "4097 x 4097 .*at most 4096": lambda path: path.write_bytes(png(Image.new("L", (4097, 4097)))[:60]),
         "too large": lambda path: Image.new("1", (20000, 20000)).save(path, "PNG"),
         "at least 32": lambda path: grey.resize((20, 20)).save(path, "PNG"),
         "factor of two": lambda path: grey.resize((300, 64)).save(path, "PNG"),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 WORDS = "an mri scan of the brain a patient with alzheimer disease mild cognitive impairment healthy control"
@@ -91,3 +92,55 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(dict.fromkeys(merges)) + "\n")
     config = {"tokenizer_class": "CLIPTokenizer", "pad_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+# Names of diffusers' parts, and those of the authors of Stable Diffusion: beginnings by block, then endings.
+UNET_NAMES = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "down_blocks.0.resnets.0": "input_blocks.1.0",
+    "down_blocks.0.attentions.0": "input_blocks.1.1",
+    "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op",
+    "down_blocks.1.resnets.0": "input_blocks.3.0",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+    "up_blocks.0.resnets.0": "output_blocks.0.0",
+    "up_blocks.0.resnets.1": "output_blocks.1.0",
+    "up_blocks.0.upsamplers.0.conv": "output_blocks.1.1.conv",
+    "up_blocks.1.resnets.0": "output_blocks.2.0",
+    "up_blocks.1.attentions.0": "output_blocks.2.1",
+    "up_blocks.1.resnets.1": "output_blocks.3.0",
+    "up_blocks.1.attentions.1": "output_blocks.3.1",
+}
+RESNET_NAMES = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1"}
+RESNET_NAMES |= {"norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+VAE_NAMES = {"mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2"}
+VAE_NAMES |= {"mid_block.attentions.0": "mid.attn_1", "conv_norm_out": "norm_out", "group_norm": "norm"}
+VAE_NAMES |= {"down_blocks.": "down.", "up_blocks.0": "up.1", "up_blocks.1": "up.0", "resnets": "block"}
+VAE_NAMES |= {"downsamplers.0": "downsample", "upsamplers.0": "upsample", "conv_shortcut": "nin_shortcut"}
+VAE_NAMES |= {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+
+
+def write_single_file(folder: Path, file: Path) -> Path:
+    """The checkpoint of `write_stable_diffusion`, of two levels, in the layout of its authors."""
+    weights = {}
+    for name, value in load_file(folder / "unet/diffusion_pytorch_model.safetensors").items():
+        old = max((start for start in UNET_NAMES if name.startswith(start + ".")), key=len)
+        rest = name.removeprefix(old)
+        for part, other in RESNET_NAMES.items() if "resnets" in old else ():
+            rest = rest.replace(f".{part}.", f".{other}.")
+        weights[f"model.diffusion_model.{UNET_NAMES[old]}{rest}"] = value
+    for name, value in load_file(folder / "vae/diffusion_pytorch_model.safetensors").items():
+        for part, other in VAE_NAMES.items():
+            name = name.replace(part, other)
+        attention = "attn_1" in name and value.ndim == 2  # a convolution there
+        weights[f"first_stage_model.{name}"] = value[:, :, None, None] if attention else value
+    for name, value in load_file(folder / "text_encoder/model.safetensors").items():
+        name = name.removeprefix("text_model.")
+        weights[f"cond_stage_model.transformer.text_model.{name}"] = value
+    save_file({name: value.contiguous() for name, value in weights.items()}, file)
+    return file

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from huggingface_hub import snapshot_download
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -21,7 +23,11 @@ from adni_ldm.data.slices import to_float
 from adni_ldm.errors import UserError
 from adni_ldm.evaluation.image_sets import ImageSet
 from adni_ldm.generation import hash_weights
+from adni_ldm.models.components import check_component_folder
 from adni_ldm.pipeline import normalize_latents
+
+# Of a vision model on the Hub: no pickles, and no code.
+VISION_FILES = ["config.json", "preprocessor_config.json", "model*.safetensors", "model*.index.json"]
 
 
 @dataclass(frozen=True)
@@ -111,10 +117,13 @@ def _load_vision_model(name: str, device: torch.device) -> Extractor:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
+        local = Path(name).is_dir()
+        folder = Path(name if local else snapshot_download(name, allow_patterns=VISION_FILES))
+        check_component_folder(folder)
         model, report = AutoModel.from_pretrained(
-            name, output_loading_info=True, use_safetensors=True, trust_remote_code=False
+            folder, output_loading_info=True, use_safetensors=True, trust_remote_code=False
         )
-        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(

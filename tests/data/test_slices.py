@@ -20,6 +20,7 @@ from adni_ldm.data.slices import (
     SliceTensors,
     evenly_spaced,
     load_slices,
+    open_folder,
     prepare_image,
     read_image,
     to_arrays,
@@ -151,6 +152,15 @@ def test_subject_on_both_sides_is_refused(ad_nc_folder):
     with pytest.raises(DataError, match=r"train and test share 12 subjects \(100, .*109, \.\.\.\)") as e:
         load_slices(folder)
     assert str(folder) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_links_in_a_folder_of_slices_are_followed(ad_nc_folder, tmp_path):
+    """Data sets on clusters are often assembled from links."""
+    folder = ad_nc_folder()
+    path = sorted((folder / "train/AD").iterdir())[0]
+    path.symlink_to(path.rename(tmp_path / "elsewhere.jpeg"))
+    assert str(path) in [file.path for file in open_folder(folder).files]
+    assert read_image(path).size[0] > 0
 
 
 def test_zip_is_read_like_the_folder_and_a_replaced_zip_anew(ad_nc_folder, tmp_path):

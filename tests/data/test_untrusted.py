@@ -1,8 +1,10 @@
 """Untrusted archives, NIfTI and DICOM: paths and links that leave the folder, and decompression bombs."""
 
 import gzip
+import hashlib
 import io
 import os
+import random
 import stat
 import struct
 import tarfile
@@ -61,6 +63,39 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path):
     assert path.stat().st_size < 100_000
     with pytest.raises(DataError, match="would become 50 MB"):
         open_data_dir(path)
+
+
+@pytest.mark.parametrize(("zeros", "refused"), [(900_000, False), (1_300_000, True)])
+def test_a_zip_may_unpack_to_a_hundred_times_its_size(tmp_path, zeros, refused):
+    members = {"train/AD/2_1.png": random.Random(0).randbytes(10_000), "train/AD/3_1.png": bytes(zeros)}
+    path = zip_of(tmp_path / "set.zip", members)
+    assert ((10_000 + zeros) / path.stat().st_size > 100) is refused
+    if refused:
+        with pytest.raises(DataError, match="would become"):
+            open_data_dir(path)
+    else:
+        assert open_data_dir(path).name == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(("side", "message"), [(4097, "too many for a slice"), (4096, "truncated")])
+def test_the_size_of_a_picture_is_checked_by_its_header(tmp_path, side, message):
+    """The pixels cannot be decoded."""
+    path = tmp_path / "1_1.png"
+    Image.new("L", (side, side)).save(path)
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(DataError, match=message):
+        read_image(path)
+
+
+@pytest.mark.parametrize(
+    ("depth", "message"), [(513, "too large to be a scan"), (512, "Expected 536870912 bytes")]
+)
+def test_more_than_2_29_voxels_are_refused_by_the_header(tmp_path, depth, message):
+    content = bytearray(nibabel.Nifti1Image(np.zeros((20, 20, 20), np.uint8), np.eye(4)).to_bytes())
+    content[40:56] = struct.pack("<8h", 3, 1024, 1024, depth, 1, 1, 1, 1)
+    (tmp_path / "a.nii").write_bytes(content)
+    with pytest.raises(VolumeError, match=message):
+        read_volume(tmp_path / "a.nii")
 
 
 def test_what_only_ends_as_a_zip_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """Features are those of the named network, independent of the batch, with the hash of its weights."""
 
+import json
 import sys
 
 import numpy as np
@@ -77,6 +78,24 @@ def test_a_vision_models_folder_gives_features(kind, tmp_path):
     again = load_extractor(str(tmp_path))
     assert again.hash == extract.hash
     assert np.allclose(again(images), features, atol=1e-5)
+
+
+def test_a_vision_models_folder_runs_no_code_and_names_no_other_weights(tmp_path):
+    save_vision_model("vit", tmp_path)
+    path, mark = tmp_path / "config.json", tmp_path / "ran"
+    (tmp_path / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass Evil: pass\n")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoModel": "evil.Evil"}}))
+    load_extractor(str(tmp_path))
+    assert not mark.exists()
+
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "../elsewhere.bin"}}))
+    with pytest.raises(UserError, match="elsewhere.bin' is not a .safetensors file of this folder"):
+        load_extractor(str(tmp_path))
+    index.unlink()
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "other/model"}')
+    with pytest.raises(UserError, match="adapters are not loaded"):
+        load_extractor(str(tmp_path))
 
 
 def test_unusable_feature_networks_are_rejected_in_one_line(tmp_path, monkeypatch):

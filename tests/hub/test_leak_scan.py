@@ -83,6 +83,12 @@ def test_user_names_and_secrets_are_found(tmp_path, data, monkeypatch):
     ]
 
 
+def test_the_name_of_the_machine_is_found(tmp_path, data, monkeypatch):
+    monkeypatch.setattr("socket.gethostname", lambda: "node17")
+    (tmp_path / "a.md").write_text("run on node17")
+    assert find_leaks(tmp_path, data, "me/brains") == ["a.md: name of the machine 'node17'"]
+
+
 def test_only_the_account_is_hidden_from_the_scan_and_not_in_a_path(tmp_path, data, monkeypatch):
     monkeypatch.setenv("LOGNAME", "janedoe")
     write(tmp_path / "a.md", "[janedoe/brains](https://huggingface.co/janedoe/brains), see janedoe/brains.")
@@ -302,6 +308,13 @@ def test_the_data_must_be_the_training_data(own_run, ad_nc_folder, tmp_path):
     for data_dir in ([], [str(ad_nc_folder())]):
         with pytest.raises(UserError, match="trained on data with the hash"):
             push_model(own_run, "me/brains", data_dir, dry_run=str(tmp_path / "out"))
+
+
+def test_other_sections_of_the_report_do_not_leave(own_run, tmp_path):
+    change_report(own_run, lambda metrics: metrics.update(settings={"real": "a folder"}))
+    push_model(own_run, "me/brains", dry_run=str(tmp_path / "out"))
+    left = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert set(left) == {"fidelity", "privacy", "verdicts", "model_hash", "data_hash"}
 
 
 def test_real_scans_are_pushed_only_with_the_flag(own_run, phantom_dir, tmp_path):

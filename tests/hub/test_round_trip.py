@@ -17,7 +17,8 @@ import torch
 from hub_server import TOKEN, HubServer, Repo
 from huggingface_hub import constants
 from PIL import Image
-from tiny_stable_diffusion import write_stable_diffusion
+from safetensors.torch import load_file
+from tiny_stable_diffusion import write_single_file, write_stable_diffusion
 
 from adni_ldm.errors import UserError
 from adni_ldm.generation import hash_pipeline
@@ -215,12 +216,43 @@ def test_a_model_that_cannot_be_loaded_is_one_line(hub, pushed, tmp_path, monkey
         load_pipeline(name)
 
 
+def files_of(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def test_a_single_file_takes_its_configuration_from_the_hub_or_its_cache(hub, phantom_dir, tmp_path):
+    """A checkpoint of the authors' layout gives the weights and class tokens of the folder that it is of."""
+    folder, config = write_stable_diffusion(tmp_path / "sd"), "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    hub.repos["model", config] = Repo(private=False, files=files_of(folder))
+    words = ("train_ldm.py", "--learning_rate", 0, "--tokens_per_class", 5, "--data_dir", phantom_dir)
+    words += ("--image_size", 16, "--batch_size", 4, "--max_steps", 1, "--validation_steps", 0)
+    words += ("--checkpointing_steps", 0, "--mixed_precision", "no", "--report_to", "none")
+    file = write_single_file(folder, tmp_path / "model.safetensors")
+    home = tmp_path / "home"
+    run(hub, home, *words, "--init_from", file, "--output_dir", tmp_path / "of-file")
+    run(hub, home, *words, "--init_from", folder, "--output_dir", tmp_path / "of-folder")
+    for part in ("unet", "vae", "class_embedding"):
+        one, other = (
+            load_file(tmp_path / out / part / "diffusion_pytorch_model.safetensors")
+            for out in ("of-file", "of-folder")
+        )
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    asked = {request.split()[1] for request in hub.requests if f"/{config}/" in request}
+    assert asked and not [path for path in asked if path.endswith((".safetensors", ".bin"))]
+
+    hub.repos.pop(("model", config))  # as where there is no network: the cache is enough
+    run(hub, home, *words, "--init_from", file, "--output_dir", tmp_path / "of-cache")
+    words += ("--init_from", file, "--output_dir", tmp_path / "nothing")
+    printed = run(hub, tmp_path / "empty", *words, status=1)
+    assert f"hf download {config} --include" in printed and "Traceback" not in printed
+
+
 def test_stable_diffusion_is_loaded_from_the_hub_in_its_parts_alone(hub, phantom_dir, tmp_path):
     """At a revision; neither the safety checker nor weights in another format are asked for."""
     folder = write_stable_diffusion(tmp_path / "sd")
-    files = {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-    }
+    files = files_of(folder)
     more = {
         f"{name}.bin": b"pickle" for name in ("safety_checker/pytorch_model", "unet/diffusion_pytorch_model")
     }

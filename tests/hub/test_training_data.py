@@ -55,6 +55,16 @@ def test_samples_are_compared_with_the_data_that_they_name(samples, own_data, tm
         push_dataset(samples, "me/slices", [str(own_data)], dry_run=str(tmp_path / "out"))
 
 
+def test_an_autoencoder_without_a_record_does_not_count(own_run, own_data, tmp_path):
+    """As one from elsewhere, on which nothing is known."""
+    path = own_run / "vae/config.json"
+    config = json.loads(path.read_text())
+    del config["_trained_on"]
+    path.write_text(json.dumps(config))
+    push_model(own_run, "me/brains", [str(own_data)], accept_privacy_risk=True, dry_run=str(tmp_path / "out"))
+    assert (tmp_path / "out/README.md").is_file()
+
+
 def test_data_that_lost_pictures_are_refused(samples, own_data, tmp_path):
     """Their manifest.json still has the recorded hash."""
     for path in sorted((own_data / "train/AD").glob("*.png"))[1:]:

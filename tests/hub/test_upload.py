@@ -56,6 +56,14 @@ def test_a_space_is_uploaded(hub, folder):
     assert {name for name in files if name != ".gitattributes"} == set(files_of(folder))
 
 
+@pytest.mark.parametrize("kind", ["dataset", "space"])
+def test_a_private_push_into_a_public_one_of_another_kind_is_refused(hub, folder, kind):
+    """Of another kind than a model, whose push is checked before training."""
+    hub.repos[kind, "me/public"] = Repo(private=False)
+    with pytest.raises(UserError, match="exists and is public"):
+        push(hub, folder, repo_id="me/public", repo_type=kind)
+
+
 @pytest.mark.parametrize("what", ["drop", 429, 503])
 @pytest.mark.parametrize(
     "request_",

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, verified, and never those of another run."""
 
+import contextlib
 import json
 import pickle
 
@@ -96,7 +97,8 @@ def test_a_missing_and_a_truncated_file_are_damage(prepared, tmp_path):
     assert load_checkpoint(accelerator, tmp_path, "latest")["step"] == 1
 
 
-def test_nothing_is_unpickled_but_weights(prepared, tmp_path):
+@pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl"])
+def test_nothing_is_unpickled_but_weights(name, prepared, tmp_path):
     """A checkpoint from elsewhere cannot run code, even with correct checksums."""
     accelerator, *_ = prepared
     flag = tmp_path / "code-ran"
@@ -116,15 +118,17 @@ def test_nothing_is_unpickled_but_weights(prepared, tmp_path):
         "progress.json",
         "random_states_0.pkl",
     ]
-    torch.save({"state": Evil()}, folder / "optimizer.bin")
+    torch.save({"state": Evil()}, folder / name)
     progress = json.loads((folder / "progress.json").read_text())
     progress.pop("sha256")
-    entry = progress["files"]["optimizer.bin"]
-    entry["bytes"] = (folder / "optimizer.bin").stat().st_size
-    entry["sha256"] = files._sha256(folder / "optimizer.bin")
+    entry = progress["files"][name]
+    entry["bytes"] = (folder / name).stat().st_size
+    entry["sha256"] = files._sha256(folder / name)
     progress["sha256"] = files._sha256_of(progress)
     (folder / "progress.json").write_text(json.dumps(progress))
-    with pytest.raises(pickle.UnpicklingError, match="[Ww]eights"):
+    refused = pytest.raises(pickle.UnpicklingError, match="[Ww]eights")
+    # accelerate goes on without random states that it cannot read
+    with refused if name == "optimizer.bin" else contextlib.nullcontext():
         load_checkpoint(accelerator, tmp_path, "latest", ema=ema)
     assert not flag.exists()
 
