@@ -197,7 +197,10 @@ def choose_conditions(
         raise UserError(f"--model {cfg.model}: it was trained without conditions; leave out --{flag}")
     if cfg.match:
         every = pipeline.class_embedding.config.class_names
-        listing = open_folder(cfg.match, every, cfg.table, embedding.names)
+        try:
+            listing = open_folder(cfg.match, every, cfg.table, embedding.names)
+        except UserError as error:  # of a column that the folder lacks
+            raise UserError(f"--match {cfg.match}: {error}") from error
         found = matched_conditions(listing, cfg.match_split, count, cfg.seed)
     else:
         found = dict.fromkeys(names, asked_conditions(cfg.conditions, count) | swept)
@@ -213,6 +216,9 @@ def write_transition(
     cfg: SampleConfig, output_dir: Path, pipeline: ClassConditionalLDMPipeline, options: Mapping[str, object]
 ) -> str:
     """Write the counterfactual of --from_image or the class interpolation of --morph; returns a summary."""
+    if pipeline.condition_embedding is None and (cfg.conditions or "=" in (cfg.target or "")):
+        flag = "--conditions" if cfg.conditions else f"--to {cfg.target}"
+        raise UserError(f"--model {cfg.model}: it was trained without conditions; leave out {flag}")
     asked = {name: value for name, (value,) in asked_conditions(cfg.conditions, 1).items()}
     options = {**options, "conditions": asked, "extrapolate": cfg.extrapolate}
     if cfg.morph:

@@ -62,6 +62,8 @@ def write_counterfactual(
     changed_name, is_condition, value = target.partition("=")
     if not is_condition:
         check_target(pipeline, target)
+    elif not (changed_name and value.strip()):
+        raise UserError(f"--to {target}: give NAME=VALUE, such as age=85")
     asked = {"conditions": conditions, "extrapolate": extrapolate}
     asked["target_conditions"] = {changed_name: value} if is_condition else {}
     result = make_counterfactual(

@@ -25,8 +25,8 @@ def make_condition_embedding():
 
     torch.manual_seed(1)
     made = ConditionEmbedding(ABOUT, token_dim=16)
-    torch.nn.init.normal_(made.learned["age"].linear_2.weight)
-    torch.nn.init.normal_(made.learned["sex"].weight)
+    torch.nn.init.normal_(made.learned[0].linear_2.weight)
+    torch.nn.init.normal_(made.learned[1].weight)
     return made
 
 

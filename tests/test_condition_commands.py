@@ -69,9 +69,37 @@ def test_a_sweep_out_of_range_is_marked(generate):
     assert list(table.extrapolated) == [False, False, True]
 
 
+def test_what_was_sampled_by_conditions_is_not_taken_for_samples_without(generate):
+    """Nor is a sweep: the images would get the metadata of others."""
+    words = ("--class", "AD", "--num_images", 2)
+    generate(*words, "--conditions", "age=85")
+    with pytest.raises(UserError, match="holds slices of other settings: conditions was .*85.*, is None"):
+        generate(*words)
+    with pytest.raises(UserError, match="conditions was"):
+        generate(*words, "--conditions", "age=84")
+    generate("--class", "AD", "--sweep", "age=60:90:2", name="sweep")
+    with pytest.raises(UserError, match="sweep was age=60:90:2, is None"):
+        generate(*words, name="sweep")
+
+
+def test_a_table_of_conditions_is_read_as_written(generate, tmp_path):
+    """An empty line is a missing value, spaces around a value are none of it."""
+    (tmp_path / "rows.csv").write_text("age , sex\n70, F\n,\n80,M\n")
+    words = ("--class", "AD", "--num_images", 3, "--conditions", tmp_path / "rows.csv")
+    table = pd.read_csv(generate(*words) / "metadata.csv", keep_default_na=False, dtype=str)
+    assert list(table.age) == ["70", "", "80"] and list(table.sex) == ["F", "", "M"]
+    (tmp_path / "rows.csv").write_text("age\n70\n\n80\n")
+    table = pd.read_csv(generate(*words, name="one") / "metadata.csv", keep_default_na=False, dtype=str)
+    assert list(table.age) == ["70", "", "80"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (("--conditions", "age=70", "age=80"), "--conditions age=80: age is given twice"),
+        (("--conditions", "age=95"), "outside of the range in training, 55 to 90; extrapolate allows it"),
+        (("--sweep", "age=70:70:3"), "give NAME=LOW:HIGH:COUNT"),
+        (("--sweep", "age=60:80:2", "--conditions", "rows.csv"), "a sweep is one brain; give --conditions"),
         (("--sweep", "age"), "--sweep age: give NAME=LOW:HIGH:COUNT, such as age=55:90:8"),
         (("--sweep", "age=60:80"), "give NAME=LOW:HIGH:COUNT"),
         (("--sweep", "age=60:80:1"), "give NAME=LOW:HIGH:COUNT"),

@@ -19,7 +19,7 @@ from adni_ldm.data.slices import CONDITION, load_slices, open_folder, read_slice
 from adni_ldm.data.splits import DataError
 from adni_ldm.errors import UserError
 from adni_ldm.generation import hash_pipeline
-from adni_ldm.models import ConditionalDenoiser
+from adni_ldm.models import ConditionalDenoiser, ConditionEmbedding
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
 from adni_ldm.training import conditioning, finetuning
 from adni_ldm.training.batch_sampling import BatchRandom
@@ -39,6 +39,15 @@ def images(pipeline, classes=("AD", "NC"), seed=0, steps=3, **options):
     pipeline.set_progress_bar_config(disable=True)
     noise = [torch.Generator().manual_seed(seed) for _ in classes]
     return pipeline(list(classes), steps, generator=noise, output_type="pt", **options).images
+
+
+def test_any_name_and_any_kind_of_number_will_do():
+    """apoe.e4 and type, which no module of torch may be called; numbers of NumPy and torch."""
+    number = {"mean": 1.0, "std": 1.0, "low": 0.0, "high": 2.0}
+    made = ConditionEmbedding({"apoe.e4": number, "type": {"categories": ["a", "b"]}, "keys": number}, 16)
+    assert made(made.rows_of({"apoe.e4": 1, "type": "b"}, 2)).tokens.shape == (2, 3, 16)
+    for value in (np.int64(2), torch.tensor(2), np.array(2.0), 2):
+        assert made.rows_of({"keys": value}, 2)[:, 2].tolist() == [2, 2]
 
 
 # ---- The embedding -----------------------------------------------------------------------------------------
@@ -155,11 +164,12 @@ def test_a_counterfactual_keeps_or_changes_a_condition(conditioned):
 # ---- The data ----------------------------------------------------------------------------------------------
 
 
-def test_ages_above_89_are_joined_and_missing_values_stay_missing():
-    columns = {"age": ["71", "", "95", "90+"], "site": ["a", "b", "", "a"]}
+@pytest.mark.parametrize("name", ["age", "Age", "AGE_AT_SCAN", "AgeAtScan", "Subject Age", "entry_age"])
+def test_ages_above_89_are_joined_and_missing_values_stay_missing(name):
+    columns = {name: ["71", "", "95", "90+"], "site": ["a", "b", "", "a"]}
     about = describe_conditions(columns)
-    assert about["age"]["high"] == 90 and about["age"]["low"] == 71
-    assert math.isclose(about["age"]["mean"], (71 + 90 + 90) / 3)
+    assert about[name]["high"] == 90 and about[name]["low"] == 71
+    assert math.isclose(about[name]["mean"], (71 + 90 + 90) / 3)
     rows = condition_rows(about, {**columns, "site": ["a", "c", "", "b"]}, 4)
     expected = [[71, 0], [math.nan, math.nan], [90, math.nan], [90, 1]]
     np.testing.assert_array_equal(rows.numpy(), np.array(expected, dtype=np.float32))
@@ -169,6 +179,7 @@ def test_ages_above_89_are_joined_and_missing_values_stay_missing():
     ("values", "message"),
     [
         (["5", "5", ""], "the same in all training slices"),
+        (["70", "70.0"], "the same in all training slices"),
         (["", "", ""], "missing"),
         ([f"name {number}" for number in range(33)], "33 different values, such as 'name 0'"),
     ],
@@ -176,6 +187,12 @@ def test_ages_above_89_are_joined_and_missing_values_stay_missing():
 def test_columns_that_are_no_conditions_are_refused(values, message):
     with pytest.raises(DataError, match=f"--conditions x: .*{message}"):
         describe_conditions({"x": values})
+
+
+@pytest.mark.parametrize("name", ["seed", "scheduler", "label", "extrapolated", "to"])
+def test_a_column_of_what_sample_py_writes_is_no_condition(name):
+    with pytest.raises(DataError, match=f"--conditions {name}: samples have a column of that name"):
+        describe_conditions({name: ["1", "2"]})
 
 
 def test_columns_come_from_metadata_and_the_study_table(phantom_dir, ad_nc_folder, tmp_path):
@@ -217,7 +234,7 @@ def test_from_metadata_to_samples(run, phantom_dir, tmp_path, capsys):
     whole = ClassConditionalLDMPipeline.from_pretrained(ldm)
     embedding = whole.condition_embedding
     assert embedding.names == ["age", "sex"]
-    assert embedding.learned["age"].linear_2.weight.abs().max() > 0, "it was trained"
+    assert embedding.learned[0].linear_2.weight.abs().max() > 0, "it was trained"
     first = "checkpoints/step-00000002"
     shutil.copytree(ldm / first, tmp_path / "second" / first)
     run(train_ldm, *common, *named, "--validation_steps", 2, "--output_dir", tmp_path / "second",

@@ -7,6 +7,7 @@ rows = condition_rows(about, train.conditions)         # (N, K), NaN where missi
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,11 +16,16 @@ import pandas as pd
 import torch
 
 from adni_ldm.data.folder import FolderListing
+from adni_ldm.data.sample_folder import SAMPLE_COLUMNS
 from adni_ldm.data.splits import DataError
+from adni_ldm.data.study_table import COLUMNS
 from adni_ldm.errors import UserError
 
 MOST_CATEGORIES = 32
 OLDEST = 90.0  # HIPAA's safe harbor (45 CFR 164.514) joins all ages above 89
+# Of metadata.csv of a counterfactual, beside SAMPLE_COLUMNS.
+TRANSITION_COLUMNS = ("from", "to", "from_image", "strength", "difference", "colour_limit")
+TRANSITION_COLUMNS += ("round_trip_error", "round_trip_error_max")
 
 
 def describe_conditions(columns: Mapping[str, Sequence[str]]) -> dict[str, dict]:
@@ -27,16 +33,21 @@ def describe_conditions(columns: Mapping[str, Sequence[str]]) -> dict[str, dict]
 
     A column of which every value is a number is one; ages above 89 count as 90.
 
-    Raises DataError for a column without two different values, or text with more than MOST_CATEGORIES.
+    Raises DataError for a column without two different values, text with more than MOST_CATEGORIES, or a
+    name that sample.py's metadata.csv has a column of already.
     """
     described: dict[str, dict] = {}
     for name, values in columns.items():
+        if name in SAMPLE_COLUMNS or name in TRANSITION_COLUMNS:
+            raise DataError(
+                f"--conditions {name}: samples have a column of that name on how they were made; rename it"
+            )
         values = [value for value in values if value]
-        if len(set(values)) < 2:
+        numbers = [_as_number(name, value) for value in values]
+        if len(set(values if None in numbers else numbers)) < 2:
             raise DataError(
                 f"--conditions {name}: the same in all training slices, or missing in them; leave it out"
             )
-        numbers = [_as_number(name, value) for value in values]
         if None not in numbers:
             numbers = torch.tensor(numbers, dtype=torch.float64)
             about = {"mean": numbers.mean().item(), "std": numbers.std(correction=0).item()}
@@ -71,43 +82,55 @@ def condition_rows(
 
 def _as_number(name: str, text: str) -> float | None:
     try:
-        number = float(text.removesuffix("+") if name == "age" else text)
+        number = float(text.removesuffix("+") if _is_age(name) else text)
     except ValueError:
         return None
     if not math.isfinite(number):
         return None
-    return OLDEST if name == "age" and number > OLDEST - 1 else number
+    return OLDEST if _is_age(name) and number > OLDEST - 1 else number
+
+
+def _is_age(name: str) -> bool:
+    """Whether a column is of ages, by any of its usual names: Age, age_at_scan, AgeAtScan, Subject Age."""
+    words = re.split("[^a-z]+", name.lower())
+    return "age" in words or "".join(words) in COLUMNS["age"]
 
 
 def asked_conditions(given: Sequence[str], count: int) -> dict[str, list[str]]:
     """The values {name: one for each of `count` images} of --conditions: NAME=VALUE …, or a CSV file.
 
     The file has a column for each condition and a row for each image, at least `count` of them. Raises
-    UserError for a word without "=", a file that cannot be read, or too few rows.
+    UserError for a word without "=", a condition given twice, a file that cannot be read, or too few rows.
     """
     if len(given) == 1 and given[0].lower().endswith(".csv"):
         path = Path(given[0])
         try:
-            table = pd.read_csv(path, dtype=str, keep_default_na=False)
+            table = pd.read_csv(path, dtype=str, keep_default_na=False, skip_blank_lines=False).fillna("")
         except (OSError, ValueError) as error:
             raise UserError(
                 f"--conditions {path}: not a CSV file ({' '.join(str(error).split())})"
             ) from error
         if len(table) < count:
             raise UserError(f"--conditions {path}: {len(table)} rows for {count} images of each class")
-        return {name: table[name].tolist()[:count] for name in table}
-    pairs = [word.partition("=") for word in given]
-    for name, equals, _ in pairs:
+        table = table.rename(columns=str.strip)
+        return {name: [value.strip() for value in table[name][:count]] for name in table}
+    found: dict[str, list[str]] = {}
+    for word in given:
+        name, equals, value = (part.strip() for part in word.partition("="))
         if not (name and equals):
-            raise UserError(f"--conditions {name}: give NAME=VALUE, such as age=75, or a CSV file")
-    return {name: [value] * count for name, _, value in pairs}
+            raise UserError(f"--conditions {word}: give NAME=VALUE, such as age=75, or a CSV file")
+        if name in found:
+            raise UserError(f"--conditions {word}: {name} is given twice")
+        found[name] = [value] * count
+    return found
 
 
 def swept_conditions(sweep: str, given: Sequence[str]) -> dict[str, list[str]]:
     """The condition and the values {name: values} of --sweep NAME=LOW:HIGH:COUNT, or NAME=VALUE,VALUE,….
 
     `given` are the words of --conditions, for the other conditions. Raises UserError for a text of another
-    form, fewer than two values, or a condition that `given` has too.
+    form, fewer than two different values, a condition that `given` has too, or a CSV file there: a sweep is
+    one brain, of which all else stays the same.
     """
     name, _, text = sweep.partition("=")
     try:
@@ -117,9 +140,13 @@ def swept_conditions(sweep: str, given: Sequence[str]) -> dict[str, list[str]]:
         values = [f"{value:g}" for value in np.linspace(*ends, count)] if finite else []
     except ValueError:
         values = [] if ":" in text else [value.strip() for value in text.split(",")]
-    if not name or len(values) < 2 or not all(values):
+    if not name or len(set(values)) < 2 or not all(values):
         raise UserError(
             f"--sweep {sweep}: give NAME=LOW:HIGH:COUNT, such as age=55:90:8, or categories, such as sex=F,M"
+        )
+    if len(given) == 1 and given[0].lower().endswith(".csv"):
+        raise UserError(
+            f"--sweep {sweep}: a sweep is one brain; give --conditions NAME=VALUE, not a CSV file"
         )
     if name in asked_conditions(given, 1):
         raise UserError(f"--sweep {sweep}: --conditions has {name} as well; leave it out there")
@@ -148,5 +175,6 @@ def matched_conditions(
 
 
 def _capped(name: str, value: str) -> str:
-    number = _as_number(name, value) if name == "age" else None
+    value = value.strip()
+    number = _as_number(name, value) if _is_age(name) else None
     return f"{number:g}" if number == OLDEST else value

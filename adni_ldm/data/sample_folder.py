@@ -13,6 +13,18 @@ from adni_ldm.files import atomic_file, check_empty_dir, read_json
 
 SETTINGS = ".settings.json"  # settings of the slices in the folder; hidden, since the folder is a data set
 PREVIEW = 16  # slices of each class in grid.png
+# Columns of metadata.csv, which say how a slice was sampled; those of conditions are beside them.
+SAMPLE_COLUMNS = (
+    "file_name",
+    "label",
+    "seed",
+    "num_inference_steps",
+    "guidance_scale",
+    "eta",
+    "scheduler",
+    "precision",
+)
+SAMPLE_COLUMNS += ("model", "model_hash", "data_hash", "guidance_interval", "decoder_noise", "extrapolated")
 
 
 def check_same_run(folder: Path, settings: Mapping[str, object]) -> None:
@@ -26,9 +38,9 @@ def check_same_run(folder: Path, settings: Mapping[str, object]) -> None:
         return
     earlier = read_json(folder / SETTINGS)
     different = [
-        f"{name} was {earlier.get(name)}, is {value}"
-        for name, value in settings.items()
-        if earlier.get(name) != value
+        f"{name} was {earlier.get(name)}, is {settings.get(name)}"
+        for name in {**settings, **earlier}  # those that only one of them has, too: --conditions, --sweep
+        if earlier.get(name) != settings.get(name)
     ]
     if different:
         raise UserError(

@@ -104,12 +104,16 @@ def asked_against_seen(
         of a number the slope of the predicted value on the one asked for, their correlation (Pearson's r),
         and the mean absolute error; of a category the balanced accuracy. And "slope_ratio", the slope in
         samples ÷ that in held-out slices, which a predictor that regresses to the mean does not change.
+        No values where fewer than two different ones were asked for, or are known.
     """
-    if not all(np.isfinite(true).sum() > 1 for true, _, _ in (samples, real)):
-        return {"slope_ratio": unknown("it was not asked for in these samples")}
+    known = [np.unique(true[np.isfinite(true)]) for true, _, _ in (samples, real)]  # different values
+    for values, fewer in zip(known, ("asked for in these samples", "known of the held-out slices")):
+        if len(values) < 2:
+            reason = f"the same was {fewer} everywhere" if len(values) else f"it was not {fewer}"
+            return {"slope_ratio": unknown(reason)}
     with np.errstate(divide="ignore", invalid="ignore"):
         if categories:
-            found = [_balanced_accuracy(*one, categories) for one in (samples, real)]
+            found = [_balanced_accuracy(*one, np.intersect1d(*known)) for one in (samples, real)]
             return {"accuracy": estimate(found[0]).with_reference(found[1][0])}
         found, expected = (_line(*one) for one in (samples, real))
     results = {name: estimate(values).with_reference(expected[name][0]) for name, values in found.items()}
@@ -131,13 +135,11 @@ def _line(true: np.ndarray, seen: np.ndarray, resamples: Resamples) -> dict[str,
 
 
 def _balanced_accuracy(
-    true: np.ndarray, seen: np.ndarray, resamples: Resamples, categories: int
+    true: np.ndarray, seen: np.ndarray, resamples: Resamples, among: np.ndarray
 ) -> np.ndarray:
-    """Draws (B + 1,) of the mean over the categories of the share that is recognized."""
+    """Draws (B + 1,) of the mean over the categories `among` of the share that is recognized."""
     shares = [
-        resamples.sum((true == index) & (seen == index)) / resamples.sum(true == index)
-        for index in range(categories)
-        if (true == index).any()
+        resamples.sum((true == index) & (seen == index)) / resamples.sum(true == index) for index in among
     ]
     return np.mean(shares, axis=0)
 
@@ -224,8 +226,14 @@ def adjusted_effects(
                 continue
             resamples = Resamples.draw(some.subjects, draws, [seed, which == "synthetic"])
             patients = (some.labels == 0).astype(float)
-            design = np.column_stack([patients, _covariate_columns(some, about)])
-            found[f"{which}_plain"] = _coefficient(patients[:, None], values, resamples)
+            covariates = np.column_stack([_covariate_columns(some, about), np.ones(len(some))])
+            left = patients - covariates @ np.linalg.lstsq(covariates, patients, rcond=None)[0]
+            if left.var() < 1e-6 * patients.var():
+                gaps.append(f"class and conditions cannot be told apart in the {which} slices")
+                continue
+            design = np.column_stack([patients, covariates])
+            alone = np.column_stack([patients, np.ones(len(some))])
+            found[f"{which}_plain"] = _coefficient(alone, values, resamples)
             found[f"{which}_adjusted"] = _coefficient(design, values, resamples)
         if gaps:
             results[measure] = {"adjusted_ratio": unknown("; ".join(gaps))}
@@ -250,21 +258,26 @@ def _covariate_columns(images: ImageSet, about: Mapping[str, Mapping]) -> np.nda
 
 
 def _coefficient(design: np.ndarray, values: np.ndarray, resamples: Resamples) -> np.ndarray:
-    """Draws (B + 1,) of the first coefficient of values (N,) on design (N, P) and a constant, by least
-    squares. Columns that do not vary in a bootstrap sample have none (the pseudoinverse)."""
-    design = np.column_stack([design, np.ones(len(design))])
+    """Draws (B + 1,) of the first coefficient of values (N,) on design (N, P), by least squares. Columns that
+    do not vary in a bootstrap sample have none (the pseudoinverse)."""
     products = np.einsum("np,nq->npq", design, design).reshape(len(design), -1)
     gram = resamples.sum(products).reshape(-1, design.shape[1], design.shape[1])
     moment = resamples.sum(design * values[:, None])
     return np.einsum("bp,bp->b", np.linalg.pinv(gram, hermitian=True)[:, 0], moment)
 
 
-def subject_conditions(images: ImageSet, subjects: Sequence[str], about: Mapping[str, Mapping]) -> np.ndarray:
-    """Conditions (S, K) of subjects; NaN where a subject's slices differ, as in their position."""
+def subject_conditions(
+    images: ImageSet, subjects: Sequence[str], labels: Sequence[int], about: Mapping[str, Mapping]
+) -> np.ndarray:
+    """Conditions (S, K) of subjects with a diagnosis: the mean over the slices, such as of ages at visits.
+
+    NaN where a subject's slices are more than two calipers apart, as in their position, or of two categories.
+    """
     rows = rows_of(images, about)
+    widest = np.array([0 if "categories" in one else 2 * CALIPER * one["std"] for one in about.values()])
     found = np.full((len(subjects), len(about)), np.nan)
-    for index, subject in enumerate(subjects):
-        own = rows[images.subjects == subject]
-        same = (own == own[0]).all(axis=0)
-        found[index, same] = own[0, same]
+    for index, (subject, label) in enumerate(zip(subjects, labels, strict=True)):
+        own = rows[(images.subjects == subject) & (images.labels == label)]
+        near = np.ptp(own, axis=0) <= widest  # False where one is missing
+        found[index, near] = own[:, near].mean(axis=0)
     return found

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 
 from adni_ldm.data.cells import unescape_table
+from adni_ldm.data.sample_folder import SAMPLE_COLUMNS
 from adni_ldm.data.slices import SliceTensors, prepare_image, read_image, to_arrays, to_float
 from adni_ldm.errors import UserError
 from adni_ldm.evaluation.estimates import FEWEST_SLICES, FEWEST_SUBJECTS
@@ -122,7 +123,7 @@ def read_sample_table(folder: str | Path) -> pd.DataFrame:
 
 def conditions_asked(samples: pd.DataFrame, real_columns: Collection[str]) -> list[str]:
     """The columns of `read_sample_table` that real data have too: what was asked for beside the class."""
-    return [name for name in samples if name in real_columns and name != "label"]
+    return [name for name in samples if name in real_columns and name not in SAMPLE_COLUMNS]
 
 
 def load_samples(

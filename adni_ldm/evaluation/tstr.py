@@ -65,10 +65,21 @@ def train_on_synthetic_test_on_real(
     scores = {name: result[0] for name, result in by_subject.items()}  # (S, K)
     results = tstr_metrics(labels, subjects, scores, seed=seed, draws=draws)
     if about and len(held_out.class_names) == 2:
-        rows = subject_conditions(held_out, subjects, about)
+        rows = subject_conditions(held_out, subjects, labels, about)  # (S, K)
         pairs = comparable(rows[labels == 1], rows[labels == 0], about)
-        drawn = Resamples.draw(subjects, draws, seed).times
-        found = {name: estimate(matched_auc(labels, one[:, 1], pairs, drawn)) for name, one in scores.items()}
+        resamples = Resamples.draw(subjects, draws, seed)
+        drawn = resamples.times @ resamples.subjects  # (B + 1, S); both rows of one with two diagnoses
+        known = np.isfinite(rows).mean(axis=0) > 0.5
+        used = ", ".join(name for name, one in zip(about, known) if one) or "nothing"
+        matched = {
+            name: estimate(matched_auc(labels, one[:, 1], pairs, drawn)) for name, one in scores.items()
+        }
+        found = {
+            name: replace(one, note=f"matched by {used}")
+            if pairs.any()
+            else unknown("no two subjects of different classes have the same conditions")
+            for name, one in matched.items()
+        }
         real = found["real"].value
         results["matched"] = {
             name: one if name == "real" else one.with_reference(real) for name, one in found.items()
@@ -81,7 +92,7 @@ def matched_auc(labels: np.ndarray, scores: np.ndarray, pairs: np.ndarray, times
     separation is not that of the covariates.
 
     Args:
-        labels, scores: (S,), 1 for cases.
+        labels, scores: (S,), of subjects with a diagnosis; 1 for cases.
         pairs: bool (cases, others), which are compared.
         times: (B + 1, S), how often a bootstrap sample has the subject, as of `Resamples`.
 

@@ -22,6 +22,7 @@ from diffusers import ConfigMixin
 
 from adni_ldm.data.cells import escape_table, unescape_table
 from adni_ldm.data.folder import FolderListing
+from adni_ldm.data.sample_folder import SAMPLE_COLUMNS
 from adni_ldm.errors import UserError
 from adni_ldm.figures import save_curves, to_pil
 from adni_ldm.files import read_json, write_json
@@ -34,8 +35,7 @@ PREVIEWS = 4  # of each class
 _PUSHED_METRICS = ("verdicts", "fidelity", "spectrum", "tstr", "conditioning", "conditions")
 _PUSHED_METRICS += ("anatomy", "privacy")
 _PUSHED_METRICS += ("model_hash", "data_hash")
-_PUSHED_COLUMNS = ("file_name", "label", "seed", "num_inference_steps", "guidance_scale", "eta", "scheduler")
-_PUSHED_COLUMNS += ("precision", "model_hash", "data_hash", "guidance_interval", "decoder_noise")
+_PUSHED_COLUMNS = [name for name in SAMPLE_COLUMNS if name not in ("model", "extrapolated")]
 _PUSHED_PRIVATE = ("_class_name", "_diffusers_version", "_trained_on")  # of diffusers' configs, and ours
 _PUSHED_PRIVATE += ("_patch_size", "_decoder_noise", "_base_model")
 

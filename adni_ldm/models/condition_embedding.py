@@ -7,6 +7,7 @@ imports nothing of the package, and `ModelMixin` must stay a name of this file, 
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -54,13 +55,14 @@ class ConditionEmbedding(ModelMixin, ConfigMixin):
                 raise ValueError(f"condition {name!r}: std={about['std']} must be above 0")
         self.null = nn.Embedding(len(conditions), token_dim)
         self.sinusoids = Timesteps(FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0, scale=SCALE)
-        self.learned = nn.ModuleDict()
-        for name, about in conditions.items():
+        self.learned = nn.ModuleList()  # by place: a ModuleDict does not take every name
+        for about in conditions.values():
             if "categories" in about:
-                last = self.learned[name] = nn.Embedding(len(about["categories"]), token_dim)
+                last = nn.Embedding(len(about["categories"]), token_dim)
+                self.learned.append(last)
             else:
-                self.learned[name] = TimestepEmbedding(FREQUENCIES, token_dim)
-                last = self.learned[name].linear_2
+                self.learned.append(TimestepEmbedding(FREQUENCIES, token_dim))
+                last = self.learned[-1].linear_2
                 nn.init.zeros_(last.bias)
             nn.init.zeros_(last.weight)
 
@@ -85,15 +87,17 @@ class ConditionEmbedding(ModelMixin, ConfigMixin):
         for name, given in (conditions or {}).items():
             if name not in self.names:
                 raise ValueError(f"unknown condition {name!r}; the model's conditions are {self.describe()}")
-            one = given is None or isinstance(given, (str, int, float))
+            # NumPy's integers are numbers, and a tensor of no dimension is one value.
+            one = given is None or isinstance(given, (str, numbers.Number)) or getattr(given, "ndim", 1) == 0
             values = [given] * count if one else list(given)
             if len(values) != count:
                 raise ValueError(f"condition {name!r} has {len(values)} values for {count} images")
-            numbers = [self._number_of(name, value, extrapolate) for value in values]
-            rows[:, self.names.index(name)] = torch.tensor(numbers)
+            found = [self._number_of(name, value, extrapolate) for value in values]
+            rows[:, self.names.index(name)] = torch.tensor(found)
         return rows
 
     def _number_of(self, name: str, value: object, extrapolate: bool) -> float:
+        value = value.item() if hasattr(value, "item") else value  # of NumPy and torch
         about, text = self.config.conditions[name], str(value).strip()
         if value is None or text.lower() in ("", "nan"):
             return math.nan
@@ -107,7 +111,8 @@ class ConditionEmbedding(ModelMixin, ConfigMixin):
             raise ValueError(f"{name}={text}: not a number") from error
         if not math.isfinite(number) or not (extrapolate or about["low"] <= number <= about["high"]):
             raise ValueError(
-                f"{name}={text} is outside of the range in training, {about['low']:g} to {about['high']:g}"
+                f"{name}={text} is outside of the range in training, {about['low']:g} to {about['high']:g}; "
+                "extrapolate allows it"
             )
         return number
 
@@ -141,8 +146,8 @@ class ConditionEmbedding(ModelMixin, ConfigMixin):
                 merged[name] = {**old, "low": low, "high": high}
         grown = ConditionEmbedding(merged, self.config.token_dim)
         grown.null.weight[: len(own)] = self.null.weight
-        for name in own:
-            for target, source in zip(grown.learned[name].parameters(), self.learned[name].parameters()):
+        for new, old in zip(grown.learned, self.learned):  # those of `own` come first
+            for target, source in zip(new.parameters(), old.parameters()):
                 target[: len(source)] = source
         return grown.to(self.device)
 
@@ -157,13 +162,13 @@ class ConditionEmbedding(ModelMixin, ConfigMixin):
         missing = rows.isnan()
         rows = rows.masked_fill(missing, 0)
         tokens = []
-        for column, (name, about) in enumerate(self.config.conditions.items()):
+        for column, (learned, about) in enumerate(zip(self.learned, self.config.conditions.values())):
             values = rows[:, column]
             if "categories" in about:
-                value = self.learned[name](values.long())
+                value = learned(values.long())
             else:
                 waves = self.sinusoids((values - about["mean"]) / about["std"])  # (B, FREQUENCIES)
-                value = self.learned[name](waves.to(self.dtype))
+                value = learned(waves.to(self.dtype))
             tokens.append(value.masked_fill(missing[:, column, None], 0))
         tokens = self.null.weight + torch.stack(tokens, dim=1)  # (B, K, D)
         return ConditionEmbeddingOutput(tokens=tokens) if return_dict else (tokens,)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from discs import discs
 
+from adni_ldm.evaluation.classifier import train_classifier
 from adni_ldm.evaluation.covariates import (
     adjusted_effects,
     asked_against_seen,
@@ -22,7 +23,7 @@ from adni_ldm.evaluation.estimates import Resamples
 from adni_ldm.evaluation.image_sets import ImageSet, join
 from adni_ldm.evaluation.nearest_neighbors import nearest_in_pixels
 from adni_ldm.evaluation.privacy import measure_memorization
-from adni_ldm.evaluation.tstr import matched_auc
+from adni_ldm.evaluation.tstr import matched_auc, train_on_synthetic_test_on_real
 
 ABOUT = {
     "age": {"mean": 70.0, "std": 8.0, "low": 55.0, "high": 90.0},
@@ -95,6 +96,8 @@ def test_a_slope_is_that_of_the_predicted_value_on_the_one_asked_for():
         (np.full(200, np.nan), seen, resamples[0]), (real, real.copy(), resamples[1])
     )
     assert nothing["slope_ratio"].value is None and "not asked" in nothing["slope_ratio"].note
+    same = asked_against_seen((np.full(200, 75.0), seen, resamples[0]), (real, real.copy(), resamples[1]))
+    assert "the same was asked for in these samples everywhere" in same["slope_ratio"].note
 
 
 def test_a_category_has_the_balanced_accuracy():
@@ -104,6 +107,12 @@ def test_a_category_has_the_balanced_accuracy():
     resamples = Resamples.draw(range(100), 100, 0)
     found = asked_against_seen((asked, seen, resamples), (asked, asked, resamples), categories=2)
     assert found["accuracy"].value == pytest.approx(0.75) and found["accuracy"].reference == 1
+    # Of the categories that were asked for alone, in the reference too.
+    three = np.where(np.arange(100) < 50, 2.0, asked)
+    found = asked_against_seen((asked, seen, resamples), (three, three * 0, resamples), categories=3)
+    assert found["accuracy"].value == pytest.approx(0.75) and found["accuracy"].reference == 0.5
+    one = asked_against_seen((asked * 0, seen, resamples), (asked, asked, resamples), categories=2)
+    assert "accuracy" not in one and "everywhere" in one["slope_ratio"].note
 
 
 def test_a_network_reads_the_age_off_slices_and_misses_it_in_samples_that_ignore_it():
@@ -159,6 +168,17 @@ def test_the_adjusted_effect_is_the_coefficient_of_least_squares():
     assert found["ventricle_mm2"]["real_adjusted"].value == pytest.approx(expected)
 
 
+def test_where_a_condition_is_the_class_nothing_is_adjusted():
+    """All patients are women: least squares would divide the effect between the two in any way."""
+    real = cohort(30)
+    same = {**real.conditions, "sex": np.where(real.labels == 0, "F", "M")}
+    collinear = replace(real, conditions=same)
+    for one, other, which in ((collinear, real, "real"), (real, collinear, "synthetic")):
+        found = adjusted_effects(describe_real(real), one, hole_area(real), other, hole_area(real), draws=10)
+        note = found["ventricle_mm2"]["adjusted_ratio"].note
+        assert note == f"class and conditions cannot be told apart in the {which} slices"
+
+
 def test_without_known_conditions_nothing_is_adjusted():
     real = cohort(20)
     marginal = replace(real, conditions={})
@@ -168,10 +188,26 @@ def test_without_known_conditions_nothing_is_adjusted():
 
 
 def test_a_subjects_conditions_are_those_that_all_its_slices_have():
-    images = cohort(2, slices=2)
-    images = replace(images, conditions={**images.conditions, "sex": np.array(["F", "M"] * 4)})
-    found = subject_conditions(images, np.unique(images.subjects), ABOUT)
-    assert np.isfinite(found[:, 0]).all() and np.isnan(found[:, 1]).all()
+    """The mean of the ages at two visits; none of a category, or a number, that differs among the slices."""
+    images = cohort(1, slices=4)
+    ages = np.array(["70", "72", "70", "72", "70", "80", "70", "80"])
+    images = replace(images, conditions={"age": ages, "sex": np.array(["F"] * 6 + ["M"] * 2)})
+    found = subject_conditions(images, ["0-0", "0-1"], [0, 1], ABOUT)
+    assert found[0].tolist() == [71, 0] and np.isnan(found[1]).all()
+
+
+def test_one_with_two_diagnoses_counts_in_both():
+    """A converter has a row for each; resampling takes both."""
+    train, held_out = cohort(12), cohort(12, seed=1)
+    converter = replace(held_out, subjects=np.where(held_out.subjects == "1-1", "1-0", held_out.subjects))
+    classifier = train_classifier(train, steps=4)
+    options = {"about": describe_real(train), "steps": 4, "draws": 50}
+    found = train_on_synthetic_test_on_real(classifier, train, train, converter, **options)["matched"]
+    assert found["real"].low <= found["real"].value <= found["real"].high
+    assert "matched by age, sex" in found["real"].note
+    apart = replace(held_out, conditions={"sex": np.where(held_out.labels == 0, "F", "M")})
+    found = train_on_synthetic_test_on_real(classifier, train, train, apart, **options)["matched"]
+    assert found["real"].value is None and "no two subjects" in found["real"].note
 
 
 def test_the_matched_auc_counts_pairs_of_the_same_covariates_alone():
