@@ -342,8 +342,9 @@ def test_a_full_queue(visit, screenshot):
         page.wait_for_timeout(300)
     pages[3].get_by_text("currently busy").first.wait_for()
     screenshot(pages[3])
+    pages[0].close()  # which ends the request of 400 steps: it would take a minute on a slow machine
     for page in pages[1:3]:
-        page.get_by_text("4 slices of class").wait_for()
+        page.get_by_text("4 slices of class").wait_for(timeout=180_000)
 
 
 def test_keyboard_on_a_narrow_screen(visit, screenshot):
