@@ -193,8 +193,8 @@ def choose_conditions(
     """
     names, embedding = list(class_names), pipeline.condition_embedding
     flag = "match" if cfg.match else "sweep" if swept else "conditions"
-    if (cfg.conditions or cfg.match or swept) and embedding is None:
-        raise UserError(f"--model {cfg.model}: it was trained without conditions; leave out --{flag}")
+    if cfg.conditions or cfg.match or swept:
+        check_conditioned(cfg, pipeline, f"--{flag}")
     if cfg.match:
         every = pipeline.class_embedding.config.class_names
         try:
@@ -212,13 +212,18 @@ def choose_conditions(
     return {name: found[name] for name in names}
 
 
+def check_conditioned(cfg: SampleConfig, pipeline: ClassConditionalLDMPipeline, flag: str) -> None:
+    """Check that the model has conditions, which `flag` asks for, else UserError."""
+    if pipeline.condition_embedding is None:
+        raise UserError(f"--model {cfg.model}: it was trained without conditions; leave out {flag}")
+
+
 def write_transition(
     cfg: SampleConfig, output_dir: Path, pipeline: ClassConditionalLDMPipeline, options: Mapping[str, object]
 ) -> str:
     """Write the counterfactual of --from_image or the class interpolation of --morph; returns a summary."""
-    if pipeline.condition_embedding is None and (cfg.conditions or "=" in (cfg.target or "")):
-        flag = "--conditions" if cfg.conditions else f"--to {cfg.target}"
-        raise UserError(f"--model {cfg.model}: it was trained without conditions; leave out {flag}")
+    if cfg.conditions or "=" in (cfg.target or ""):
+        check_conditioned(cfg, pipeline, "--conditions" if cfg.conditions else f"--to {cfg.target}")
     asked = {name: value for name, (value,) in asked_conditions(cfg.conditions, 1).items()}
     options = {**options, "conditions": asked, "extrapolate": cfg.extrapolate}
     if cfg.morph:

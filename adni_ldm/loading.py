@@ -8,12 +8,11 @@ from typing import TypeVar
 import torch
 from diffusers import AutoencoderKL
 from diffusers.utils import logging
-from huggingface_hub import snapshot_download
 from torch import nn
 
 from adni_ldm import stable_diffusion
 from adni_ldm.errors import UserError
-from adni_ldm.models.components import check_component_folder, read_json
+from adni_ldm.models.components import check_component_folder, model_folder, read_json
 from adni_ldm.models.slice_autoencoder import SliceAutoencoder
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
 from adni_ldm.stable_diffusion import weights_files
@@ -34,7 +33,7 @@ def load_autoencoder(name: str, revision: str | None = None, variant: str | None
             return _of_slices(stable_diffusion.load_single_file(name)["vae"])
         # At the top of a repository or in vae/: no other weights.
         files = [f"{place}{file}" for place in ("", "vae/") for file in weights_files(variant)]
-        root = _folder(name, revision, ["README.md", *files])
+        root = model_folder(name, revision, ["README.md", *files])
         folder = root if (root / "config.json").is_file() else root / "vae"
         check_component_folder(folder, ("AutoencoderKL", "SliceAutoencoder"))
         options |= {"variant": variant, "torch_dtype": torch.float32}
@@ -126,7 +125,7 @@ def load_base(
             parts = stable_diffusion.load_single_file(name)
             parts["vae"] = other or _to_grey(name, _of_slices(parts["vae"]), None)
         else:
-            folder = _folder(name, revision, stable_diffusion.files(variant, without_vae=bool(other)))
+            folder = model_folder(name, revision, stable_diffusion.files(variant, without_vae=bool(other)))
             parts = stable_diffusion.load_parts(name, folder, variant)
             parts["vae"] = other or load_autoencoder(name, revision, variant)
         unet, scheduler = parts["unet"], stable_diffusion.to_ddim(name, parts["scheduler"])
@@ -148,7 +147,7 @@ def _is_single_file(name: str) -> bool:
 
 def _read_index(revision: str | None, name: str, **_) -> Mapping:
     """model_index.json, before gigabytes are downloaded. Raises UserError if the pipeline does not fit."""
-    index = read_json(_folder(name, revision, ["model_index.json"]) / "model_index.json")
+    index = read_json(model_folder(name, revision, ["model_index.json"]) / "model_index.json")
     if not _is_own(index):
         stable_diffusion.check_parts(name, index)
     return index
@@ -156,13 +155,6 @@ def _read_index(revision: str | None, name: str, **_) -> Mapping:
 
 def _is_own(index: Mapping) -> bool:
     return "ClassConditionalLDMPipeline" in str(index.get("_class_name"))
-
-
-def _folder(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    """The folder of that name, or that of the Hub with the files of these patterns."""
-    if Path(name).is_dir():
-        return Path(name)
-    return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
 
 
 def _of_slices(vae: AutoencoderKL) -> SliceAutoencoder:

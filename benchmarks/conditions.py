@@ -72,7 +72,7 @@ def main() -> None:
         *table(("samples", "KID × 1000", "precision", "recall", "AD − NC, mm²"), fidelity(asked, cohort)),
         "",
     ]  # fmt: skip
-    if not options.conditioned_only:
+    if "without conditions" in models:
         lines += [
             f"A training step takes {step_time(models):.3f} times as long with conditions (U-Net and loss, "
             "forward and backward, batch 16; median of 15 rounds in turn).",
@@ -94,9 +94,8 @@ def train(options: argparse.Namespace) -> tuple[Path, dict[str, Path]]:
         run([sys.executable, "prepare_data.py", "phantom", *flags(settings)])
     vae = work / "vae"
     recipe(vae, "vae", {"data_dir": cohort, **steps[0]})
-    models = {"without conditions": work / "plain", "with conditions": work / "conditioned"}
-    if options.conditioned_only:
-        del models["without conditions"]
+    models = {} if options.conditioned_only else {"without conditions": work / "plain"}
+    models["with conditions"] = work / "conditioned"
     for name, model in models.items():
         given = {"conditions": CONDITIONS} if name == "with conditions" else {}
         recipe(model, "ldm", {"data_dir": cohort, "vae": vae, **given, **steps[1]})
@@ -119,13 +118,9 @@ def ask_for_samples(
     pooled = pd.read_csv(cohort / "test/metadata.csv")[CONDITIONS]
     pooled = pooled.assign(age=pooled.age.clip(upper=90))
     pooled.sample(options.samples, replace=True, random_state=0).to_csv(work / "rows.csv", index=False)
-    ways = {
-        "plain": {"model": models.get("without conditions")},
-        "mix": {"model": models["with conditions"], "match": cohort, "match_split": "test"},
-        "equal": {"model": models["with conditions"], "conditions": work / "rows.csv"},
-    }
-    if options.conditioned_only:
-        del ways["plain"]
+    ways = {"plain": {"model": models["without conditions"]}} if "without conditions" in models else {}
+    ways["mix"] = {"model": models["with conditions"], "match": cohort, "match_split": "test"}
+    ways["equal"] = {"model": models["with conditions"], "conditions": work / "rows.csv"}
     found = {}
     for name, settings in ways.items():
         folder = work / f"samples_{name}"

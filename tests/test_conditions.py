@@ -41,6 +41,9 @@ def images(pipeline, classes=("AD", "NC"), seed=0, steps=3, **options):
     return pipeline(list(classes), steps, generator=noise, output_type="pt", **options).images
 
 
+# ---- The embedding -----------------------------------------------------------------------------------------
+
+
 def test_any_name_and_any_kind_of_number_will_do():
     """apoe.e4 and type, which no module of torch may be called; numbers of NumPy and torch."""
     number = {"mean": 1.0, "std": 1.0, "low": 0.0, "high": 2.0}
@@ -48,9 +51,6 @@ def test_any_name_and_any_kind_of_number_will_do():
     assert made(made.rows_of({"apoe.e4": 1, "type": "b"}, 2)).tokens.shape == (2, 3, 16)
     for value in (np.int64(2), torch.tensor(2), np.array(2.0), 2):
         assert made.rows_of({"keys": value}, 2)[:, 2].tolist() == [2, 2]
-
-
-# ---- The embedding -----------------------------------------------------------------------------------------
 
 
 def test_a_missing_value_has_the_null_token_and_nothing_else(embedding):

@@ -38,7 +38,7 @@ def describe_conditions(columns: Mapping[str, Sequence[str]]) -> dict[str, dict]
     """
     described: dict[str, dict] = {}
     for name, values in columns.items():
-        if name in SAMPLE_COLUMNS or name in TRANSITION_COLUMNS:
+        if name in SAMPLE_COLUMNS + TRANSITION_COLUMNS:
             raise DataError(
                 f"--conditions {name}: samples have a column of that name on how they were made; rename it"
             )
@@ -102,7 +102,7 @@ def asked_conditions(given: Sequence[str], count: int) -> dict[str, list[str]]:
     The file has a column for each condition and a row for each image, at least `count` of them. Raises
     UserError for a word without "=", a condition given twice, a file that cannot be read, or too few rows.
     """
-    if len(given) == 1 and given[0].lower().endswith(".csv"):
+    if _is_table(given):
         path = Path(given[0])
         try:
             table = pd.read_csv(path, dtype=str, keep_default_na=False, skip_blank_lines=False).fillna("")
@@ -125,6 +125,11 @@ def asked_conditions(given: Sequence[str], count: int) -> dict[str, list[str]]:
     return found
 
 
+def _is_table(given: Sequence[str]) -> bool:
+    """Whether the words of --conditions are the path of a CSV file."""
+    return len(given) == 1 and given[0].lower().endswith(".csv")
+
+
 def swept_conditions(sweep: str, given: Sequence[str]) -> dict[str, list[str]]:
     """The condition and the values {name: values} of --sweep NAME=LOW:HIGH:COUNT, or NAME=VALUE,VALUE,….
 
@@ -144,7 +149,7 @@ def swept_conditions(sweep: str, given: Sequence[str]) -> dict[str, list[str]]:
         raise UserError(
             f"--sweep {sweep}: give NAME=LOW:HIGH:COUNT, such as age=55:90:8, or categories, such as sex=F,M"
         )
-    if len(given) == 1 and given[0].lower().endswith(".csv"):
+    if _is_table(given):
         raise UserError(
             f"--sweep {sweep}: a sweep is one brain; give --conditions NAME=VALUE, not a CSV file"
         )

@@ -14,17 +14,9 @@ from adni_ldm.files import atomic_file, check_empty_dir, read_json
 SETTINGS = ".settings.json"  # settings of the slices in the folder; hidden, since the folder is a data set
 PREVIEW = 16  # slices of each class in grid.png
 # Columns of metadata.csv, which say how a slice was sampled; those of conditions are beside them.
-SAMPLE_COLUMNS = (
-    "file_name",
-    "label",
-    "seed",
-    "num_inference_steps",
-    "guidance_scale",
-    "eta",
-    "scheduler",
-    "precision",
-)
-SAMPLE_COLUMNS += ("model", "model_hash", "data_hash", "guidance_interval", "decoder_noise", "extrapolated")
+SAMPLE_COLUMNS = ("file_name", "label", "seed", "num_inference_steps", "guidance_scale", "eta", "scheduler")
+SAMPLE_COLUMNS += ("precision", "model", "model_hash", "data_hash", "guidance_interval", "decoder_noise")
+SAMPLE_COLUMNS += ("extrapolated",)
 
 
 def check_same_run(folder: Path, settings: Mapping[str, object]) -> None:

@@ -226,13 +226,14 @@ def adjusted_effects(
                 continue
             resamples = Resamples.draw(some.subjects, draws, [seed, which == "synthetic"])
             patients = (some.labels == 0).astype(float)
-            covariates = np.column_stack([_covariate_columns(some, about), np.ones(len(some))])
+            constant = np.ones(len(some))
+            covariates = np.column_stack([_covariate_columns(some, about), constant])
             left = patients - covariates @ np.linalg.lstsq(covariates, patients, rcond=None)[0]
             if left.var() < 1e-6 * patients.var():
                 gaps.append(f"class and conditions cannot be told apart in the {which} slices")
                 continue
+            alone = np.column_stack([patients, constant])
             design = np.column_stack([patients, covariates])
-            alone = np.column_stack([patients, np.ones(len(some))])
             found[f"{which}_plain"] = _coefficient(alone, values, resamples)
             found[f"{which}_adjusted"] = _coefficient(design, values, resamples)
         if gaps:

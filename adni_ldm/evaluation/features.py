@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from huggingface_hub import snapshot_download
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -23,7 +21,7 @@ from adni_ldm.data.slices import to_float
 from adni_ldm.errors import UserError
 from adni_ldm.evaluation.image_sets import ImageSet
 from adni_ldm.generation import hash_weights
-from adni_ldm.models.components import check_component_folder
+from adni_ldm.models.components import check_component_folder, model_folder
 from adni_ldm.pipeline import normalize_latents
 
 # Of a vision model on the Hub: no pickles, and no code.
@@ -117,8 +115,7 @@ def _load_vision_model(name: str, device: torch.device) -> Extractor:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        local = Path(name).is_dir()
-        folder = Path(name if local else snapshot_download(name, allow_patterns=VISION_FILES))
+        folder = model_folder(name, None, VISION_FILES)
         check_component_folder(folder)
         model, report = AutoModel.from_pretrained(
             folder, output_loading_info=True, use_safetensors=True, trust_remote_code=False

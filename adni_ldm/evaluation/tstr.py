@@ -66,25 +66,29 @@ def train_on_synthetic_test_on_real(
     results = tstr_metrics(labels, subjects, scores, seed=seed, draws=draws)
     if about and len(held_out.class_names) == 2:
         rows = subject_conditions(held_out, subjects, labels, about)  # (S, K)
-        pairs = comparable(rows[labels == 1], rows[labels == 0], about)
         resamples = Resamples.draw(subjects, draws, seed)
         drawn = resamples.times @ resamples.subjects  # (B + 1, S); both rows of one with two diagnoses
-        known = np.isfinite(rows).mean(axis=0) > 0.5
-        used = ", ".join(name for name, one in zip(about, known) if one) or "nothing"
-        matched = {
-            name: estimate(matched_auc(labels, one[:, 1], pairs, drawn)) for name, one in scores.items()
-        }
-        found = {
-            name: replace(one, note=f"matched by {used}")
-            if pairs.any()
-            else unknown("no two subjects of different classes have the same conditions")
-            for name, one in matched.items()
-        }
-        real = found["real"].value
-        results["matched"] = {
-            name: one if name == "real" else one.with_reference(real) for name, one in found.items()
-        }
+        results["matched"] = _matched_aucs(labels, scores, rows, about, drawn)
     return results
+
+
+def _matched_aucs(
+    labels: np.ndarray,
+    scores: Mapping[str, np.ndarray],
+    rows: np.ndarray,
+    about: Mapping[str, Mapping],
+    drawn: np.ndarray,
+) -> dict[str, Estimate]:
+    """`matched_auc` of each classifier; its note says what subjects, of conditions (S, K), are matched by."""
+    pairs = comparable(rows[labels == 1], rows[labels == 0], about)
+    if not pairs.any():
+        return dict.fromkeys(scores, unknown("no two subjects of different classes have the same conditions"))
+    known = np.isfinite(rows).mean(axis=0) > 0.5
+    note = "matched by " + (", ".join(name for name, one in zip(about, known) if one) or "nothing")
+    aucs = {name: matched_auc(labels, one[:, 1], pairs, drawn) for name, one in scores.items()}
+    found = {name: replace(estimate(values), note=note) for name, values in aucs.items()}
+    real = found["real"].value
+    return {name: one if name == "real" else one.with_reference(real) for name, one in found.items()}
 
 
 def matched_auc(labels: np.ndarray, scores: np.ndarray, pairs: np.ndarray, times: np.ndarray) -> np.ndarray:

@@ -5,10 +5,12 @@ module that is named there, which runs its code. A folder is therefore checked b
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import diffusers
 from diffusers import SchedulerMixin
+from huggingface_hub import snapshot_download
 
 from adni_ldm.errors import UserError
 
@@ -20,6 +22,13 @@ ADMITTED = {
     "condition_embedding": ("ConditionEmbedding",),
 }
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # of text-to-image models; never loaded
+
+
+def model_folder(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """The folder of that name, or that of the Hub with the files of these patterns."""
+    if Path(name).is_dir():
+        return Path(name)
+    return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
 
 
 def check_model_folder(folder: Path) -> dict[str, tuple[str, str]]:

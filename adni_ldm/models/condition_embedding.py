@@ -58,13 +58,13 @@ class ConditionEmbedding(ModelMixin, ConfigMixin):
         self.learned = nn.ModuleList()  # by place: a ModuleDict does not take every name
         for about in conditions.values():
             if "categories" in about:
-                last = nn.Embedding(len(about["categories"]), token_dim)
-                self.learned.append(last)
+                learned = last = nn.Embedding(len(about["categories"]), token_dim)
             else:
-                self.learned.append(TimestepEmbedding(FREQUENCIES, token_dim))
-                last = self.learned[-1].linear_2
+                learned = TimestepEmbedding(FREQUENCIES, token_dim)
+                last = learned.linear_2
                 nn.init.zeros_(last.bias)
             nn.init.zeros_(last.weight)
+            self.learned.append(learned)
 
     @property
     def names(self) -> list[str]:
