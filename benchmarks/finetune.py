@@ -1,13 +1,14 @@
 """Fine-tuning on 40 subjects of another contrast and plane, against training from scratch: a table.
 
     python benchmarks/finetune.py --model runs/demo/ldm [--vae_steps 300] [--steps 200] [--repeats 3]
-    python benchmarks/finetune.py --text_steps 2000 [--steps 400] [--repeats 3]
+    python benchmarks/finetune.py --text_model runs/text [--steps 400] [--repeats 3]
 
 The phantom cohort is coronal and T2-like, of subjects that the model (sagittal, T1) was not trained on. The
 autoencoder and the denoiser are trained from scratch, fine-tuned from the model's weights, and fine-tuned
 with a LoRA of the denoiser: with the same networks, batch sizes and number of updates, and nearly the same
-time. With --text_steps the model is a small Stable Diffusion, text-conditioned and trained here on 400
-subjects of sagittal and coronal T1; the cohort is axial and T2-like, and a tenth of the updates is a row too.
+time. With --text_model the model is a small Stable Diffusion, text-conditioned and trained here, unless the
+folder is there, on 400 subjects of sagittal and coronal T1. The cohort is then axial and T2-like, the
+autoencoder is fine-tuned with --decoder_only, and a tenth of all updates is a row too.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ COLUMNS = ("training", "seconds", "denoiser, MiB", "PSNR, dB", "KID × 1000", "p
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default="runs/demo/ldm", help="pipeline to start from")
-    parser.add_argument("--text_steps", type=int, help="train a text-conditioned model to start from")
+    parser.add_argument("--text_model", type=Path, help="text-conditioned pipeline to start from")
+    parser.add_argument("--text_vae_steps", type=int, default=1500, help="updates of its autoencoder")
+    parser.add_argument("--text_steps", type=int, default=2000, help="updates of its denoiser")
     parser.add_argument("--text_subjects", type=int, default=400, help="subjects that it is trained on")
     parser.add_argument("--image_size", type=int, default=64, help="side of its slices, pixels")
     parser.add_argument("--vae_steps", type=int, default=300, help="updates of an autoencoder")
@@ -56,8 +59,10 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="adni_ldm_finetune_") as name:
         work = Path(name)
-        text = bool(options.text_steps)
-        model = train_text_pipeline(work / "base", options) if text else Path(options.model).resolve()
+        text = options.text_model is not None
+        model = (options.text_model or Path(options.model)).resolve()
+        if text and not (model / "model_index.json").is_file():
+            train_text_pipeline(model, work / "pretraining", options)
         pipeline = load_base(str(model), ("AD", "NC"))
         size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
         cohort = {"subjects": 58, "slices": options.slices, "image_size": size, "seed": COHORT_SEED}
@@ -70,13 +75,15 @@ def main() -> None:
             (title, "–", "–", "–", *cells([evaluate(metrics, images)])) for title, images in before.items()
         ]
         recipes = Recipes(work, options, pipeline, model)
-        start = {"init_from": model}
-        arms = [("from scratch", False, recipes.shape_of_denoiser()), ("fine-tuned", True, start)]
-        arms.append((f"LoRA of rank {options.lora_rank}", True, start | {"lora_rank": options.lora_rank}))
+        lora = {"lora_rank": options.lora_rank}
+        arms = [("from scratch", False, 1, recipes.shape_of_denoiser()), ("fine-tuned", True, 1, {})]
+        arms.append((f"LoRA of rank {options.lora_rank}", True, 1, lora))
         if text:
-            arms.insert(1, ("fine-tuned, a tenth of the updates", True, start | {"tenth": True}))
-        for title, tuned, more in arms:
-            runs = [recipes.run(f"{len(rows)}-{seed}", tuned, more, seed) for seed in range(options.repeats)]
+            arms.insert(1, ("fine-tuned, a tenth of the updates", True, 10, {}))
+        for title, tuned, part, more in arms:
+            runs = [
+                recipes.run(f"{len(rows)}-{seed}", tuned, part, more, seed) for seed in range(options.repeats)
+            ]
             found = [
                 evaluate(metrics, generate(options, one.folder, one.folder / "samples", 0)) for one in runs
             ]
@@ -97,7 +104,7 @@ def main() -> None:
         "of the median run. Seconds are of both commands. PSNR is the autoencoder's, on held-out subjects.",
         f"- KID, precision and recall are against the test slices; {FEATURES}",
     ]
-    report("finetune_text" if options.text_steps else "finetune", "Fine-tuning", lines, options.results)
+    report("finetune_text" if text else "finetune", "Fine-tuning", lines, options.results)
 
 
 class Run(NamedTuple):
@@ -118,31 +125,32 @@ class Recipes:
         size = self.unet.sample_size * pipeline.vae_scale_factor
         self.common = {"data_dir": work / "data", "image_size": size, "report_to": "none"}
         self.common |= {"learning_rate": options.learning_rate, "checkpointing_steps": 0}
-        self.autoencoders: dict[tuple[bool, int], tuple[float, float]] = {}
+        self.autoencoders: dict[str, tuple[float, float]] = {}
 
     def shape_of_denoiser(self) -> dict:
         widths, layers = list(self.unet.block_out_channels), self.unet.layers_per_block
         return {"unet_widths": widths, "layers_per_block": layers, "token_dim": self.unet.cross_attention_dim}
 
-    def autoencoder(self, tuned: bool, seed: int) -> tuple[Path, float, float]:
+    def autoencoder(self, tuned: bool, part: int, seed: int) -> tuple[Path, float, float]:
         """Folder, seconds and PSNR of an autoencoder, trained once: a LoRA uses the fine-tuned one."""
-        folder = self.work / f"vae-{'tuned' if tuned else 'scratch'}-{seed}"
-        if (tuned, seed) not in self.autoencoders:
-            settings = self.common | {"max_steps": self.options.vae_steps, "output_dir": folder, "seed": seed}
-            settings |= {"batch_size": self.options.vae_batch_size}
-            settings |= {"warmup_steps": self.options.vae_steps // 20}
-            shape = {"widths": list(self.vae.block_out_channels)}
-            shape |= {"latent_channels": self.vae.latent_channels}
-            seconds = timed("train_vae", settings | ({"init_from": self.model} if tuned else shape))
-            self.autoencoders[tuned, seed] = (seconds, last(folder, "val_psnr"))
-        return folder, *self.autoencoders[tuned, seed]
+        name, steps = f"vae-{tuned}-{part}-{seed}", max(1, self.options.vae_steps // part)
+        folder = self.work / name
+        if name not in self.autoencoders:
+            settings = self.common | {"max_steps": steps, "output_dir": folder, "seed": seed}
+            settings |= {"batch_size": self.options.vae_batch_size, "warmup_steps": steps // 20}
+            if tuned:
+                settings |= {"init_from": self.model, "decoder_only": bool(self.options.text_model)}
+            else:
+                settings |= {"widths": list(self.vae.block_out_channels)}
+                settings |= {"latent_channels": self.vae.latent_channels}
+            self.autoencoders[name] = timed("train_vae", settings), last(folder, "val_psnr")
+        return folder, *self.autoencoders[name]
 
-    def run(self, name: str, tuned: bool, more: dict, seed: int) -> Run:
-        """Train autoencoder and denoiser, from the model or from scratch."""
-        vae, seconds, psnr = self.autoencoder(tuned, seed)
-        folder, steps = self.work / name, self.options.steps
-        if more.get("tenth"):
-            more, steps = {key: more[key] for key in more if key != "tenth"}, max(1, steps // 10)
+    def run(self, name: str, tuned: bool, part: int, more: dict, seed: int) -> Run:
+        """Train autoencoder and denoiser with 1 / part of the updates, from the model or from scratch."""
+        vae, seconds, psnr = self.autoencoder(tuned, part, seed)
+        folder, steps = self.work / name, max(1, self.options.steps // part)
+        more = more | ({"init_from": self.model} if tuned else {})
         settings = self.common | {"vae": vae, "max_steps": steps, "output_dir": folder, "seed": seed}
         settings |= {"batch_size": self.options.batch_size, "warmup_steps": steps // 20, "snr_gamma": 0}
         settings |= {"validation_steps": 0, "ema_halflife_images": steps * self.options.batch_size // 10}

@@ -69,19 +69,20 @@ def encode(vae, slices: SliceTensors) -> torch.Tensor:
     return torch.cat([normalize_latents(vae, vae.encode(batch).latent_dist.mean) for batch in batches])
 
 
-def train_text_pipeline(folder: Path, options) -> Path:
-    """Train a VAE, then U-Net and text encoder together; writes a StableDiffusionPipeline's folder."""
-    data = folder.with_name("pretraining")
+def train_text_pipeline(folder: Path, data: Path, options) -> None:
+    """Train a VAE, then U-Net and text encoder together; writes a StableDiffusionPipeline's folder.
+
+    Its cohort is made in `data`.
+    """
     write_cohorts(data, options.text_subjects, options.slices, options.image_size)
     vae_settings = {"data_dir": data, "output_dir": folder / "vae", "image_size": options.image_size}
     vae_settings |= {
-        "max_steps": options.vae_steps,
+        "max_steps": options.text_vae_steps,
         "batch_size": options.vae_batch_size,
-        "widths": [32, 64, 64],
+        "widths": [16, 32, 64],
     }
-    vae_settings |= {"widths": [32, 64, 64]}
     vae_settings |= {"report_to": "none", "checkpointing_steps": 0, "learning_rate": options.learning_rate}
-    vae_settings |= {"warmup_steps": options.vae_steps // 20}
+    vae_settings |= {"warmup_steps": options.text_vae_steps // 20}
     run([sys.executable, "train_vae.py", *flags(vae_settings)])
 
     torch.manual_seed(0)
@@ -125,4 +126,3 @@ def train_text_pipeline(folder: Path, options) -> Path:
     index |= {"text_encoder": ["transformers", "CLIPTextModel"]}
     index |= {"tokenizer": ["transformers", "CLIPTokenizer"]}
     (folder / "model_index.json").write_text(json.dumps(index))
-    return folder

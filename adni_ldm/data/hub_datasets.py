@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset, load_from_disk
 from PIL import Image as PILImage
 
 from adni_ldm.data.archives import cache_dir
@@ -33,9 +33,9 @@ from adni_ldm.errors import UserError
 # The settings of a command that `as_folder` takes.
 OPTIONS = ("dataset_config_name", "image_column", "label_column", "subject_column")
 OPTIONS += ("train_split", "val_split", "test_split", "no_subjects")
-_KEPT = ("slice", "image_id", "session", "age", "sex", "pixel_mm")  # columns that metadata.csv keeps
+_OWN = ("file_name", "label", "subject")  # columns of metadata.csv that are written here
 _ALIASES = {"NC": "CN"}  # other name of a class
-_FORMAT = 1  # increase it with every change in what is written
+_FORMAT = 2  # increase it with every change in what is written
 _HUB_NAME = re.compile(r"(?!data/|runs/)[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -187,7 +187,9 @@ def _write_split(
         raise DataError(
             f"{data_dir}: column {image_column} holds no images; name the column with --image_column"
         ) from error
-    kept = [name for name in _KEPT if name in rows.column_names]
+    named = (*_OWN, image_column, subject_column)
+    kinds = {name: kind for name, kind in rows.features.items() if name not in named}
+    kept = [name for name, kind in kinds.items() if isinstance(kind, (Value, ClassLabel))]
     others = [*kept, *([subject_column] if subject_column else [])]
     details_of = rows.select_columns(others) if others else [{}] * len(rows)
     folder.mkdir()
@@ -197,6 +199,9 @@ def _write_split(
         where = f"{data_dir}: row {number}"
         content, suffix = _content(where, image[image_column])
         details = {name: row[name] for name in kept if row[name] is not None}
+        for name in details:
+            if isinstance(kinds[name], ClassLabel):
+                details[name] = kinds[name].int2str(details[name])
         if subject_column is None:
             # Named by its content, so that no two data sets have slices of one name that are not the same.
             subject = f"image-{hashlib.sha256(content).hexdigest()[:16]}"

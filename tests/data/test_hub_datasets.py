@@ -55,6 +55,12 @@ def contents(folder):
     }
 
 
+def conditions_of(folder, names):
+    """The conditions of each file of a folder of slices, in order of their values."""
+    files = open_folder(folder, NAMES, conditions=names).files
+    return sorted(tuple(file.conditions[name] for name in names) for file in files)
+
+
 def test_a_saved_data_set_is_the_folder_that_it_was_made_from(saved, rows, phantom_dir):
     texts = (Value("string"), Value("large_string"))  # of pandas 2 and 3
     assert set(rows) == {"train", "validation", "test"} and rows["train"].features["label"] in texts
@@ -191,6 +197,20 @@ def test_every_command_takes_the_same_names():
         assert set(config(subject_column="who").dataset_options) == set(OPTIONS)
 
 
+def test_every_column_of_a_data_set_can_be_a_condition(saved, rows, phantom_dir, tmp_path):
+    """As of the folder that it was made from; a ClassLabel by its names, and no subject unless asked for."""
+    names = ["age", "sex", "slice_mm", "field_t"]
+    own = conditions_of(phantom_dir, names[:3])
+    kind = ClassLabel(names=["1.5 T", "3 T"])
+    coded = rows.map(lambda row: {"field_t": int(row["sex"] == "F")}).cast_column("field_t", kind)
+    coded.save_to_disk(tmp_path / "set")
+    folder = as_folder(tmp_path / "set", NAMES)
+    assert conditions_of(folder, names[:3]) == own
+    assert set(conditions_of(folder, ["sex", "field_t"])) == {("F", "3 T"), ("M", "1.5 T")}
+    written = as_folder(tmp_path / "set", NAMES, no_subjects=True) / "train/metadata.csv"
+    assert "subject" not in written.read_text().splitlines()[0].split(",")
+
+
 @pytest.mark.parametrize("no_subjects", [False, True])
 def test_a_saved_data_set_goes_through_all_commands(no_subjects, saved, phantom_dir, tmp_path, monkeypatch):
     """Trained on, sampled from, and evaluated against; the report says where subjects are not known."""
@@ -209,6 +229,7 @@ def test_a_saved_data_set_goes_through_all_commands(no_subjects, saved, phantom_
 
     run(train_vae, *train, "--widths", 8, 16, "--output_dir", tmp_path / "vae")
     unet = ("--unet_widths", 32, 64, "--token_dim", 8, "--layers_per_block", 1, "--validation_steps", 0)
+    unet += ("--conditions", "age", "sex", "slice_mm")
     run(train_ldm, *train, *unet, "--vae", tmp_path / "vae", "--output_dir", tmp_path / "ldm")
     samples = ("--num_images", 12, "--num_inference_steps", 1, "--mixed_precision", "no")
     run(sample, "--class", "all", *samples, "--model", tmp_path / "ldm", "--output_dir", tmp_path / "samples")
@@ -218,4 +239,6 @@ def test_a_saved_data_set_goes_through_all_commands(no_subjects, saved, phantom_
     assert metrics["subjects_known"] is not no_subjects
     page = (tmp_path / "report/report.html").read_text()
     assert ("share a subject cannot be known" in page) is no_subjects
-    assert ("subjects" in load_pipeline(str(tmp_path / "ldm")).unet.config["_trained_on"][0]) is no_subjects
+    pipeline = load_pipeline(str(tmp_path / "ldm"))
+    assert ("subjects" in pipeline.unet.config["_trained_on"][0]) is no_subjects
+    assert list(pipeline.condition_embedding.names) == ["age", "sex", "slice_mm"]

@@ -136,22 +136,25 @@ def test_samples_of_a_model_on_the_hub_are_pushed_and_loaded(hub, trained, phant
     assert "or --no_subjects" in run(hub, home, *check, status=1)
     found = run(hub, home, *check, "--no_subjects")
     assert "not who is on them" in found and "\nok\n" in found
-    words = (
-        "train_vae.py",
-        "--data_dir",
-        "me/slices",
-        "--image_size",
-        16,
-        "--widths",
-        8,
-        16,
-        "--max_steps",
-        1,
-    )
-    words += ("--batch_size", 2, "--report_to", "none", "--checkpointing_steps", 0, "--mixed_precision", "no")
-    run(hub, home, *words, "--no_subjects", "--output_dir", tmp_path / "vae")
+
+
+def test_a_data_set_of_the_hub_is_trained_on_and_the_model_pushed(hub, phantom_dir, tmp_path):
+    """A cohort with subjects and covariates, as a repository has it; the leak scan reads it by its name."""
+    files = [path for path in phantom_dir.rglob("*") if path.suffix in (".png", ".csv")]
+    content = {str(path.relative_to(phantom_dir)): path.read_bytes() for path in files}
+    hub.repos["dataset", "me/cohort"] = Repo(private=True, files=content)
+    home, data = tmp_path / "home", ("--data_dir", "me/cohort", "--image_size", 16, "--batch_size", 2)
+    quick = ("--max_steps", 1, "--report_to", "none", "--checkpointing_steps", 0, "--mixed_precision", "no")
+    run(hub, home, "train_vae.py", *data, *quick, "--widths", 8, 16, "--output_dir", tmp_path / "vae")
     (record,) = json.loads((tmp_path / "vae/config.json").read_text())["_trained_on"]
-    assert record["subjects"] == "unknown"
+    assert "subjects" not in record
+    unet = ("--unet_widths", 32, 64, "--token_dim", 8, "--layers_per_block", 1, "--validation_steps", 0)
+    unet += ("--conditions", "age", "sex", "--vae", tmp_path / "vae", "--output_dir", tmp_path / "ldm")
+    push = ("--push_to_hub", "--hub_model_id", "me/cohort-model", "--accept_privacy_risk")
+    printed = run(hub, home, "train_ldm.py", *data, *quick, *unet, *push)
+    assert f"pushed to {hub.url}/me/cohort-model" in printed
+    card = hub.repos["model", "me/cohort-model"].files["README.md"].decode()
+    assert "age" in card and "sex" in card
 
 
 def test_training_ends_with_a_push(hub, trained, phantom_dir, ad_nc_folder, train_part_on, pushed, tmp_path):
