@@ -1,4 +1,4 @@
-"""Memory of fine-tuning Stable Diffusion's U-Net, by counted bytes: a table. Nothing is computed.
+"""Memory of fine-tuning Stable Diffusion's U-Net, by counted bytes, and its operations. Nothing is computed.
 
     python benchmarks/memory.py [--image_size 256] [--batch_size 8]
 
@@ -19,6 +19,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from measure import RESULTS, report, table
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from adni_ldm.training.finetuning import add_lora, freeze, halve_frozen
 
@@ -100,6 +101,20 @@ def _inputs(unet: nn.Module, batch_size: int, latent_size: int) -> int:
     return 2 * batch_size * 3 * down
 
 
+def operations(network: nn.Module, latent_size: int) -> tuple[int, int]:
+    """FLOP of one image: of the forward pass, and of forward and backward pass with all weights trained."""
+    found = []
+    for backward in (False, True):
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            noisy = torch.empty(1, 4, latent_size, latent_size)
+            tokens = torch.empty(1, 2, SD15["cross_attention_dim"])
+            prediction = network["unet"](noisy, torch.empty(1, dtype=torch.int64), tokens).sample
+            if backward:
+                prediction.sum().backward()
+        found.append(counter.get_total_flops())
+    return tuple(found)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--image_size", type=int, default=256, help="side of the slice, pixels")
@@ -118,11 +133,15 @@ def main() -> None:
             total = f"**{sum(counted.values()) / GIB:.1f}**"
             rows.append((name, f"{trained / 1e6:.1f}", *cells, total))
             print(" | ".join(rows[-1]), flush=True)
+    forward, both = operations(build((), 0, False), size[1])
     lines = [
         f"GiB for batches of {options.batch_size} slices of {options.image_size} px, by counted bytes, "
         "without a GPU.",
         "",
         *table((*COLUMNS, "sum"), rows),
+        "",
+        f"Forward and backward pass with all weights trained: {both / 1e12:.2f} TFLOP an image, "
+        f"{(forward + both) / 1e12:.2f} with gradient checkpointing (torch's FlopCounterMode).",
     ]
     report("memory", "Memory of fine-tuning Stable Diffusion", lines, options.results)
 

@@ -145,7 +145,9 @@ def test_page_is_printed_and_written(tmp_path, capsys):
     assert "| 1 | 2 |" in page and "torch" in page
 
 
-def test_memory_of_fine_tuning_stable_diffusion_is_counted():
+def test_memory_and_operations_of_fine_tuning_stable_diffusion_are_counted():
+    forward, both = memory.operations(memory.build((), 0, False), 32)
+    assert both == pytest.approx(3 * forward, rel=0.01) and forward == pytest.approx(0.176e12, rel=0.01)
     whole, keys_and_values = memory.build((), 0, False), memory.build(memory.KEYS_AND_VALUES, 0, True)
     counted, less = memory.count(whole, 4, True), memory.count(keys_and_values, 4, True)
     assert counted["trained"] == 859_520_964, "as the U-Net of Stable Diffusion 1.5"
