@@ -31,6 +31,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: .venv runs/demo/data  ## synthetic cohort, VAE, diffusion model, samples and a summary, in runs/demo
+	@$(VENV) examples/demo_estimate.py
 	rm -rf runs/demo/vae runs/demo/ldm runs/demo/samples
 	$(VENV) train_vae.py --config configs/demo/vae.yaml
 	$(VENV) train_ldm.py --config configs/demo/ldm.yaml
