@@ -2,7 +2,7 @@
 of the class then that at equal age?
 
     python benchmarks/conditions.py [--work runs/conditions] [--subjects 400]
-    python benchmarks/conditions.py --conditioned_only --work runs/conditions_long --max_steps 1700 2600
+    python benchmarks/conditions.py --work runs/conditions_long --max_steps 1700 2600
 
 A phantom cohort in which age widens the ventricles, sex scales the brain, and AD is 8 years older; one
 autoencoder; and two diffusion models by the demo's preset, with and without --conditions age sex slice_mm.
@@ -45,9 +45,6 @@ def main() -> None:
     parser.add_argument("--subjects", type=int, default=400, help="subjects of the cohort")
     parser.add_argument("--samples", type=int, default=500, help="samples of each class")
     parser.add_argument("--max_steps", type=int, nargs=2, help="of VAE and LDM, for the demo's")
-    parser.add_argument(
-        "--conditioned_only", action="store_true", help="no model without conditions: half of the time"
-    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder that the page is written to")
     options = parser.parse_args()
 
@@ -72,12 +69,11 @@ def main() -> None:
         *table(("samples", "KID × 1000", "precision", "recall", "AD − NC, mm²"), fidelity(asked, cohort)),
         "",
     ]  # fmt: skip
-    if "without conditions" in models:
-        lines += [
-            f"A training step takes {step_time(models):.3f} times as long with conditions (U-Net and loss, "
-            "forward and backward, batch 16; median of 15 rounds in turn).",
-            "",
-        ]
+    lines += [
+        f"A training step takes {step_time(models):.3f} times as long with conditions (U-Net and loss, "
+        "forward and backward, batch 16; median of 15 rounds in turn).",
+        "",
+    ]
     name = f"conditions_{options.max_steps[1]}_updates" if options.max_steps else "conditions"
     report(name, "Conditions", [*lines, f"- {FEATURES}"], options.results)
 
@@ -94,8 +90,7 @@ def train(options: argparse.Namespace) -> tuple[Path, dict[str, Path]]:
         run([sys.executable, "prepare_data.py", "phantom", *flags(settings)])
     vae = work / "vae"
     recipe(vae, "vae", {"data_dir": cohort, **steps[0]})
-    models = {} if options.conditioned_only else {"without conditions": work / "plain"}
-    models["with conditions"] = work / "conditioned"
+    models = {"without conditions": work / "plain", "with conditions": work / "conditioned"}
     for name, model in models.items():
         given = {"conditions": CONDITIONS} if name == "with conditions" else {}
         recipe(model, "ldm", {"data_dir": cohort, "vae": vae, **given, **steps[1]})
@@ -118,9 +113,11 @@ def ask_for_samples(
     pooled = pd.read_csv(cohort / "test/metadata.csv")[CONDITIONS]
     pooled = pooled.assign(age=pooled.age.clip(upper=90))
     pooled.sample(options.samples, replace=True, random_state=0).to_csv(work / "rows.csv", index=False)
-    ways = {"plain": {"model": models["without conditions"]}} if "without conditions" in models else {}
-    ways["mix"] = {"model": models["with conditions"], "match": cohort, "match_split": "test"}
-    ways["equal"] = {"model": models["with conditions"], "conditions": work / "rows.csv"}
+    ways = {
+        "plain": {"model": models["without conditions"]},
+        "mix": {"model": models["with conditions"], "match": cohort, "match_split": "test"},
+        "equal": {"model": models["with conditions"], "conditions": work / "rows.csv"},
+    }
     found = {}
     for name, settings in ways.items():
         folder = work / f"samples_{name}"
