@@ -140,7 +140,7 @@ def build(
         run.check_leakage(cfg.init_from, start.unet)
         finetuning.set_latent_size(start.unet, channels, size)
         given = (cfg.prediction_type, cfg.rescale_betas_zero_snr)
-        scheduler = finetuning.adapt_schedule(start.scheduler, *given, note=run.print)
+        scheduler = finetuning.adapt_schedule(start.scheduler, *given, run.print, bool(cfg.lora_rank))
         unet, tokens = start.unet, start.class_embedding.with_classes(run.data.class_names)
     else:
         shape = (channels, size, cfg.unet_widths, cfg.token_dim, cfg.layers_per_block, cfg.attention_levels)

@@ -13,6 +13,7 @@ from typing import Any
 
 import diffusers
 import torch
+import yaml
 from diffusers import DDIMScheduler, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (
     DIFFUSERS_DEFAULT_PIPELINE_PATHS,
@@ -32,6 +33,7 @@ FITS = (
 EXPECTED = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 # Options of a U-Net that needs more than latents, a timestep and tokens.
 NEEDS_MORE = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
+NEEDS_MORE += ("time_cond_proj_dim",)  # latent consistency models
 GROUPS = {
     "AD": "a patient with Alzheimer's disease",
     "MCI": "a patient with mild cognitive impairment",
@@ -56,6 +58,11 @@ def check_unet(name: str, unet: UNet2DConditionModel, latent_channels: int) -> N
     if channels != latent_channels:
         kind = "an inpainting U-Net" if channels == 2 * latent_channels + 1 else "a U-Net"
         raise UserError(f"{name}: {kind} of {channels} channels, for latents of {latent_channels}; {FITS}")
+    if unet.config.out_channels != channels:
+        raise UserError(
+            f"{name}: its U-Net predicts {unet.config.out_channels} channels of {channels}, and so more than "
+            f"noise or velocity; {FITS}"
+        )
     for option in NEEDS_MORE:
         if value := unet.config.get(option):
             raise UserError(f"{name}: its U-Net needs further inputs ({option}={value}); {FITS}")
@@ -202,6 +209,6 @@ def describe_base(name: str, revision: str | None = None) -> dict[str, str]:
     try:
         card = path / "README.md" if path.exists() else hf_hub_download(name, "README.md", revision=revision)
         license = ModelCard.load(card).data.license
-    except (OSError, ValueError):  # those of the Hub's client are OSErrors
+    except (OSError, ValueError, yaml.YAMLError):  # those of the Hub's client are OSErrors
         license = None
     return {"name": shown, "license": str(license or "not stated")}

@@ -14,7 +14,7 @@ SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 
 
 def write_stable_diffusion(
-    folder: Path, prediction_type: str = "epsilon", widths=(32, 64), token_dim: int = 16, in_channels: int = 4
+    folder: Path, prediction_type: str = "epsilon", widths=(32, 64), token_dim: int = 16, **unet_options
 ) -> Path:
     """As the Hub has it: PNDM, 3 channels, a tokenizer without model_max_length, a safety checker."""
     torch.manual_seed(0)
@@ -44,8 +44,7 @@ def write_stable_diffusion(
     vae.save_pretrained(folder / "vae")
     unet = UNet2DConditionModel(
         sample_size=64,
-        in_channels=in_channels,
-        out_channels=4,
+        **{"in_channels": 4, "out_channels": 4} | unet_options,
         block_out_channels=tuple(widths),
         down_block_types=("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),

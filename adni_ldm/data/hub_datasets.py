@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset, load_from_disk
+from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image as PILImage
 
 from adni_ldm.data.archives import cache_dir
@@ -35,6 +36,8 @@ OPTIONS = ("dataset_config_name", "image_column", "label_column", "subject_colum
 OPTIONS += ("train_split", "val_split", "test_split", "no_subjects")
 _OWN = ("file_name", "label", "subject")  # columns of metadata.csv that are written here
 _ALIASES = {"NC": "CN"}  # other name of a class
+_LONGEST = 1000  # characters of a value of another column; what is longer is no covariate
+_PLAIN = re.compile(r"(large_)?string|u?int\d+|float\d+|bool")  # types of such columns
 _FORMAT = 2  # increase it with every change in what is written
 _HUB_NAME = re.compile(r"(?!data/|runs/)[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -189,43 +192,64 @@ def _write_split(
         ) from error
     named = (*_OWN, image_column, subject_column)
     kinds = {name: kind for name, kind in rows.features.items() if name not in named}
-    kept = [name for name, kind in kinds.items() if isinstance(kind, (Value, ClassLabel))]
+    kept = [name for name, kind in kinds.items() if isinstance(kind, ClassLabel) or _is_plain(kind)]
     others = [*kept, *([subject_column] if subject_column else [])]
+    # Rows may name files. Those of the Hub have no business with others than the library has downloaded.
+    roots = [Path(HF_HUB_CACHE), cache_dir("datasets")] if is_hub_name(data_dir) else [Path("/")]
     details_of = rows.select_columns(others) if others else [{}] * len(rows)
     folder.mkdir()
     seen: Counter[str] = Counter()  # slices of each subject so far
     table = []
     for number, (image, row, label) in enumerate(zip(images, details_of, labels, strict=True)):
         where = f"{data_dir}: row {number}"
-        content, suffix = _content(where, image[image_column])
-        details = {name: row[name] for name in kept if row[name] is not None}
-        for name in details:
-            if isinstance(kinds[name], ClassLabel):
-                details[name] = kinds[name].int2str(details[name])
+        content, suffix = _content(where, image[image_column], roots)
+        details = {name: _text(kinds[name], row[name], whole=name == "slice") for name in kept}
         if subject_column is None:
             # Named by its content, so that no two data sets have slices of one name that are not the same.
             subject = f"image-{hashlib.sha256(content).hexdigest()[:16]}"
             name = subject
         else:
-            subject, name = str(row[subject_column] or "").strip(), f"row{number:07d}"
+            subject = _text(rows.features[subject_column], row[subject_column], whole=True)
+            name = f"row{number:07d}"
             if not subject:
                 raise DataError(f"{where} has no {subject_column}; complete it, or add --no_subjects")
             details = {"subject": subject, "image_id": subject} | details
-        position = str(details.pop("slice", seen[subject]))
+        position = details.pop("slice", "")
+        position = position if position.isdecimal() else str(seen[subject])
         seen[subject] += 1
         place = f"{label}/{name}_{seen[subject] - 1}{suffix}"
         (folder / label).mkdir(exist_ok=True)
         (folder / place).write_bytes(content)
         table.append({"file_name": place, "label": label, "slice": position, **details})
+    long = {name for row in table for name in row if name in kept and len(row[name]) > _LONGEST}
+    names = [name for name in table[0] if name not in long] if table else []
     with (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
-        names = dict.fromkeys(name for row in table for name in row)
-        writer = csv.DictWriter(file, names, restval="")
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
         writer.writeheader()
         writer.writerows({name: escape(row[name]) for name in row} for row in table)
 
 
-def _content(where: str, image: Mapping | None) -> tuple[bytes, str]:
-    """An encoded image, and the suffix of its format."""
+def _is_plain(kind: object) -> bool:
+    return isinstance(kind, Value) and bool(_PLAIN.fullmatch(kind.dtype))
+
+
+def _text(kind: object, value: object, whole: bool = False) -> str:
+    """A value as metadata.csv has it: "" where missing, a ClassLabel's name, and if `whole` 3.0 as 3."""
+    if value is None or value != value or (isinstance(kind, ClassLabel) and value < 0):
+        return ""
+    if isinstance(kind, ClassLabel):
+        return kind.int2str(value)
+    return str(int(value) if whole and isinstance(value, float) and value.is_integer() else value).strip()
+
+
+def _content(where: str, image: Mapping | None, roots: Iterable[Path]) -> tuple[bytes, str]:
+    """An encoded image, and the suffix of its format. A file that a row names is read below `roots` alone."""
+    if image and image["bytes"] is None and image["path"] is not None:
+        path = Path(image["path"]).resolve()
+        if not any(path.is_relative_to(root.resolve()) for root in roots):
+            raise DataError(
+                f"{where} names a file of this machine, {path}: load another data set, that holds its images"
+            )
     try:
         content = image["bytes"] or Path(image["path"]).read_bytes()
         with PILImage.open(io.BytesIO(content), formats=IMAGE_FORMATS) as opened:

@@ -73,10 +73,11 @@ def plot_model(
     some = held_out.take(evenly_spaced(len(held_out), 8))
     figures.save_reconstructions(path, some, reconstruct(pipeline.vae, some))
 
-    path = folder.add("figures", "bottleneck", "UMAP of the U-Net's bottleneck features, by class")
-    chosen = [part.take(thin(part.subjects, 300, seed)) for part in (held_out, samples)]
-    features = [(bottleneck_features(pipeline, part, seed=seed), part) for part in chosen]
-    figures.save_umap(path, "UMAP of U-Net bottleneck features", *features, seed=seed)
+    if pipeline.unet.mid_block is not None:  # some distilled U-Nets have none
+        path = folder.add("figures", "bottleneck", "UMAP of the U-Net's bottleneck features, by class")
+        chosen = [part.take(thin(part.subjects, 300, seed)) for part in (held_out, samples)]
+        features = [(bottleneck_features(pipeline, part, seed=seed), part) for part in chosen]
+        figures.save_umap(path, "UMAP of U-Net bottleneck features", *features, seed=seed)
 
     for title, run in _run_folders(Path(model)).items():
         path = folder.add("figures", f"loss_{title}", f"Training curves of the {title}")

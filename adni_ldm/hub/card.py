@@ -177,9 +177,12 @@ def base_models(pipeline: ClassConditionalLDMPipeline) -> list[dict[str, str]]:
 
 
 def _license(license: str | None, synthetic: bool, bases: Sequence[Mapping] = ()) -> dict:
-    of_base = next((base["license"] for base in bases if base["license"] != "not stated"), "apache-2.0")
-    license = license or (of_base if synthetic else "other")
-    if license != "other":
+    of_bases = {base["license"] for base in bases} or {"apache-2.0"}
+    if not license and synthetic:
+        if len(of_bases) > 1 or of_bases & {"other", "not stated"}:  # it is for the author to find out
+            return {"license": "other", "license_name": "of-the-base-models"}
+        (license,) = of_bases
+    if license and license != "other":
         return {"license": license}
     link = "https://adni.loni.usc.edu"
     return {"license": "other", "license_name": "adni-data-use-agreement", "license_link": link}

@@ -71,12 +71,14 @@ def adapt_schedule(
     prediction_type: str | None,
     rescale_betas_zero_snr: bool | None,
     note: Callable[[str], None],
+    lora: bool = False,
 ) -> DDPMScheduler:
     """The noise schedule to train a pipeline on further: its own, but for what is given.
 
     `note` is called with what that costs.
 
-    Raises UserError for the prediction of noise at zero terminal SNR.
+    Raises UserError for the prediction of noise at zero terminal SNR, and for a change with `lora`, whose
+    file does not hold the schedule.
     """
     # Without the note of what were defaults, which from_config would keep in place of what is given.
     config = {name: value for name, value in scheduler.config.items() if name[0] != "_"}
@@ -89,6 +91,8 @@ def adapt_schedule(
     if adapted.config.rescale_betas_zero_snr and adapted.config.prediction_type == "epsilon":
         raise UserError(NO_EPSILON)
     if named := ", ".join(f"--{name} {value}" for name, value in changed.items() if name in given):
+        if lora:
+            raise UserError(f"{named}: a LoRA keeps the schedule of its base; omit it, or --lora_rank")
         note(f"note: {named} is new to the U-Net of --init_from, which costs it thousands of updates")
     return adapted
 
@@ -100,10 +104,18 @@ def choose_trained(
     half_frozen: bool,
     accelerator: Accelerator,
 ) -> None:
-    """Add LoRA if it has a rank, freeze what --freeze names, and halve what is frozen if asked, in place."""
+    """Add LoRA if it has a rank, freeze what --freeze names, and halve what is frozen if asked, in place.
+
+    Raises UserError if the file of a LoRA could not hold all that is trained.
+    """
     if lora_rank:
         add_lora(denoiser.unet, lora_rank)
     freeze(denoiser, frozen)
+    moved = (name for name, weight in denoiser.unet.named_parameters() if weight.requires_grad)
+    if lora_rank and (beside := next((name for name in moved if "lora_" not in name), None)):
+        raise UserError(
+            f"--freeze with --lora_rank: unet.{beside} would be trained, and the LoRA has no place for it"
+        )
     if half_frozen:
         halve_frozen(denoiser.unet, accelerator.mixed_precision)
 

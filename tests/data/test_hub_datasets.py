@@ -7,7 +7,7 @@ import signal
 
 import pytest
 from accelerate.state import AcceleratorState
-from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset, load_from_disk
 from PIL import Image
 
 import evaluate
@@ -139,6 +139,47 @@ def test_a_label_names_no_other_folder(label, tmp_path):
     Dataset.from_dict(rows).save_to_disk(tmp_path / "set")
     with pytest.raises(DataError, match="of row 0 is none of the 1 classes"):
         as_folder(tmp_path / "set", ("AD",))
+
+
+def small_set(folder, **columns):
+    """Four slices, one of each row of the columns, with their images in the data set."""
+    contents = []
+    for shade in range(4):
+        picture = io.BytesIO()
+        Image.new("L", (4, 4), 50 * shade).save(picture, "PNG")
+        contents.append({"bytes": picture.getvalue(), "path": None})
+    columns = {"image": contents, "label": ["AD", "NC"] * 2, "subject": list("abcd")} | columns
+    Dataset.from_dict(columns).save_to_disk(folder)
+    return folder
+
+
+def test_subjects_and_slices_of_other_types(tmp_path):
+    """Numbers from 0, as pandas has them with a gap, and a ClassLabel's names; a missing one is refused."""
+    numbered = small_set(tmp_path / "numbered", subject=[0, 1, 2, 3], slice=[0.0, 1.0, None, -1.0])
+    listing = open_folder(as_folder(numbered, NAMES), NAMES)
+    assert sorted(file.subject for file in listing.files) == list("0123") and not listing.problems
+    floats = small_set(tmp_path / "floats", subject=[1.0, 2.0, 3.0, float("nan")])
+    with pytest.raises(DataError, match="row 3 has no subject"):
+        as_folder(floats, NAMES)
+    small_set(tmp_path / "plain", subject=[3, 2, 1, 0])
+    coded = load_from_disk(tmp_path / "plain").cast_column("subject", ClassLabel(names=list("wxyz")))
+    coded.save_to_disk(tmp_path / "coded")
+    files = open_folder(as_folder(tmp_path / "coded", NAMES), NAMES).files
+    assert sorted(file.subject for file in files) == list("wxyz")
+
+
+def test_columns_that_are_no_covariates_are_left_out(tmp_path):
+    """Bytes, and text that no CSV cell holds; booleans and missing numbers are kept."""
+    more = {
+        "mask": [b"x" * 60_000] * 4,
+        "report": ["word " * 30_000, "", "", ""],
+        "smoker": [True, False] * 2,
+    }
+    saved = small_set(tmp_path / "set", **more, mmse=[29.0, None, 25.5, float("nan")])
+    folder = as_folder(saved, NAMES)
+    header = (folder / "train/metadata.csv").read_text().splitlines()[0].split(",")
+    assert {"smoker", "mmse"} < set(header) and not {"mask", "report"} & set(header)
+    assert conditions_of(folder, ["mmse"]) == [("",), ("",), ("25.5",), ("29.0",)]
 
 
 def test_a_slice_without_its_subject_is_refused(rows, tmp_path):

@@ -375,6 +375,18 @@ def test_the_card_names_the_base_model_and_its_license(own_run, phantom_dir, tmp
     for name in ("maker/base", "base-of-a-folder"):
         assert f"fine-tuned from {name} (license: openrail++)" in card
 
+    # Where it is not known which license counts, the card does not choose one.
+    for unet, vae in (("not stated", "mit"), ("mit", "cc-by-nc-4.0"), ("other", "other")):
+        pipeline.unet.register_to_config(_base_model={"name": "maker/base", "license": unet})
+        pipeline.vae.register_to_config(_base_model={"name": "maker/vae", "license": vae})
+        for given, expected in (
+            (None, "license: other\nlicense_name: of-the-base-models"),
+            ("mit", "license: mit"),
+        ):
+            arguments = ("me/m", pipeline, own_run, listings, report, given, [])
+            write_model_card(tmp_path / "README.md", *arguments)
+            assert expected in (tmp_path / "README.md").read_text()
+
 
 def test_the_card_names_the_conditions_with_their_ranges(own_run, phantom_dir, tmp_path):
     pipeline = load_pipeline(str(own_run))

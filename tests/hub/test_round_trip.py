@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from datasets import Dataset
 from hub_server import TOKEN, HubServer, Repo
 from huggingface_hub import constants
 from PIL import Image
@@ -155,6 +156,20 @@ def test_a_data_set_of_the_hub_is_trained_on_and_the_model_pushed(hub, phantom_d
     assert f"pushed to {hub.url}/me/cohort-model" in printed
     card = hub.repos["model", "me/cohort-model"].files["README.md"].decode()
     assert "age" in card and "sex" in card
+
+
+def test_a_data_set_of_the_hub_does_not_read_files_of_this_machine(hub, tmp_path):
+    """A path in a row, as text or in an image's own field, is no way to an image of the user."""
+    Image.new("L", (4, 4)).save(tmp_path / "private.png")
+    private = str(tmp_path / "private.png")
+    for name, image in {"text": private, "field": {"bytes": None, "path": private}}.items():
+        rows = {"image": [image] * 2, "label": ["AD", "NC"], "subject": ["a", "b"]}
+        Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
+        files = {"data/train-00000-of-00001.parquet": (tmp_path / "train.parquet").read_bytes()}
+        hub.repos["dataset", f"me/{name}"] = Repo(private=True, files=files)
+        words = ("prepare_data.py", "check", f"me/{name}", "--figures", "none")
+        printed = run(hub, tmp_path / "home", *words, status=1)
+        assert f"row 0 names a file of this machine, {private}" in printed
 
 
 def test_training_ends_with_a_push(hub, trained, phantom_dir, ad_nc_folder, train_part_on, pushed, tmp_path):

@@ -285,6 +285,27 @@ def test_other_unets_and_schedules_are_refused(copy, tmp_path):
     edit(copy / "unet/config.json", num_class_embeds=1000)
     with pytest.raises(UserError, match="further inputs .num_class_embeds=1000"):
         load_base(str(copy), ("AD", "NC"))
+    for name, options, message in (
+        ("variance", {"out_channels": 8}, "predicts 8 channels of 4"),
+        ("consistency", {"time_cond_proj_dim": 16}, "further inputs .time_cond_proj_dim=16"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_base(str(write_stable_diffusion(tmp_path / name, **options)), ("AD", "NC"))
+
+
+def test_a_card_that_cannot_be_read_does_not_prevent_loading(copy):
+    (copy / "README.md").write_text("---\ntitle: Brains: a model\n---\n")
+    assert load_base(str(copy), ("AD", "NC")).unet.config["_base_model"]["license"] == "not stated"
+
+
+def test_what_the_file_of_a_lora_cannot_hold_is_refused(sd, run):
+    words = ("--init_from", sd, *LDM, *STILL, "--lora_rank", 2)
+    with pytest.raises(
+        UserError, match="--prediction_type v_prediction: a LoRA keeps the schedule of its base"
+    ):
+        run(train_ldm, *words, "--prediction_type", "v_prediction")
+    with pytest.raises(UserError, match="unet.conv_in.weight would be trained, and the LoRA has no place"):
+        run(train_ldm, *words, "--freeze", "!unet.conv_in.*")
 
 
 @pytest.mark.parametrize(
