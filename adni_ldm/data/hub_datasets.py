@@ -204,6 +204,7 @@ def _write_split(
         where = f"{data_dir}: row {number}"
         content, suffix = _content(where, image[image_column], roots)
         details = {name: _text(kinds[name], row[name], whole=name == "slice") for name in kept}
+        details = {name: text for name, text in details.items() if text}
         if subject_column is None:
             # Named by its content, so that no two data sets have slices of one name that are not the same.
             subject = f"image-{hashlib.sha256(content).hexdigest()[:16]}"
@@ -222,9 +223,9 @@ def _write_split(
         (folder / place).write_bytes(content)
         table.append({"file_name": place, "label": label, "slice": position, **details})
     long = {name for row in table for name in row if name in kept and len(row[name]) > _LONGEST}
-    names = [name for name in table[0] if name not in long] if table else []
+    names = dict.fromkeys(name for row in table for name in row if name not in long)
     with (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names, extrasaction="ignore")
+        writer = csv.DictWriter(file, names, restval="", extrasaction="ignore")
         writer.writeheader()
         writer.writerows({name: escape(row[name]) for name in row} for row in table)
 

@@ -158,6 +158,9 @@ def test_subjects_and_slices_of_other_types(tmp_path):
     numbered = small_set(tmp_path / "numbered", subject=[0, 1, 2, 3], slice=[0.0, 1.0, None, -1.0])
     listing = open_folder(as_folder(numbered, NAMES), NAMES)
     assert sorted(file.subject for file in listing.files) == list("0123") and not listing.problems
+    some = small_set(tmp_path / "some", image_id=["I7", None, None, None])
+    scans = {file.subject: file.scan for file in open_folder(as_folder(some, NAMES), NAMES).files}
+    assert scans == {"a": "I7", "b": "b", "c": "c", "d": "d"}, "without an image ID the subject stands for it"
     floats = small_set(tmp_path / "floats", subject=[1.0, 2.0, 3.0, float("nan")])
     with pytest.raises(DataError, match="row 3 has no subject"):
         as_folder(floats, NAMES)
