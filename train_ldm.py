@@ -38,7 +38,7 @@ def main() -> None:
 
     # ---- Models, data and latents --------------------------------------------------------------------------
     vae_name = cfg.vae or cfg.init_from or "runs/vae"
-    start = load_base(cfg.init_from, vae=cfg.vae, **cfg.base_options) if cfg.init_from else None
+    start = load_base(cfg.init_from, note=run.print, **cfg.base_options) if cfg.init_from else None
     vae = start.vae if start else load_autoencoder(vae_name)
     if vae.config.latents_mean is None and not cfg.measure_latents:
         raise UserError(f"--vae {vae_name}: its latents are not measured; fine-tune it with train_vae.py")

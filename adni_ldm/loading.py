@@ -101,6 +101,7 @@ def load_base(
     vae: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> ClassConditionalLDMPipeline:
     """Load what train_ldm.py fine-tunes: a pipeline of its own, or Stable Diffusion as one.
 
@@ -112,27 +113,34 @@ def load_base(
         class_names, class_prompts, tokens_per_class: of the class tokens; a pipeline of train_ldm.py has its
             own.
         vae: name of an autoencoder in place of the pipeline's, which is then not loaded.
+        note: called with the prompts that the class tokens start at.
 
-    Raises UserError if there is no such pipeline, or it does not fit.
+    Raises UserError if there is no such pipeline, it does not fit, or it cannot use `class_prompts`.
     """
     other = load_autoencoder(vae) if vae else None
     if not _is_single_file(name) and _is_own(_load(partial(_read_index, revision), name, *BASE)):
+        if class_prompts:
+            raise UserError(
+                f"--class_prompts: {name} has class tokens that were trained, and no text encoder; omit them"
+            )
         given = {"vae": other} if other else {}
         return load_pipeline(name, revision=revision, variant=variant, **given)
 
     def from_parts(name: str, **_) -> ClassConditionalLDMPipeline:
         if _is_single_file(name):
             parts = stable_diffusion.load_single_file(name)
+            channels = parts["vae"].config.latent_channels
             parts["vae"] = other or _to_grey(name, _of_slices(parts["vae"]), None)
         else:
             folder = model_folder(name, revision, stable_diffusion.files(variant, without_vae=bool(other)))
             parts = stable_diffusion.load_parts(name, folder, variant)
+            channels = AutoencoderKL.load_config(folder / "vae")["latent_channels"]
             parts["vae"] = other or load_autoencoder(name, revision, variant)
         unet, scheduler = parts["unet"], stable_diffusion.to_ddim(name, parts["scheduler"])
-        stable_diffusion.check_unet(name, unet, parts["vae"].config.latent_channels)
+        stable_diffusion.check_unet(name, unet, channels)  # of its own latents, and not of another VAE's
         unet.register_to_config(_base_model=stable_diffusion.describe_base(name, revision))
         classes = (class_names, class_prompts or {}, tokens_per_class)
-        tokens = stable_diffusion.class_tokens(name, parts, *classes)
+        tokens = stable_diffusion.class_tokens(name, parts, *classes, note)
         return ClassConditionalLDMPipeline(parts["vae"], unet, tokens, scheduler)
 
     return _load(from_parts, name, *BASE)

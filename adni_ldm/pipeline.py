@@ -261,6 +261,8 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         timesteps, train_steps = self.scheduler.timesteps, self.scheduler.config.num_train_timesteps
         self._num_timesteps = len(timesteps)
         values = timesteps.tolist()
+        if values[0] >= train_steps:  # steps_offset, which Stable Diffusion's schedule has
+            raise ValueError(f"{num_inference_steps=} starts after the last timestep; give fewer")
         latents = latents * self.scheduler.init_noise_sigma
         with self.progress_bar(total=num_inference_steps) as progress:
             for step, (timestep, value, following) in enumerate(zip(timesteps, values, [*values[1:], -1])):

@@ -7,7 +7,7 @@ part of the folder, and no code in it. The text encoder is used once and dropped
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,18 +160,25 @@ def class_tokens(
     class_names: Sequence[str],
     prompts: Mapping[str, str],
     tokens_per_class: int,
+    note: Callable[[str], None],
 ) -> ClassEmbedding:
     """A class embedding that starts at the text encoder's output for a prompt of each class.
 
     The null class has the empty prompt. Without a text encoder the tokens are random, of unit variance as
-    after the layer normalization that ends CLIP's.
+    after the layer normalization that ends CLIP's. `note` is called with the prompts. Raises UserError if
+    the text encoder is not as wide as the U-Net reads, or there is none to encode `prompts`.
     """
     width = parts["unet"].config.cross_attention_dim
     embedding = ClassEmbedding(class_names, width, tokens_per_class)
     if parts.get("text_encoder") is None:
+        if prompts:
+            raise UserError(f"--class_prompts: {name} has no text encoder; omit them")
         return embedding
-    texts = [*(prompts.get(cls, default_prompt(cls)) for cls in class_names), ""]
-    tokens = encode_prompts(parts["tokenizer"], parts["text_encoder"], texts, tokens_per_class)
+    texts = {cls: prompts.get(cls, default_prompt(cls)) for cls in class_names}
+    note(f"class tokens start at the prompts {', '.join(f'{cls}={text!r}' for cls, text in texts.items())}")
+    tokens = encode_prompts(
+        parts["tokenizer"], parts["text_encoder"], [*texts.values(), ""], tokens_per_class
+    )
     if tokens.shape[-1] != width:
         raise UserError(
             f"{name}: its text encoder is {tokens.shape[-1]} wide, its U-Net reads {width}; {FITS}"

@@ -238,7 +238,8 @@ class TrainLDMConfig(TrainingConfig):
     class_prompts: list[str] = HfArg(
         default_factory=list,
         help="With Stable Diffusion in --init_from: prompts, such as AD='a brain with atrophy', whose text "
-        "embeddings the class tokens start at. The null class has the empty prompt.",
+        "embeddings the class tokens start at. Default: 'an MRI scan of the brain of a healthy control' and "
+        "the like, which are printed. The null class has the empty prompt.",
     )
     prediction_type: str | None = HfArg(
         default=None,
@@ -339,11 +340,16 @@ class TrainLDMConfig(TrainingConfig):
                     object.__setattr__(self, name, value)
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise UserError(NO_EPSILON)
+        if self.class_prompts and not self.init_from:
+            raise UserError("--class_prompts: there is no text encoder without --init_from")
         for prompt in self.class_prompts:
             name, _, text = prompt.partition("=")
             if name not in self.class_names or not text:
                 known = ", ".join(self.class_names)
                 raise UserError(f"--class_prompts {prompt!r}: expected CLASS=PROMPT, of the classes {known}")
+        prompted = [prompt.partition("=")[0] for prompt in self.class_prompts]
+        if twice := {name for name in prompted if prompted.count(name) > 1}:
+            raise UserError(f"--class_prompts: {', '.join(sorted(twice))} has two prompts; give one a class")
         check_at_least(0, self, "lora_rank", "latent_variants")
         check_at_least(1, self, "tokens_per_class")
         check_sampling(self)
@@ -354,7 +360,8 @@ class TrainLDMConfig(TrainingConfig):
     @property
     def base_options(self) -> dict:
         """How the pipeline of --init_from is loaded."""
-        options = {name: getattr(self, name) for name in ("tokens_per_class", "revision", "variant")}
+        names = ("vae", "tokens_per_class", "revision", "variant")
+        options = {name: getattr(self, name) for name in names}
         prompts = dict(prompt.split("=", 1) for prompt in self.class_prompts)
         return options | {"class_names": self.class_names, "class_prompts": prompts}
 

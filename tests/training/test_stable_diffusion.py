@@ -311,14 +311,49 @@ def test_what_the_file_of_a_lora_cannot_hold_is_refused(sd, run):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--class_prompts", "MCI=a brain"), "--class_prompts 'MCI=a brain': .* AD, NC"),
-        (("--class_prompts", "AD"), "expected CLASS=PROMPT"),
+        (("--init_from", "sd", "--class_prompts", "MCI=a brain"), "--class_prompts 'MCI=a brain': .* AD, NC"),
+        (("--init_from", "sd", "--class_prompts", "AD"), "expected CLASS=PROMPT"),
+        (("--init_from", "sd", "--class_prompts", "AD=a", "NC=b", "AD=c"), "AD has two prompts"),
+        (("--class_prompts", "AD=a brain"), "no text encoder without --init_from"),
         (("--tokens_per_class", "0"), "--tokens_per_class 0"),
     ],
 )
 def test_prompts_are_of_the_classes(words, message):
     with pytest.raises(UserError, match=message):
         parse_config(TrainLDMConfig, "", list(words))
+
+
+def test_the_prompts_of_the_class_tokens_are_told_and_need_a_text_encoder(sd, copy, run):
+    told = []
+    load_base(str(sd), ("AD", "MCI"), {"MCI": "a brain"}, note=told.append)
+    (told,) = told
+    assert "AD=\"an MRI scan of the brain of a patient with Alzheimer's disease\", MCI='a brain'" in told
+
+    given = {"AD": "a brain"}
+    own = run(train_ldm, "--init_from", sd, *LDM, *STILL)
+    with pytest.raises(UserError, match="class tokens that were trained, and no text encoder; omit"):
+        load_base(str(own), ("AD", "NC"), given)
+    edit(copy / "model_index.json", text_encoder=[None, None], tokenizer=[None, None])
+    with pytest.raises(UserError, match="copy has no text encoder; omit"):
+        load_base(str(copy), ("AD", "NC"), given)
+
+
+def test_latents_of_another_autoencoder_are_not_taken_for_an_inpainting_unet(sd, tmp_path, run):
+    """Of 9 channels as well, where the latents have 4."""
+    for channels in (3, 8):
+        vae = AutoencoderKL(block_out_channels=(32,), latent_channels=channels, latents_mean=[0.0] * channels)
+        vae.save_pretrained(tmp_path / str(channels))
+        with pytest.raises(
+            UserError, match=f"--vae: its latents have {channels} channels and the U-Net .* takes 4"
+        ):
+            run(train_ldm, "--init_from", sd, "--vae", tmp_path / str(channels), *LDM, *STILL)
+
+
+def test_more_steps_than_the_schedule_has_after_its_offset_are_refused(sd):
+    """Stable Diffusion's timesteps begin one later than DDIM's, so that of 1,000 the first is the 1,001st."""
+    pipeline = load_base(str(sd), ("AD", "NC"))
+    with pytest.raises(ValueError, match="num_inference_steps=1000 starts after the last timestep"):
+        pipeline("AD", num_inference_steps=1000)
 
 
 def test_prompts_fit_the_text_encoder(sd):
