@@ -24,9 +24,9 @@ from adni_ldm.generation import generate_images, image_seed
 from adni_ldm.loading import load_autoencoder, load_base
 from adni_ldm.models import ClassEmbedding, ConditionalDenoiser, build_denoiser, latent_shape
 from adni_ldm.pipeline import ClassConditionalLDMPipeline, normalize_latents
-from adni_ldm.training import conditioning, finetuning
+from adni_ldm.training import calibration, conditioning, finetuning
 from adni_ldm.training.batch_sampling import BatchRandom
-from adni_ldm.training.latents import LatentBatch, encode_posteriors
+from adni_ldm.training.latents import LatentBatch, LatentPosteriors, encode_posteriors
 from adni_ldm.training.losses import diffusion_loss
 from adni_ldm.training.run import TrainingRun
 
@@ -81,21 +81,20 @@ def main() -> None:
         validate_now, evaluate_now = run.every(cfg.validation_steps), run.every(cfg.evaluation_steps)
         if validate_now or evaluate_now:
             with run.ema_weights(), run.accelerator.autocast():
-                pipeline = build_pipeline(run, cfg, start, vae, denoiser, scheduler)
+                pipeline = build_pipeline(run, cfg, start, vae, denoiser, scheduler, latents)
                 if run.is_main and validate_now:
                     save_samples(pipeline, run.output_dir / "samples.png", cfg.seed)
                     batches = run.validation_batches(val_latents, count=256)
                     run.log(val_loss=validation_loss(pipeline, batches, loss_of))
                 if run.is_main and evaluate_now:
-                    figures = evaluate(pipeline)
-                    run.log(**figures)
+                    run.log(**(figures := evaluate(pipeline)))
                     save_best(pipeline, run.output_dir, run.updates, figures)
 
     # ---- Save the whole pipeline ---------------------------------------------------------------------------
     run.apply_ema()
     if cfg.lora_rank and run.is_main:
         finetuning.save_lora(denoiser, run.output_dir)
-    pipeline = build_pipeline(run, cfg, start, vae, denoiser, scheduler)
+    pipeline = build_pipeline(run, cfg, start, vae, denoiser, scheduler, latents)
     run.save(pipeline, f"pipeline in {cfg.output_dir}: python sample.py --class all --model {cfg.output_dir}")
     if cfg.push_to_hub and run.is_main:
         push_model(run.output_dir, cfg.hub_model_id, [run.data_dir], cfg.table, accept_privacy_risk=True)
@@ -169,14 +168,16 @@ def build_pipeline(
     vae: AutoencoderKL,
     denoiser: ConditionalDenoiser,
     scheduler: DDPMScheduler,
+    latents: LatentPosteriors,
 ) -> ClassConditionalLDMPipeline:
-    """The present weights as a pipeline, LoRA merged, with DDIM on the same noise schedule."""
+    """The present weights as a pipeline, LoRA merged, calibrated, with DDIM on the same noise schedule."""
     unet, tokens, conditions = (part and run.full_weights(part) for part in denoiser.parts)
     sampler = DDIMScheduler.from_config(scheduler.config)
     pipeline = ClassConditionalLDMPipeline(vae, finetuning.plain_unet(unet), tokens, sampler, conditions)
-    given = (cfg.num_inference_steps, cfg.guidance_scale, cfg.eta)
-    pipeline.register_to_config(**(start or pipeline).sampling_settings(*given))  # is sampled with, and saved
+    pipeline.register_to_config(**(start or pipeline).sampling_settings(*cfg.sampling))  # saved with it
     pipeline.set_progress_bar_config(disable=True)
+    if cfg.linear_calibration and not cfg.lora_rank and run.is_main:
+        calibration.calibrate(pipeline, latents, cfg.seed)
     return pipeline
 
 

@@ -214,8 +214,9 @@ def _autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
 
 def hash_pipeline(pipeline: ClassConditionalLDMPipeline) -> str:
-    """`hash_weights` of VAE, U-Net and embeddings: identifies the model that an image came from."""
-    parts = (pipeline.vae, pipeline.unet, pipeline.class_embedding, pipeline.condition_embedding)
+    """`hash_weights` of all that has weights: identifies the model that an image came from."""
+    parts = [pipeline.vae, pipeline.unet, pipeline.class_embedding, pipeline.condition_embedding]
+    parts.append(pipeline.linear_calibration)
     return hash_weights(*(part for part in parts if part is not None))
 
 

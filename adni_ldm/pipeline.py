@@ -98,6 +98,7 @@ CUSTOM = {
     "vae": ("slice_autoencoder", "SliceAutoencoder"),
     "class_embedding": ("class_embedding", "ClassEmbedding"),
     "condition_embedding": ("condition_embedding", "ConditionEmbedding"),
+    "linear_calibration": ("linear_calibration", "LinearCalibration"),
 }
 
 
@@ -120,13 +121,15 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         scheduler: any diffusers scheduler that has the training's noise schedule and `prediction_type`.
         condition_embedding: covariates (B, K) to tokens (B, K, D) that follow the class tokens; None for a
             model without conditions.
+        linear_calibration: combines the U-Net's prediction with that of the latents' mean and covariance;
+            None for a U-Net that predicts alone.
         num_inference_steps, guidance_scale, eta: the model's own sampling settings, saved with it in
             model_index.json, for calls that give no others. With η = 1 (ancestral sampling) and without
             guidance, samples vary within the classes as real slices do: docs/sampling.md.
     """
 
-    model_cpu_offload_seq = "class_embedding->condition_embedding->unet->vae"
-    _optional_components = ["condition_embedding"]
+    model_cpu_offload_seq = "class_embedding->condition_embedding->unet->linear_calibration->vae"
+    _optional_components = ["condition_embedding", "linear_calibration"]
     _callback_tensor_inputs = ["latents"]
     text_encoder_name = "class_embedding"  # in a LoRA file, class tokens take the text encoder's place
 
@@ -137,6 +140,7 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         class_embedding: ModelMixin,
         scheduler: SchedulerMixin,
         condition_embedding: ModelMixin | None = None,
+        linear_calibration: ModelMixin | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
         eta: float = 1.0,
@@ -144,7 +148,7 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
     ):
         super().__init__()
         self.register_modules(vae=vae, unet=unet, class_embedding=class_embedding, scheduler=scheduler)
-        self.register_modules(condition_embedding=condition_embedding)
+        self.register_modules(condition_embedding=condition_embedding, linear_calibration=linear_calibration)
         self.register_to_config(**self.sampling_settings(num_inference_steps, guidance_scale, eta))
         self.register_to_config(decoder_noise=decoder_noise)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) * getattr(vae, "patch_size", 1)
@@ -345,6 +349,8 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         if guided:
             unconditional, conditional = prediction.chunk(2)
             prediction = unconditional + guidance_scale * (conditional - unconditional)
+        if self.linear_calibration is not None:
+            prediction = self.linear_calibration(prediction, inputs[: len(latents)], timestep)
         return prediction
 
     def _missing_noise(self, latents, timestep: int, following: int, eta: float, generator):
@@ -519,8 +525,9 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
             embeddings["condition_embedding"] = tuned.to(own.device, own.dtype)
         self.load_lora_into_unet(weights, None, self.unet, adapter_name=adapter_name, _pipeline=self)
         if getattr(self, "_before_lora", None) is None:
-            self._before_lora = (own, self.condition_embedding, records)
-        self.register_modules(**embeddings)
+            self._before_lora = (own, self.condition_embedding, records, self.linear_calibration)
+        # What was fitted to the latents of other data, and to another U-Net, does not count any more.
+        self.register_modules(**embeddings, linear_calibration=None)
         self.unet.register_to_config(_trained_on=metadata.get("class_embedding.trained_on", records))
 
     def _condition_embedding_type(self) -> type:
@@ -535,8 +542,9 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         """Remove all LoRAs and restore the pipeline's own class names, class tokens and conditions."""
         super().unload_lora_weights()
         if getattr(self, "_before_lora", None) is not None:
-            classes, conditions, records = self._before_lora
+            classes, conditions, records, calibration = self._before_lora
             self.register_modules(class_embedding=classes, condition_embedding=conditions)
+            self.register_modules(linear_calibration=calibration)
             self.unet.register_to_config(_trained_on=records)
             self._before_lora = None
 

@@ -253,6 +253,12 @@ class TrainLDMConfig(TrainingConfig):
         help="Zero terminal SNR: the last timestep is pure noise (Lin et al. 2024, arXiv:2305.08891); "
         "requires v_prediction. Default: as in --init_from, else true.",
     )
+    linear_calibration: bool = HfArg(
+        default=True,
+        help="Combine the trained U-Net with the Wiener filter of the latents, by principal component and "
+        "timestep: samples vary more. Fitted in closed form; not with --lora_rank, whose file has no place "
+        "for it.",
+    )
     snr_gamma: float = HfArg(
         default=5.0, help="γ of min-SNR loss weighting (Hang et al. 2023, arXiv:2303.09556); 0 disables it."
     )
@@ -356,6 +362,11 @@ class TrainLDMConfig(TrainingConfig):
         for name in ("label_dropout", "condition_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)} must be in [0, 1)")
+
+    @property
+    def sampling(self) -> tuple[int | None, float | None, float | None]:
+        """Number of steps, guidance scale and η that the model is sampled with; None: its own."""
+        return self.num_inference_steps, self.guidance_scale, self.eta
 
     @property
     def base_options(self) -> dict:

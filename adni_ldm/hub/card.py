@@ -201,6 +201,8 @@ def _sizes(pipeline: ClassConditionalLDMPipeline) -> dict[str, str]:
             "conditions beside the class": embedding.describe(),
             "condition embedding": f"{count(embedding)}, a token for each condition",
         }
+    if calibration := pipeline.linear_calibration:
+        conditions["linear calibration"] = f"{calibration.config.rank} principal components of the latents"
     return {
         "slice": f"1 × {side} × {side}, greyscale",
         "latent": f"{unet.in_channels} × {latent} × {latent}",

@@ -20,6 +20,7 @@ ADMITTED = {
     "slice_autoencoder": ("SliceAutoencoder",),  # ours, as pipeline.py names them
     "class_embedding": ("ClassEmbedding",),
     "condition_embedding": ("ConditionEmbedding",),
+    "linear_calibration": ("LinearCalibration",),
 }
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # of text-to-image models; never loaded
 

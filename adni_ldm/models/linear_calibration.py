@@ -1,0 +1,115 @@
+"""The linear calibration of a denoiser: what mean and covariance of the latents add to its prediction.
+
+This file is saved with every pipeline that has one and loaded from there where adni_ldm is not installed, so
+it imports nothing of the package. `ModelMixin` must stay a name of this file: diffusers looks for it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import torch
+from diffusers import DDPMScheduler
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+
+SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr")
+
+
+class LinearCalibration(ModelMixin, ConfigMixin):
+    """Least-squares combination of the denoiser and the Wiener filter, by principal component and timestep.
+
+    Of latents z with mean μ and covariance Σ λᵢ uᵢuᵢᵀ, of which x = √ᾱ z + √(1−ᾱ) ε is seen, the denoiser
+    estimates the i-th principal component as bᵢ = uᵢᵀ (ẑ − μ), and the Wiener filter as
+
+        oᵢ = √ᾱ λᵢ / (ᾱ λᵢ + 1 − ᾱ) · uᵢᵀ (x − √ᾱ μ),
+
+    which is the best estimate if the latents are Gaussian. After a short training the denoiser's estimates
+    of the components are too small, and at high noise worse than the Wiener filter's, which a trained network
+    approaches there (Wang & Vastola 2024, arXiv:2412.09726): samples are then too much alike. αᵢ bᵢ + βᵢ oᵢ
+    takes their place, with the αᵢ and βᵢ of least squared error on training latents. Class and conditions act
+    by the bᵢ alone.
+
+    Args:
+        shape: (C, h, w) of the latents.
+        rank: number of principal components that are calibrated, of largest variance; all others stay the
+            denoiser's.
+        timesteps: of the α and β, rising; those of timesteps between them are interpolated, and at 0 nothing
+            is changed.
+        schedule: entries `SCHEDULE` of the training's DDPMScheduler.
+        prediction_type: "v_prediction" or "epsilon".
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        shape: Sequence[int],
+        rank: int,
+        timesteps: Sequence[int],
+        schedule: Mapping[str, object],
+        prediction_type: str = "v_prediction",
+    ):
+        super().__init__()
+        elements = torch.Size(shape).numel()
+        self.register_buffer("mean", torch.zeros(elements))
+        self.register_buffer("components", torch.zeros(rank, elements))  # orthonormal rows uᵢ
+        self.register_buffer("variances", torch.ones(rank))  # λᵢ
+        unchanged = torch.tensor([1.0, 0.0]).expand(len(timesteps), rank, 2)
+        self.register_buffer("weights", unchanged.clone())  # α and β of each timestep and component
+
+    @functools.cached_property
+    def alphas_cumprod(self) -> torch.Tensor:
+        """ᾱ (T,) in float32, which a pipeline in half precision must not round: near 1 it has no digits."""
+        return DDPMScheduler(**self.config.schedule).alphas_cumprod
+
+    def coordinates(self, latents: torch.Tensor, signal: float | torch.Tensor = 1.0) -> torch.Tensor:
+        """Principal components (B, rank) of latents (B, C·h·w) about `signal` times their mean."""
+        return (latents - signal * self.mean.float()) @ self.components.float().T
+
+    def estimates(
+        self, prediction: torch.Tensor, noisy: torch.Tensor, timesteps: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`coordinates` of the clean latents, as `prediction` and as the Wiener filter estimate them.
+
+        Arguments as in `forward`.
+        """
+        signal, noise = self._rates(timesteps, noisy.device)  # √ᾱ and √(1−ᾱ), (B or 1, 1)
+        noisy, prediction = noisy.float().flatten(1), prediction.float().flatten(1)
+        if self.config.prediction_type == "v_prediction":
+            clean = signal * noisy - noise * prediction
+        else:
+            clean = (noisy - noise * prediction) / signal
+        variances = self.variances.float()
+        gain = signal * variances / (signal**2 * variances + noise**2)
+        return self.coordinates(clean), gain * self.coordinates(noisy, signal)
+
+    def forward(self, prediction: torch.Tensor, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """The calibrated prediction, ε or v (B, C, h, w) in float32.
+
+        Of the denoiser's `prediction` for `noisy` latents (B, C, h, w), of the variance that they have in
+        training, and `timesteps` (B,) or one of all.
+        """
+        with torch.autocast(noisy.device.type, enabled=False):
+            signal, noise = self._rates(timesteps, noisy.device)
+            own, filtered = self.estimates(prediction, noisy, timesteps)
+            alpha, beta = self._weights_at(timesteps, noisy.device).unbind(-1)
+            change = ((alpha - 1) * own + beta * filtered) @ self.components.float()  # of the clean latents
+            scale = -1 / noise if self.config.prediction_type == "v_prediction" else -signal / noise
+            return prediction.float() + (scale * change).view_as(prediction)
+
+    def _rates(self, timesteps: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        places = torch.as_tensor(timesteps).round().long().reshape(-1).cpu()
+        alphas = self.alphas_cumprod[places].to(device)[:, None]
+        return alphas.sqrt(), (1 - alphas).sqrt()
+
+    def _weights_at(self, timesteps: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """α and β (B or 1, rank, 2), interpolated."""
+        knots = torch.tensor([0, *self.config.timesteps], dtype=torch.float32)
+        places = torch.as_tensor(timesteps, dtype=torch.float32).reshape(-1).cpu()
+        upper = torch.searchsorted(knots, places).clamp(1, len(knots) - 1)  # (B,)
+        share = ((places - knots[upper - 1]) / (knots[upper] - knots[upper - 1])).clamp(0, 1)
+        weights = self.weights.float()
+        unchanged = torch.tensor([1.0, 0.0], device=weights.device).expand_as(weights[:1])
+        weights = torch.cat([unchanged, weights])
+        return torch.lerp(weights[upper - 1], weights[upper], share.to(device)[:, None, None])

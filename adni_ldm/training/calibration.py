@@ -1,0 +1,98 @@
+"""The linear calibration of a trained denoiser, fitted in closed form to its training latents."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import DDPMScheduler
+
+from adni_ldm.models.linear_calibration import SCHEDULE, LinearCalibration
+from adni_ldm.pipeline import ClassConditionalLDMPipeline, normalize_latents
+from adni_ldm.training.latents import LatentPosteriors
+
+MOST_SLICES = 4096  # that mean and covariance are computed of
+SLICES_PER_COMPONENT = 16  # at least: a component then belongs to many subjects
+MOST_COMPONENTS = 128
+FITTED = 256  # slices on which denoiser and Wiener filter are compared, at each timestep; a quarter at most
+BATCH = 32
+LEVELS = (0.05, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.97, 1.0)  # timesteps, as fractions of the schedule
+RIDGE = 1e-3  # of the mean square of both estimates
+
+
+@torch.no_grad()
+def calibrate(pipeline: ClassConditionalLDMPipeline, latents: LatentPosteriors, seed: int) -> None:
+    """Fit a `LinearCalibration` of the pipeline's denoiser, which has none yet, and add it, in place.
+
+    Mean and covariance are those of sampled training latents. At each of LEVELS the denoiser predicts FITTED
+    others with their class and conditions, and the weights of both estimates are those of least squared
+    error. On the same latents, components that are chance would seem to be known.
+
+    Where there are too few slices for one component, there is none.
+    """
+    unet, scheduler = pipeline.unet, DDPMScheduler.from_config(pipeline.scheduler.config)
+    count = min(len(latents), MOST_SLICES)
+    rank, fitted = min(MOST_COMPONENTS, count // SLICES_PER_COMPONENT), min(FITTED, count // 4)
+    if not rank:
+        return
+    generator = torch.Generator().manual_seed(seed)
+    batch = latents[torch.randperm(len(latents), generator=generator)[:count].tolist()]
+    mean, std = batch.posteriors[0, batch.indices].to(unet.device).unbind(1)
+    clean = normalize_latents(pipeline.vae, mean + std * _normal(mean.shape, generator, mean))  # (N, C, h, w)
+    timesteps = [round(level * scheduler.config.num_train_timesteps) - 1 for level in LEVELS]
+    schedule = {name: scheduler.config[name] for name in SCHEDULE}
+    options = (timesteps, schedule, scheduler.config.prediction_type)
+    calibration = LinearCalibration(tuple(clean.shape[1:]), rank, *options).to(unet.device)
+    fit_distribution(calibration, clean[fitted:].flatten(1))
+
+    clean = clean[:fitted]
+    conditions = None if batch.conditions is None else batch.conditions[:fitted]
+    tokens = pipeline.encode_classes(batch.labels[:fitted], conditions)  # (n, T, D)
+    truth = calibration.coordinates(clean.flatten(1))  # (n, rank)
+    for number, timestep in enumerate(timesteps):
+        estimates = []
+        for part, read in zip(clean.split(BATCH), tokens.split(BATCH)):
+            at = torch.full((len(part),), timestep, device=part.device)
+            noisy = scheduler.add_noise(part, _normal(part.shape, generator, part), at)
+            prediction = unet(noisy, at, encoder_hidden_states=read, return_dict=False)[0]
+            estimates.append(calibration.estimates(prediction, noisy, at))
+        own, filtered = map(torch.cat, zip(*estimates))
+        calibration.weights[number] = least_squares(own, filtered, truth, calibration.variances)
+    pipeline.register_modules(linear_calibration=calibration)
+
+
+def fit_distribution(calibration: LinearCalibration, latents: torch.Tensor) -> None:
+    """Set mean, principal components and variances to those of latents (N, C·h·w), in place.
+
+    The SVD is randomized (Halko et al. 2011, arXiv:0909.4061), with a fixed seed.
+    """
+    mean, rank = latents.mean(0), calibration.config.rank
+    about = latents - mean  # (N, C·h·w)
+    with torch.random.fork_rng(devices=[latents.device] if latents.is_cuda else []):
+        torch.manual_seed(0)
+        _, values, components = torch.svd_lowrank(about, min(rank + 8, *about.shape), niter=4)
+    calibration.mean.copy_(mean)
+    calibration.components.copy_(components.T[:rank])
+    calibration.variances.copy_(values[:rank].square() / len(about))
+
+
+def least_squares(
+    own: torch.Tensor, filtered: torch.Tensor, truth: torch.Tensor, variances: torch.Tensor
+) -> torch.Tensor:
+    """α and β (rank, 2) of least squared error of α own + β filtered, components (n, rank) of `variances`.
+
+    A component is fitted together with those whose place differs by at most a tenth, each with the same say:
+    their weights are alike, and chance is averaged. A ridge draws the weights to (1, 0), the denoiser as it
+    is: where both estimates are alike, and where the Wiener filter's is 0 because nothing but noise is seen.
+    """
+    both = torch.stack([own, filtered], dim=-1).double()  # (n, rank, 2)
+    products = torch.einsum("nri,nrj->rij", both, both)
+    missing = torch.einsum("nri,nr->ri", both, (truth - own).double())[..., None]
+    systems = torch.cat([products, missing], dim=-1) / variances[:, None, None]  # (rank, 2, 3)
+    near = [systems[place - place // 10 : place + place // 10 + 1].sum(0) for place in range(len(systems))]
+    products, missing = torch.stack(near).split([2, 1], dim=-1)
+    ridge = RIDGE * products.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None]
+    unchanged, identity = torch.tensor([1.0, 0.0]).to(products), torch.eye(2).to(products)
+    return (unchanged + torch.linalg.solve(products + ridge * identity, missing)[..., 0]).float()
+
+
+def _normal(shape: torch.Size, generator: torch.Generator, like: torch.Tensor) -> torch.Tensor:
+    return torch.randn(shape, generator=generator).to(like)

@@ -1,0 +1,136 @@
+"""The linear calibration of a training: fitted to its latents, resumed exactly, left out of a LoRA."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from stand_ins import make_pipeline
+
+import train_ldm
+from adni_ldm.generation import hash_pipeline
+from adni_ldm.models import build_autoencoder
+from adni_ldm.pipeline import ClassConditionalLDMPipeline
+from adni_ldm.training.calibration import calibrate, least_squares
+from adni_ldm.training.latents import LatentPosteriors
+
+COMMON = ("--image_size", 16, "--batch_size", 4, "--warmup_steps", 0, "--mixed_precision", "no")
+COMMON += ("--report_to", "none", "--validation_steps", 0)
+SHAPE = ("--unet_widths", 32, 64, "--token_dim", 16, "--layers_per_block", 1)
+STILL = ("--max_steps", 1, "--learning_rate", 1e-12, "--checkpointing_steps", 0)
+
+
+def load(folder):
+    return ClassConditionalLDMPipeline.from_pretrained(folder)
+
+
+def make_latents(count, seed=0):
+    """Posteriors of latents (4, 8, 8) of two classes, with three strong components."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.linalg.qr(torch.randn(256, 3, generator=torch.Generator().manual_seed(7))).Q
+    labels = torch.arange(count) % 2
+    factors = torch.randn(count, 3, generator=generator) * torch.tensor([8.0, 5.0, 3.0])
+    mean = torch.linspace(-1, 1, 256) + factors @ directions.T
+    mean = mean + 0.2 * torch.randn(count, 256, generator=generator)
+    posteriors = torch.stack([mean, torch.full_like(mean, 0.1)], dim=1).view(1, count, 2, 4, 8, 8)
+    return LatentPosteriors(posteriors, labels), directions
+
+
+def squared_error(pipeline, latents, timestep, calibration):
+    """Of v, on other slices and other noise than it was fitted with."""
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    clean = latents.posteriors[0, :, 0]
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(9))
+    at = torch.full((len(clean),), timestep)
+    noisy = scheduler.add_noise(clean, noise, at)
+    pipeline.register_modules(linear_calibration=calibration)
+    with torch.no_grad():
+        found = pipeline._predict(noisy, at, pipeline.encode_classes(latents.labels), 1)
+    return (found - scheduler.get_velocity(clean, noise, at)).square().mean().item()
+
+
+def test_it_lowers_the_error_of_the_denoiser_on_other_latents():
+    pipeline = make_pipeline()
+    pipeline.vae.register_to_config(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    latents, directions = make_latents(600)
+    others, _ = make_latents(100, seed=1)
+    calibrate(pipeline, latents, seed=0)
+    calibration = pipeline.linear_calibration
+    for timestep in (399, 699, 899):  # of which it has weights
+        before = squared_error(pipeline, others, timestep, None)
+        assert squared_error(pipeline, others, timestep, calibration) < 0.9 * before, timestep
+
+    # Its components are the strong ones.
+    assert (calibration.components[:3] @ directions).abs().diagonal() == pytest.approx([1, 1, 1], abs=0.02)
+    assert calibration.variances[:3].sqrt() == pytest.approx([8, 5, 3], rel=0.1)
+
+
+def test_weights_are_the_least_squares_solution_of_each_component():
+    """Against numpy's; in the first ten places a component is alone."""
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randn(400, 8, generator=generator)
+    own, filtered = (truth + 0.5 * torch.randn(truth.shape, generator=generator) for _ in range(2))
+    own = own * torch.linspace(0.2, 0.9, 8)
+    found = least_squares(own, filtered, truth, torch.ones(8))
+    for place, weights in enumerate(found):
+        both = np.stack([part[:, place].numpy() for part in (own, filtered)], axis=1)
+        expected = np.linalg.lstsq(both, truth[:, place].numpy(), rcond=None)[0]
+        assert weights.numpy() == pytest.approx(expected, rel=0.02)
+    nothing = least_squares(own, torch.zeros_like(own), own, torch.ones(8))
+    assert torch.allclose(nothing, torch.tensor([1.0, 0.0]).expand(8, 2)), "the denoiser as it is"
+
+
+def test_too_few_slices_have_no_calibration():
+    pipeline = make_pipeline()
+    calibrate(pipeline, make_latents(15)[0], seed=0)
+    assert pipeline.linear_calibration is None
+
+
+# ---- train_ldm.py ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vae_dir(tmp_path_factory):
+    torch.manual_seed(0)
+    vae = build_autoencoder(16, widths=(16, 32))
+    vae.register_to_config(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    vae.save_pretrained(folder := tmp_path_factory.mktemp("vae"))
+    return folder
+
+
+@pytest.fixture
+def words(vae_dir, phantom_dir):
+    return ("--vae", vae_dir, "--data_dir", phantom_dir, *COMMON, *SHAPE)
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one(words, run, tmp_path):
+    words = (*words, "--learning_rate", 1e-3, "--max_steps", 4, "--checkpointing_steps", 2)
+    run(train_ldm, *words, "--output_dir", tmp_path / "whole")
+    checkpoint = tmp_path / "whole/checkpoints/step-00000002"
+    run(train_ldm, *words, "--output_dir", tmp_path / "again", "--resume_from_checkpoint", checkpoint)
+    whole, again = load(tmp_path / "whole"), load(tmp_path / "again")
+    assert whole.linear_calibration.config.rank == 1, "a component for 16 of the 24 slices"
+    assert hash_pipeline(whole) == hash_pipeline(again)
+    whole.linear_calibration.mean += 0.01
+    assert hash_pipeline(whole) != hash_pipeline(again)
+
+
+def test_it_can_be_left_out(words, run, tmp_path):
+    run(train_ldm, *words, *STILL, "--output_dir", tmp_path, "--linear_calibration", "false")
+    assert load(tmp_path).linear_calibration is None and not (tmp_path / "linear_calibration").exists()
+
+
+def test_fine_tuning_fits_it_anew_and_a_lora_is_without_it(words, ad_nc_folder, run, tmp_path):
+    run(train_ldm, *words, *STILL, "--output_dir", tmp_path / "base")
+    base = load(tmp_path / "base")
+    own = base.linear_calibration
+    names = (f"{part}/{name}" for part in ("train", "test") for name in ("AD", "NC"))
+    subjects = {name: [f"{number}{place:03}" for place in range(9)] for number, name in enumerate(names, 1)}
+    start = ("--init_from", tmp_path / "base", "--data_dir", ad_nc_folder(subjects), *COMMON, *STILL)
+    run(train_ldm, *start, "--output_dir", tmp_path / "tuned")
+    assert not torch.equal(load(tmp_path / "tuned").linear_calibration.mean, own.mean)
+    run(train_ldm, *start, "--output_dir", tmp_path / "lora", "--lora_rank", 2)
+    assert load(tmp_path / "lora").linear_calibration is None
+    base.load_lora_weights(tmp_path / "lora")
+    assert base.linear_calibration is None, "it is of other data"
+    base.unload_lora_weights()
+    assert base.linear_calibration is own
