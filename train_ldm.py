@@ -81,7 +81,8 @@ def main() -> None:
         validate_now, evaluate_now = run.every(cfg.validation_steps), run.every(cfg.evaluation_steps)
         if validate_now or evaluate_now:
             with run.ema_weights(), run.accelerator.autocast():
-                pipeline = build_pipeline(run, cfg, start, vae, denoiser, scheduler, latents)
+                parts = (vae, denoiser, scheduler, latents if evaluate_now else None)
+                pipeline = build_pipeline(run, cfg, start, *parts)
                 if run.is_main and validate_now:
                     save_samples(pipeline, run.output_dir / "samples.png", cfg.seed)
                     batches = run.validation_batches(val_latents, count=256)
@@ -168,15 +169,14 @@ def build_pipeline(
     vae: AutoencoderKL,
     denoiser: ConditionalDenoiser,
     scheduler: DDPMScheduler,
-    latents: LatentPosteriors,
+    latents: LatentPosteriors | None,
 ) -> ClassConditionalLDMPipeline:
-    """The present weights as a pipeline, LoRA merged, calibrated, with DDIM on the same noise schedule."""
+    """The present weights as a pipeline, LoRA merged, calibrated on `latents`, with DDIM as its sampler."""
     unet, tokens, conditions = (part and run.full_weights(part) for part in denoiser.parts)
     sampler = DDIMScheduler.from_config(scheduler.config)
     pipeline = ClassConditionalLDMPipeline(vae, finetuning.plain_unet(unet), tokens, sampler, conditions)
     pipeline.register_to_config(**(start or pipeline).sampling_settings(*cfg.sampling))  # saved with it
-    pipeline.set_progress_bar_config(disable=True)
-    if cfg.linear_calibration and not cfg.lora_rank and run.is_main:
+    if latents and cfg.linear_calibration and not cfg.lora_rank and run.is_main:
         calibration.calibrate(pipeline, latents, cfg.seed)
     return pipeline
 

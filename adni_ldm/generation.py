@@ -76,6 +76,7 @@ def generate_images(
     of batched arithmetic). `precision` is "no", "fp16" or "bf16", of the U-Net alone; `options` are further
     arguments of the pipeline's call.
     """
+    pipeline.set_progress_bar_config(disable=True)  # of the steps of a batch
     for first in range(0, len(labels), batch_size):
         batch = slice(first, first + batch_size)
         # seeded on the CPU: a seed gives the same noise on every machine

@@ -15,6 +15,7 @@ import yaml
 
 from adni_ldm.models import ClassEmbedding, ConditionalDenoiser, build_autoencoder, build_denoiser
 from adni_ldm.precision import choose_precision, has_bf16
+from adni_ldm.training.calibration import FITTED, LEVELS
 from adni_ldm.training.optimizer import build_optimizer
 
 SAMPLES, STEPS, BATCH = 128, 50, 16  # both classes of `make demo`, a model's own steps, a batch
@@ -51,7 +52,9 @@ def main() -> None:
         "diffusion model": ldm["max_steps"] * seconds_of(training_step(denoiser, ldm, denoise)),
     }
     with torch.no_grad():
-        seconds["samples"] = STEPS * SAMPLES / BATCH * seconds_of(with_autocast(denoise))
+        passes = seconds_of(with_autocast(denoise))
+        seconds["diffusion model"] += len(LEVELS) * FITTED / BATCH * passes
+        seconds["samples"] = STEPS * SAMPLES / BATCH * passes
     seconds["everything else"] = OTHER_SECONDS
     parts = ", ".join(f"{name} {value / 60:.0f}" for name, value in seconds.items())
     machine = f"{torch.get_num_threads()} threads, {'with' if has_bf16() else 'without'} bf16 instructions"
