@@ -22,7 +22,15 @@ SETTINGS += " --max_steps 3 --warmup_steps 0 --log_steps 1 --mixed_precision no 
 SETTINGS += " --validation_steps 0 --checkpointing_steps 2 --ema_halflife_images 8"
 LATEST = ("--resume_from_checkpoint", "latest")
 LEFT_BY_A_RUN = {"checkpoints", "metrics.csv", "loss.png", "run.json", "training_config.json"}
-MODEL = {"model_index.json", "pipeline.py", "vae", "unet", "class_embedding", "scheduler"}
+MODEL = {
+    "model_index.json",
+    "pipeline.py",
+    "vae",
+    "unet",
+    "class_embedding",
+    "scheduler",
+    "linear_calibration",
+}
 
 
 @pytest.fixture(scope="module")
