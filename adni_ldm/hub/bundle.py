@@ -125,7 +125,6 @@ def read_samples(samples: Path) -> pd.DataFrame:
 def _save_previews(pipeline: ClassConditionalLDMPipeline, folder: Path) -> list[str]:
     """Samples of each class, each in its own file so that the leak scan compares each with the data."""
     (folder / "previews").mkdir(parents=True)
-    pipeline.set_progress_bar_config(disable=True)
     seeds = [image_seed(0, index) for index in range(PREVIEWS)]
     names = []
     for label, name in enumerate(pipeline.class_embedding.config.class_names):

@@ -68,13 +68,12 @@ class LinearCalibration(ModelMixin, ConfigMixin):
         return (latents - signal * self.mean.float()) @ self.components.float().T
 
     def estimates(
-        self, prediction: torch.Tensor, noisy: torch.Tensor, timesteps: torch.Tensor
+        self, prediction: torch.Tensor, noisy: torch.Tensor, signal: torch.Tensor, noise: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`coordinates` of the clean latents, as `prediction` and as the Wiener filter estimate them.
 
-        Arguments as in `forward`.
+        Prediction and noisy latents as in `forward`, with the `rates` of their timesteps.
         """
-        signal, noise = self._rates(timesteps, noisy.device)  # √ᾱ and √(1−ᾱ), (B or 1, 1)
         noisy, prediction = noisy.float().flatten(1), prediction.float().flatten(1)
         if self.config.prediction_type == "v_prediction":
             clean = signal * noisy - noise * prediction
@@ -91,19 +90,20 @@ class LinearCalibration(ModelMixin, ConfigMixin):
         training, and `timesteps` (B,) or one of all.
         """
         with torch.autocast(noisy.device.type, enabled=False):
-            signal, noise = self._rates(timesteps, noisy.device)
-            own, filtered = self.estimates(prediction, noisy, timesteps)
-            alpha, beta = self._weights_at(timesteps, noisy.device).unbind(-1)
+            signal, noise = self.rates(timesteps)
+            own, filtered = self.estimates(prediction, noisy, signal, noise)
+            alpha, beta = self._weights_at(timesteps).unbind(-1)
             change = ((alpha - 1) * own + beta * filtered) @ self.components.float()  # of the clean latents
             scale = -1 / noise if self.config.prediction_type == "v_prediction" else -signal / noise
             return prediction.float() + (scale * change).view_as(prediction)
 
-    def _rates(self, timesteps: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def rates(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """√ᾱ and √(1−ᾱ) of timesteps, (B, 1), or (1, 1) of one."""
         places = torch.as_tensor(timesteps).round().long().reshape(-1).cpu()
-        alphas = self.alphas_cumprod[places].to(device)[:, None]
+        alphas = self.alphas_cumprod[places].to(self.mean.device)[:, None]
         return alphas.sqrt(), (1 - alphas).sqrt()
 
-    def _weights_at(self, timesteps: torch.Tensor, device: torch.device) -> torch.Tensor:
+    def _weights_at(self, timesteps: torch.Tensor) -> torch.Tensor:
         """α and β (B or 1, rank, 2), interpolated."""
         knots = torch.tensor([0, *self.config.timesteps], dtype=torch.float32)
         places = torch.as_tensor(timesteps, dtype=torch.float32).reshape(-1).cpu()
@@ -112,4 +112,4 @@ class LinearCalibration(ModelMixin, ConfigMixin):
         weights = self.weights.float()
         unchanged = torch.tensor([1.0, 0.0], device=weights.device).expand_as(weights[:1])
         weights = torch.cat([unchanged, weights])
-        return torch.lerp(weights[upper - 1], weights[upper], share.to(device)[:, None, None])
+        return torch.lerp(weights[upper - 1], weights[upper], share.to(weights.device)[:, None, None])

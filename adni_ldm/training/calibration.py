@@ -10,7 +10,7 @@ from adni_ldm.pipeline import ClassConditionalLDMPipeline, normalize_latents
 from adni_ldm.training.latents import LatentPosteriors
 
 MOST_SLICES = 4096  # that mean and covariance are computed of
-SLICES_PER_COMPONENT = 16  # at least: a component then belongs to many subjects
+SLICES_PER_COMPONENT = 16  # at least
 MOST_COMPONENTS = 128
 FITTED = 256  # slices on which denoiser and Wiener filter are compared, at each timestep; a quarter at most
 BATCH = 32
@@ -20,19 +20,30 @@ RIDGE = 1e-3  # of the mean square of both estimates
 
 @torch.no_grad()
 def calibrate(pipeline: ClassConditionalLDMPipeline, latents: LatentPosteriors, seed: int) -> None:
-    """Fit a `LinearCalibration` of the pipeline's denoiser, which has none yet, and add it, in place.
+    """Fit a calibration of the pipeline's denoiser, which has none yet, and add it, in place.
+
+    In float32, whatever autocast is on: half precision has too few digits for a covariance.
+    """
+    with torch.autocast(pipeline.unet.device.type, enabled=False):
+        pipeline.register_modules(linear_calibration=fit_calibration(pipeline, latents, seed))
+
+
+def fit_calibration(
+    pipeline: ClassConditionalLDMPipeline, latents: LatentPosteriors, seed: int
+) -> LinearCalibration | None:
+    """The `LinearCalibration` of a denoiser, which is used as it is, without one.
 
     Mean and covariance are those of sampled training latents. At each of LEVELS the denoiser predicts FITTED
     others with their class and conditions, and the weights of both estimates are those of least squared
     error. On the same latents, components that are chance would seem to be known.
 
-    Where there are too few slices for one component, there is none.
+    None where there are too few slices for one component.
     """
     unet, scheduler = pipeline.unet, DDPMScheduler.from_config(pipeline.scheduler.config)
     count = min(len(latents), MOST_SLICES)
     rank, fitted = min(MOST_COMPONENTS, count // SLICES_PER_COMPONENT), min(FITTED, count // 4)
     if not rank:
-        return
+        return None
     generator = torch.Generator().manual_seed(seed)
     batch = latents[torch.randperm(len(latents), generator=generator)[:count].tolist()]
     mean, std = batch.posteriors[0, batch.indices].to(unet.device).unbind(1)
@@ -53,10 +64,10 @@ def calibrate(pipeline: ClassConditionalLDMPipeline, latents: LatentPosteriors, 
             at = torch.full((len(part),), timestep, device=part.device)
             noisy = scheduler.add_noise(part, _normal(part.shape, generator, part), at)
             prediction = unet(noisy, at, encoder_hidden_states=read, return_dict=False)[0]
-            estimates.append(calibration.estimates(prediction, noisy, at))
+            estimates.append(calibration.estimates(prediction, noisy, *calibration.rates(at)))
         own, filtered = map(torch.cat, zip(*estimates))
         calibration.weights[number] = least_squares(own, filtered, truth, calibration.variances)
-    pipeline.register_modules(linear_calibration=calibration)
+    return calibration
 
 
 def fit_distribution(calibration: LinearCalibration, latents: torch.Tensor) -> None:

@@ -77,10 +77,10 @@ def test_weights_of_one_and_zero_change_nothing_and_others_are_interpolated():
     set_weights(calibration, 1.0, 0.0)
     calibration.weights[1] = torch.tensor([0.0, 0.8])  # at timestep 900
     for timestep, alpha, beta in ((900, 0.0, 0.8), (650, 0.5, 0.4), (400, 1.0, 0.0), (200, 1.0, 0.0)):
-        weights = calibration._weights_at(torch.tensor(timestep), noisy.device)
+        weights = calibration._weights_at(torch.tensor(timestep))
         assert torch.allclose(weights, torch.tensor([alpha, beta]).expand(1, 3, 2)), timestep
     set_weights(calibration, 0.0, 1.0)
-    weights = calibration._weights_at(torch.tensor([0, 100, 999, 650.5]), noisy.device)[:, 0]
+    weights = calibration._weights_at(torch.tensor([0, 100, 999, 650.5]))[:, 0]
     assert torch.allclose(weights, torch.tensor([[1.0, 0.0], [0.75, 0.25], [0.0, 1.0], [0.0, 1.0]]))
 
 

@@ -81,6 +81,18 @@ def test_weights_are_the_least_squares_solution_of_each_component():
     assert torch.allclose(nothing, torch.tensor([1.0, 0.0]).expand(8, 2)), "the denoiser as it is"
 
 
+def test_it_is_fitted_in_float32_where_autocast_is_on():
+    """As in an online evaluation with mixed precision."""
+    pipeline, (latents, _) = make_pipeline(), make_latents(200)
+    calibrate(pipeline, latents, seed=0)
+    expected = pipeline.linear_calibration.state_dict()
+    pipeline.register_modules(linear_calibration=None)
+    with torch.autocast("cpu", torch.bfloat16):
+        calibrate(pipeline, latents, seed=0)
+    found = pipeline.linear_calibration.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_too_few_slices_have_no_calibration():
     pipeline = make_pipeline()
     calibrate(pipeline, make_latents(15)[0], seed=0)
