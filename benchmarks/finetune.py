@@ -8,7 +8,8 @@ autoencoder and the denoiser are trained from scratch, fine-tuned from the model
 with a LoRA of the denoiser: with the same networks, batch sizes and number of updates, and nearly the same
 time. With --text_model the model is a small Stable Diffusion, text-conditioned and trained here, unless the
 folder is there, on 400 subjects of sagittal and coronal T1. The cohort is then axial and T2-like, the
-autoencoder is fine-tuned with --decoder_only, and a tenth of all updates is a row too.
+autoencoder is fine-tuned with --decoder_only, and both ways have rows of a quarter and a tenth of the
+updates.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--model", default="runs/demo/ldm", help="pipeline to start from")
     parser.add_argument("--text_model", type=Path, help="text-conditioned pipeline to start from")
     parser.add_argument("--text_vae_steps", type=int, default=1500, help="updates of its autoencoder")
-    parser.add_argument("--text_steps", type=int, default=2000, help="updates of its denoiser")
+    parser.add_argument("--text_steps", type=int, default=2500, help="updates of its denoiser")
     parser.add_argument("--text_subjects", type=int, default=400, help="subjects that it is trained on")
     parser.add_argument("--image_size", type=int, default=64, help="side of its slices, pixels")
     parser.add_argument("--vae_steps", type=int, default=300, help="updates of an autoencoder")
@@ -76,10 +77,15 @@ def main() -> None:
         ]
         recipes = Recipes(work, options, pipeline, model)
         lora = {"lora_rank": options.lora_rank}
-        arms = [("from scratch", False, 1, recipes.shape_of_denoiser()), ("fine-tuned", True, 1, {})]
+        shares = {1: "", 4: ", a quarter of the updates", 10: ", a tenth of the updates"}
+        ways = {False: ("from scratch", recipes.shape_of_denoiser()), True: ("fine-tuned", {})}
+        arms = [
+            (title + share, tuned, part, more)
+            for tuned, (title, more) in ways.items()
+            for part, share in shares.items()
+            if text or part == 1
+        ]
         arms.append((f"LoRA of rank {options.lora_rank}", True, 1, lora))
-        if text:
-            arms.insert(1, ("fine-tuned, a tenth of the updates", True, 10, {}))
         for title, tuned, part, more in arms:
             runs = [
                 recipes.run(f"{len(rows)}-{seed}", tuned, part, more, seed) for seed in range(options.repeats)
