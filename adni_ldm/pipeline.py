@@ -360,13 +360,17 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         then omits their posterior variance, and latents lose it step by step: with 50 steps and an exact
         denoiser, 6 % of the standard deviation of directions of unit variance and 16 % of those of 0.1, the
         finest ones. β, which adds the rest, is right for latents of unit variance (Ho et al. 2020,
-        arXiv:2006.11239, section 3.2): 1 % and 3 %. Not at the last step, after which nothing removes noise.
+        arXiv:2006.11239, section 3.2): 1 % and 3 %, but 6 % of those of variance 100. A linear calibration
+        knows the posterior variances (Bao et al. 2022, arXiv:2201.06503, theorem 1, by direction). Not at
+        the last step, after which nothing removes noise.
         """
         if not eta or following < 0 or not isinstance(self.scheduler, (DDIMScheduler, DDIMParallelScheduler)):
             return 0
         now, then = self.scheduler.alphas_cumprod[[timestep, following]].tolist()
         variance = (1 - now / then) * (then - now) / (1 - now)  # β − β̃
         noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+        if self.linear_calibration is not None:
+            noise = self.linear_calibration.posterior_noise(noise, timestep)
         return eta * variance**0.5 * noise
 
     def _step_kwargs(self, eta: float, generator) -> dict[str, Any]:

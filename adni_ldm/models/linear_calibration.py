@@ -29,7 +29,8 @@ class LinearCalibration(ModelMixin, ConfigMixin):
     of the components are too small, and at high noise worse than the Wiener filter's, which a trained network
     approaches there (Wang & Vastola 2024, arXiv:2412.09726): samples are then too much alike. αᵢ bᵢ + βᵢ oᵢ
     takes their place, with the αᵢ and βᵢ of least squared error on training latents. Class and conditions act
-    by the bᵢ alone.
+    by the bᵢ alone. What error is left is the posterior variance, from which ancestral sampling draws
+    (`posterior_noise`).
 
     Args:
         shape: (C, h, w) of the latents.
@@ -57,6 +58,8 @@ class LinearCalibration(ModelMixin, ConfigMixin):
         self.register_buffer("variances", torch.ones(rank))  # λᵢ
         unchanged = torch.tensor([1.0, 0.0]).expand(len(timesteps), rank, 2)
         self.register_buffer("weights", unchanged.clone())  # α and β of each timestep and component
+        # Mean squared error of each component's estimate, and of an element of all other directions.
+        self.register_buffer("errors", torch.ones(len(timesteps), rank + 1))
 
     @functools.cached_property
     def alphas_cumprod(self) -> torch.Tensor:
@@ -67,21 +70,23 @@ class LinearCalibration(ModelMixin, ConfigMixin):
         """Principal components (B, rank) of latents (B, C·h·w) about `signal` times their mean."""
         return (latents - signal * self.mean.float()) @ self.components.float().T
 
-    def estimates(
+    def clean_latents(
         self, prediction: torch.Tensor, noisy: torch.Tensor, signal: torch.Tensor, noise: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`coordinates` of the clean latents, as `prediction` and as the Wiener filter estimate them.
+    ) -> torch.Tensor:
+        """The denoiser's estimate ẑ (B, C·h·w) of the clean latents.
 
         Prediction and noisy latents as in `forward`, with the `rates` of their timesteps.
         """
         noisy, prediction = noisy.float().flatten(1), prediction.float().flatten(1)
         if self.config.prediction_type == "v_prediction":
-            clean = signal * noisy - noise * prediction
-        else:
-            clean = (noisy - noise * prediction) / signal
+            return signal * noisy - noise * prediction
+        return (noisy - noise * prediction) / signal
+
+    def wiener(self, noisy: torch.Tensor, signal: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """The Wiener filter's estimates oᵢ (B, rank) from noisy latents of those `rates`."""
         variances = self.variances.float()
         gain = signal * variances / (signal**2 * variances + noise**2)
-        return self.coordinates(clean), gain * self.coordinates(noisy, signal)
+        return gain * self.coordinates(noisy.float().flatten(1), signal)
 
     def forward(self, prediction: torch.Tensor, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """The calibrated prediction, ε or v (B, C, h, w) in float32.
@@ -91,11 +96,24 @@ class LinearCalibration(ModelMixin, ConfigMixin):
         """
         with torch.autocast(noisy.device.type, enabled=False):
             signal, noise = self.rates(timesteps)
-            own, filtered = self.estimates(prediction, noisy, signal, noise)
-            alpha, beta = self._weights_at(timesteps).unbind(-1)
+            own = self.coordinates(self.clean_latents(prediction, noisy, signal, noise))
+            filtered = self.wiener(noisy, signal, noise)
+            alpha, beta = self._at(timesteps, self.weights, (1.0, 0.0)).unbind(-1)
             change = ((alpha - 1) * own + beta * filtered) @ self.components.float()  # of the clean latents
             scale = -1 / noise if self.config.prediction_type == "v_prediction" else -signal / noise
             return prediction.float() + (scale * change).view_as(prediction)
+
+    def posterior_noise(self, noise: torch.Tensor, timestep: int) -> torch.Tensor:
+        """Noise as the posterior of the clean latents at a timestep has it, of white noise (B, C, h, w).
+
+        In units of √(1−ᾱ), which is the posterior's standard deviation where latents have unit variance.
+        """
+        with torch.autocast(noise.device.type, enabled=False):
+            scale = self._at(timestep, self.errors, 0.0).sqrt() / self.rates(timestep)[1]  # (1, rank + 1)
+            components, rest = scale.split([self.config.rank, 1], dim=1)
+            white = noise.float().flatten(1)
+            change = ((components - rest) * (white @ self.components.float().T)) @ self.components.float()
+            return (rest * white + change).view_as(noise).to(noise.dtype)
 
     def rates(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """√ᾱ and √(1−ᾱ) of timesteps, (B, 1), or (1, 1) of one."""
@@ -103,13 +121,14 @@ class LinearCalibration(ModelMixin, ConfigMixin):
         alphas = self.alphas_cumprod[places].to(self.mean.device)[:, None]
         return alphas.sqrt(), (1 - alphas).sqrt()
 
-    def _weights_at(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """α and β (B or 1, rank, 2), interpolated."""
+    def _at(
+        self, timesteps: int | torch.Tensor, table: torch.Tensor, clean: float | tuple[float, ...]
+    ) -> torch.Tensor:
+        """Rows (B or 1, …) of a table of `timesteps`, interpolated; `clean` fills that of timestep 0."""
         knots = torch.tensor([0, *self.config.timesteps], dtype=torch.float32)
         places = torch.as_tensor(timesteps, dtype=torch.float32).reshape(-1).cpu()
         upper = torch.searchsorted(knots, places).clamp(1, len(knots) - 1)  # (B,)
         share = ((places - knots[upper - 1]) / (knots[upper] - knots[upper - 1])).clamp(0, 1)
-        weights = self.weights.float()
-        unchanged = torch.tensor([1.0, 0.0], device=weights.device).expand_as(weights[:1])
-        weights = torch.cat([unchanged, weights])
-        return torch.lerp(weights[upper - 1], weights[upper], share.to(weights.device)[:, None, None])
+        rows = torch.cat([torch.tensor(clean, device=table.device).expand_as(table[:1]), table.float()])
+        share = share.to(table.device).view(-1, *[1] * (table.ndim - 1))
+        return torch.lerp(rows[upper - 1], rows[upper], share)

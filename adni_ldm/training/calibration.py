@@ -41,7 +41,9 @@ def fit_calibration(
     """
     unet, scheduler = pipeline.unet, DDPMScheduler.from_config(pipeline.scheduler.config)
     count = min(len(latents), MOST_SLICES)
-    rank, fitted = min(MOST_COMPONENTS, count // SLICES_PER_COMPONENT), min(FITTED, count // 4)
+    elements = latents.posteriors[0, 0, 0].numel()
+    rank = min(MOST_COMPONENTS, count // SLICES_PER_COMPONENT, elements - 1)
+    fitted = min(FITTED, count // 4)
     if not rank:
         return None
     generator = torch.Generator().manual_seed(seed)
@@ -59,14 +61,21 @@ def fit_calibration(
     tokens = pipeline.encode_classes(batch.labels[:fitted], conditions)  # (n, T, D)
     truth = calibration.coordinates(clean.flatten(1))  # (n, rank)
     for number, timestep in enumerate(timesteps):
-        estimates = []
+        estimates, missed = [], []
         for part, read in zip(clean.split(BATCH), tokens.split(BATCH)):
             at = torch.full((len(part),), timestep, device=part.device)
             noisy = scheduler.add_noise(part, _normal(part.shape, generator, part), at)
             prediction = unet(noisy, at, encoder_hidden_states=read, return_dict=False)[0]
-            estimates.append(calibration.estimates(prediction, noisy, *calibration.rates(at)))
+            rates = calibration.rates(at)
+            found = calibration.clean_latents(prediction, noisy, *rates)
+            missed.append((part.flatten(1) - found).square().sum(1))  # (B,)
+            estimates.append((calibration.coordinates(found), calibration.wiener(noisy, *rates)))
         own, filtered = map(torch.cat, zip(*estimates))
-        calibration.weights[number] = least_squares(own, filtered, truth, calibration.variances)
+        weights = least_squares(own, filtered, truth, calibration.variances)
+        others = torch.cat(missed) - (truth - own).square().sum(1)
+        errors = (truth - weights[:, 0] * own - weights[:, 1] * filtered).square().mean(0)
+        calibration.weights[number] = weights
+        calibration.errors[number] = torch.cat([errors, others.mean(0, keepdim=True) / (elements - rank)])
     return calibration
 
 

@@ -77,10 +77,11 @@ def test_weights_of_one_and_zero_change_nothing_and_others_are_interpolated():
     set_weights(calibration, 1.0, 0.0)
     calibration.weights[1] = torch.tensor([0.0, 0.8])  # at timestep 900
     for timestep, alpha, beta in ((900, 0.0, 0.8), (650, 0.5, 0.4), (400, 1.0, 0.0), (200, 1.0, 0.0)):
-        weights = calibration._weights_at(torch.tensor(timestep))
+        weights = calibration._at(torch.tensor(timestep), calibration.weights, (1.0, 0.0))
         assert torch.allclose(weights, torch.tensor([alpha, beta]).expand(1, 3, 2)), timestep
     set_weights(calibration, 0.0, 1.0)
-    weights = calibration._weights_at(torch.tensor([0, 100, 999, 650.5]))[:, 0]
+    places = torch.tensor([0, 100, 999, 650.5])
+    weights = calibration._at(places, calibration.weights, (1.0, 0.0))[:, 0]
     assert torch.allclose(weights, torch.tensor([[1.0, 0.0], [0.75, 0.25], [0.0, 1.0], [0.0, 1.0]]))
 
 
@@ -92,6 +93,21 @@ def test_each_latent_has_its_timestep():
     rows = (slice(0, 1), slice(1, 2))
     each = [calibration(prediction[row], noisy[row], step) for row, step in zip(rows, timesteps)]
     assert torch.allclose(calibration(prediction, noisy, timesteps), torch.cat(each), atol=1e-5)
+
+
+def test_posterior_noise_has_the_errors_of_its_directions():
+    scheduler = make_scheduler("v_prediction")
+    calibration = make_calibration(scheduler)
+    calibration.errors[1] = torch.tensor([2.0, 1.0, 0.5, 0.1])  # at timestep 900; 1 at the others
+    white = torch.randn(5, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    noise = calibration.posterior_noise(white, 900) * (1 - scheduler.alphas_cumprod[900]).sqrt()
+    part, found = (one.flatten(1) @ calibration.components.T for one in (white, noise))
+    assert torch.allclose(found, part * torch.tensor([2.0, 1.0, 0.5]).sqrt(), atol=1e-5)
+    rest, others = (one.flatten(1) - one.flatten(1) @ calibration.components.T @ calibration.components
+                    for one in (white, noise))  # fmt: skip
+    assert torch.allclose(others, 0.1**0.5 * rest, atol=1e-5)
+    half = calibration.posterior_noise(white, 200) * (1 - scheduler.alphas_cumprod[200]).sqrt()
+    assert torch.allclose(half, 0.5**0.5 * white, atol=1e-5), "from 0 at timestep 0"
 
 
 # ---- In a pipeline -----------------------------------------------------------------------------------------
@@ -146,3 +162,21 @@ def test_schedulers_that_scale_their_latents_agree_with_ddim():
     pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
     euler = images(pipeline, num_inference_steps=100, output_type="latent")
     assert (one - euler).square().mean() < 0.01 * one.square().mean()
+
+
+def test_ancestral_sampling_of_gaussian_latents_keeps_their_variances():
+    """With the Wiener filter and its errors each of 20 steps is exact, where variance is large too."""
+    pipeline, steps, variances = make_pipeline(), 20, torch.tensor([100.0, 10.0, 4.0])
+    places = tuple(range(49, 1000, 50))
+    calibration = make_calibration(pipeline.scheduler, (4, 8, 8), timesteps=places)
+    calibration.variances.copy_(variances)
+    set_weights(calibration, 0.0, 1.0)
+    alpha = pipeline.scheduler.alphas_cumprod[list(places)][:, None]
+    calibration.errors[:, :3] = variances * (1 - alpha) / (alpha * variances + 1 - alpha)
+    pipeline.register_modules(linear_calibration=calibration)
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": steps, "eta": 1.0, "output_type": "latent"}
+    generator = torch.Generator().manual_seed(5)
+    latents = pipeline(["AD"] * 1000, generator=generator, **options).images.flatten(1)
+    found = calibration.coordinates(latents).square().mean(0) / variances
+    assert found.sqrt() == pytest.approx([1, 1, 1], abs=0.06), "β makes 0.85 of the first"

@@ -62,6 +62,21 @@ def test_it_lowers_the_error_of_the_denoiser_on_other_latents():
     # Its components are the strong ones.
     assert (calibration.components[:3] @ directions).abs().diagonal() == pytest.approx([1, 1, 1], abs=0.02)
     assert calibration.variances[:3].sqrt() == pytest.approx([8, 5, 3], rel=0.1)
+    # Its errors are those of its estimates, there and in all other directions.
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    clean = others.posteriors[0, :, 0]
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(9))
+    for place, timestep in ((2, 399), (6, 899)):
+        at = torch.full((len(clean),), timestep)
+        noisy = scheduler.add_noise(clean, noise, at)
+        with torch.no_grad():
+            prediction = pipeline._predict(noisy, at, pipeline.encode_classes(others.labels), 1)
+        found = calibration.clean_latents(prediction, noisy, *calibration.rates(at)) - clean.flatten(1)
+        of_components = (found @ calibration.components.T).square()
+        rest = (found.square().sum(1) - of_components.sum(1)) / (256 - calibration.config.rank)
+        expected = [*of_components.mean(0)[:3].tolist(), rest.mean().item()]
+        assert calibration.errors[place, [0, 1, 2, -1]].tolist() == pytest.approx(expected, rel=0.4)
+
     # The others are chance, less of which is in the latents that the weights are fitted to.
     assert calibration.weights[2, 5:, 1].mean() < 0.8
 
@@ -97,6 +112,13 @@ def test_too_few_slices_have_no_calibration():
     pipeline = make_pipeline()
     calibrate(pipeline, make_latents(15)[0], seed=0)
     assert pipeline.linear_calibration is None
+
+
+def test_latents_of_few_elements_have_fewer_components_than_elements():
+    pipeline, (latents, _) = make_pipeline(), make_latents(200)
+    small = latents.posteriors[..., :1, :2]  # (4, 1, 2), which the denoiser takes as well
+    calibrate(pipeline, LatentPosteriors(small, latents.labels), seed=0)
+    assert pipeline.linear_calibration.config.rank == 7
 
 
 # ---- train_ldm.py ------------------------------------------------------------------------------------------
