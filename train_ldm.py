@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler
-from huggingface_hub.constants import HF_HOME
 
 from adni_ldm.config import TrainLDMConfig, parse_config
 from adni_ldm.errors import UserError, run_recipe
@@ -24,7 +23,7 @@ from adni_ldm.generation import generate_images, image_seed
 from adni_ldm.loading import load_autoencoder, load_base
 from adni_ldm.models import ClassEmbedding, ConditionalDenoiser, build_denoiser, latent_shape
 from adni_ldm.pipeline import ClassConditionalLDMPipeline, normalize_latents
-from adni_ldm.training import calibration, conditioning, finetuning
+from adni_ldm.training import calibration, conditioning, finetuning, stable_targets
 from adni_ldm.training.batch_sampling import BatchRandom
 from adni_ldm.training.latents import LatentBatch, LatentPosteriors, encode_posteriors
 from adni_ldm.training.losses import diffusion_loss
@@ -55,9 +54,9 @@ def main() -> None:
 
     # Each slice is encoded once; its posterior is sampled anew at every step.
     vae.to(run.device).requires_grad_(False).eval()
-    cache = cfg.latent_cache or Path(HF_HOME, "adni_ldm", "latents")
-    latents = encode_posteriors(vae, train, run.accelerator, cache, run.hashes["train"], cfg.latent_variants)
-    val_latents = encode_posteriors(vae, val, run.accelerator, cache, run.hashes["val"])
+    where = run.accelerator, cfg.latent_cache
+    latents = encode_posteriors(vae, train, *where, run.hashes["train"], cfg.latent_variants)
+    val_latents = encode_posteriors(vae, val, *where, run.hashes["val"])
     if cfg.measure_latents:
         vae.register_to_config(latents_mean=latents.mean, latents_std=latents.std)
     run.depends_on_latents(vae, latents)
@@ -67,14 +66,13 @@ def main() -> None:
     if cfg.evaluation_steps and run.is_main:
         from adni_ldm.evaluation.online import OnlineEvaluation, save_best
 
-        options = {"max_slices": cfg.evaluate_slices, "count": cfg.evaluate_images, "seed": cfg.seed}
-        options |= {"classifier_steps": cfg.classifier_steps, "device": run.device}
-        evaluate = OnlineEvaluation(train, val, **options)
+        evaluate = OnlineEvaluation(train, val, device=run.device, **cfg.online_evaluation)
 
     null = denoiser.class_embedding.null_label
     loss_of = partial(denoising_loss, vae=vae, scheduler=scheduler, null_label=null, gamma=cfg.snr_gamma)
+    averaged = stable_targets.StableTargets(latents, vae, scheduler, null) if cfg.stable_targets else None
     for batch, rng in run.batches(latents):
-        loss, tensors = loss_of(run.model, batch, rng, cfg.label_dropout, cfg.condition_dropout)
+        loss, tensors = loss_of(run.model, batch, rng, cfg.label_dropout, cfg.condition_dropout, averaged)
         run.step(loss, **tensors)
 
         # Validate the EMA weights: the other processes continue, and wait at the next gradient.
@@ -107,6 +105,7 @@ def denoising_loss(
     rng: BatchRandom,
     label_dropout: float = 0.0,
     condition_dropout: float = 0.0,
+    targets: stable_targets.StableTargets | None = None,
     *,
     vae: AutoencoderKL,
     scheduler: DDPMScheduler,
@@ -126,7 +125,9 @@ def denoising_loss(
     conditions = conditioning.drop(batch.conditions, dropped, rng, condition_dropout)  # (B, K), or None
     prediction = model(noisy, timesteps, labels, conditions)  # (B, C, h, w)
 
-    # Compare with the noise or the velocity.
+    # Compare with the noise or the velocity, or with their means over the slices that may be the noisy one.
+    if targets:
+        clean, noise = targets(clean, noisy, timesteps, labels, conditions, batch.indices)
     loss = diffusion_loss(prediction, clean, noise, timesteps, scheduler, gamma)
     return loss, {"clean": clean, "noisy": noisy, "prediction": prediction, "timesteps": timesteps}
 
@@ -148,9 +149,7 @@ def build(
         tokens = ClassEmbedding(run.data.class_names, cfg.token_dim, cfg.tokens_per_class)
         scheduler = DDPMScheduler(
             num_train_timesteps=cfg.num_train_timesteps,
-            beta_schedule="scaled_linear",
-            beta_start=0.00085,
-            beta_end=0.012,
+            **{"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
             prediction_type=cfg.prediction_type,
             rescale_betas_zero_snr=cfg.rescale_betas_zero_snr,
             timestep_spacing="trailing",  # sampling starts at the last timestep, which is pure noise

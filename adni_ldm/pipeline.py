@@ -128,7 +128,8 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
             guidance, samples vary within the classes as real slices do: docs/sampling.md.
     """
 
-    model_cpu_offload_seq = "class_embedding->condition_embedding->unet->linear_calibration->vae"
+    model_cpu_offload_seq = "class_embedding->condition_embedding->unet->vae"
+    _exclude_from_cpu_offload = ["linear_calibration"]  # small, and used after each pass of the U-Net
     _optional_components = ["condition_embedding", "linear_calibration"]
     _callback_tensor_inputs = ["latents"]
     text_encoder_name = "class_embedding"  # in a LoRA file, class tokens take the text encoder's place
@@ -548,7 +549,8 @@ class ClassConditionalLDMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMi
         if getattr(self, "_before_lora", None) is not None:
             classes, conditions, records, calibration = self._before_lora
             self.register_modules(class_embedding=classes, condition_embedding=conditions)
-            self.register_modules(linear_calibration=calibration)
+            if not self.num_fused_loras:  # else the LoRA stays in the U-Net that it was fitted to
+                self.register_modules(linear_calibration=calibration)
             self.unet.register_to_config(_trained_on=records)
             self._before_lora = None
 

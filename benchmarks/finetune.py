@@ -8,8 +8,7 @@ autoencoder and the denoiser are trained from scratch, fine-tuned from the model
 with a LoRA of the denoiser: with the same networks, batch sizes and number of updates, and nearly the same
 time. With --text_model the model is a small Stable Diffusion, text-conditioned and trained here, unless the
 folder is there, on 400 subjects of sagittal and coronal T1. The cohort is then axial and T2-like, the
-autoencoder is fine-tuned with --decoder_only, and both ways have rows of a quarter and a tenth of the
-updates.
+autoencoder is fine-tuned with --decoder_only, and both ways have a row of a tenth of the updates.
 """
 
 from __future__ import annotations
@@ -77,15 +76,12 @@ def main() -> None:
         ]
         recipes = Recipes(work, options, pipeline, model)
         lora = {"lora_rank": options.lora_rank}
-        shares = {1: "", 4: ", a quarter of the updates", 10: ", a tenth of the updates"}
-        ways = {False: ("from scratch", recipes.shape_of_denoiser()), True: ("fine-tuned", {})}
-        arms = [
-            (title + share, tuned, part, more)
-            for tuned, (title, more) in ways.items()
-            for part, share in shares.items()
-            if text or part == 1
-        ]
+        shape = recipes.shape_of_denoiser()
+        arms = [("from scratch", False, 1, shape), ("fine-tuned", True, 1, {})]
         arms.append((f"LoRA of rank {options.lora_rank}", True, 1, lora))
+        if text:
+            arms.insert(1, ("fine-tuned, a tenth of the updates", True, 10, {}))
+            arms.insert(2, ("from scratch, a tenth of the updates", False, 10, shape))
         for title, tuned, part, more in arms:
             runs = [
                 recipes.run(f"{len(rows)}-{seed}", tuned, part, more, seed) for seed in range(options.repeats)

@@ -253,11 +253,17 @@ class TrainLDMConfig(TrainingConfig):
         help="Zero terminal SNR: the last timestep is pure noise (Lin et al. 2024, arXiv:2305.08891); "
         "requires v_prediction. Default: as in --init_from, else true.",
     )
-    linear_calibration: bool = HfArg(
+    linear_calibration: MayChange[bool] = HfArg(
         default=True,
         help="Combine the trained U-Net with the Wiener filter of the latents, by principal component and "
-        "timestep: samples vary more. Fitted in closed form; not with --lora_rank, whose file has no place "
-        "for it.",
+        "timestep: samples vary more. Fitted in closed form, of 64 subjects or more; not with --lora_rank, "
+        "whose file has no place for it.",
+    )
+    stable_targets: bool = HfArg(
+        default=True,
+        help="Train towards the mean of all training slices that a noisy latent may be of, in place of the "
+        "one that it is of (stable target field, arXiv:2302.00670): the same optimum, sooner. Of slices "
+        "whose --conditions are given, the one.",
     )
     snr_gamma: float = HfArg(
         default=5.0, help="γ of min-SNR loss weighting (Hang et al. 2023, arXiv:2303.09556); 0 disables it."
@@ -367,6 +373,12 @@ class TrainLDMConfig(TrainingConfig):
     def sampling(self) -> tuple[int | None, float | None, float | None]:
         """Number of steps, guidance scale and η that the model is sampled with; None: its own."""
         return self.num_inference_steps, self.guidance_scale, self.eta
+
+    @property
+    def online_evaluation(self) -> dict[str, int]:
+        """Sizes and seed of the online evaluation."""
+        sizes = {"max_slices": self.evaluate_slices, "count": self.evaluate_images, "seed": self.seed}
+        return sizes | {"classifier_steps": self.classifier_steps}
 
     @property
     def base_options(self) -> dict:

@@ -29,6 +29,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import AutoencoderKL
 from filelock import FileLock
+from huggingface_hub.constants import HF_HOME
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
@@ -80,6 +81,7 @@ class LatentPosteriors:
     mean: Sequence[float] = ()  # of each channel over all slices, (C,)
     std: Sequence[float] = ()
     conditions: torch.Tensor | None = None  # (N, K), on the device that trains; NaN where missing
+    subjects: np.ndarray | None = None  # str (N,); None: each slice is of another
 
     @classmethod
     def open(cls, folder: Path, device: torch.device) -> LatentPosteriors:
@@ -122,7 +124,7 @@ def encode_posteriors(
     vae: AutoencoderKL,
     slices: Dataset,
     accelerator: Accelerator,
-    cache: str | Path,
+    cache: str | Path | None,
     content: str,
     variants: int = 0,
 ) -> LatentPosteriors:
@@ -130,15 +132,15 @@ def encode_posteriors(
 
     Args:
         vae: on the accelerator's device.
-        slices: of {"image": (1, H, W) in [-1, 1]}, with `labels`, int64 (N,), and `condition_rows` of a model
-            with conditions; read only if not in the cache.
-        cache: folder of caches, on a disk that all processes share.
+        slices: of {"image": (1, H, W) in [-1, 1]}, with `labels`, int64 (N,), `subjects` (N,) if known, and
+            `condition_rows` of a model with conditions; images are read only if not in the cache.
+        cache: folder of caches, on a disk that all processes share; None: adni_ldm/latents in HF_HOME.
         content: hash of the slices; that of the main process is used.
         variants: number of augmented variants of each slice, kept beside it.
 
     Raises UserError if the cache cannot be written, or a process cannot see it.
     """
-    folder = Path(cache).expanduser().absolute()
+    folder = Path(cache or Path(HF_HOME, "adni_ldm", "latents")).expanduser().absolute()
     key, missing, problems = "", True, []
     lock = nullcontext()
     if accelerator.is_main_process:
@@ -165,7 +167,8 @@ def encode_posteriors(
             f"--latent_cache {folder}: {problems[0]}; give a folder with free space that all processes share"
         )
     opened, rows = LatentPosteriors.open(target, accelerator.device), getattr(slices, "condition_rows", None)
-    return opened if rows is None else dataclasses.replace(opened, conditions=rows.to(accelerator.device))
+    conditions = None if rows is None else rows.to(accelerator.device)
+    return dataclasses.replace(opened, conditions=conditions, subjects=getattr(slices, "subjects", None))
 
 
 def _write(

@@ -29,6 +29,14 @@ def make_calibration(scheduler, shape=(2, 4, 4), rank=3, timesteps=(400, 900, 99
     return calibration
 
 
+def test_a_schedule_of_given_betas_is_the_schedulers():
+    """Which a pipeline of --init_from may have."""
+    scheduler = DDPMScheduler(trained_betas=torch.linspace(1e-4, 0.05, 1000).tolist())
+    schedule = {name: scheduler.config[name] for name in SCHEDULE}
+    calibration = LinearCalibration((2, 4, 4), 3, (400, 999), schedule, "epsilon")
+    assert torch.equal(calibration.alphas_cumprod, scheduler.alphas_cumprod)
+
+
 def set_weights(calibration, alpha, beta):
     calibration.weights.copy_(torch.tensor([alpha, beta]).expand_as(calibration.weights))
 
@@ -137,6 +145,13 @@ def test_a_pipeline_with_it_loads_where_the_package_is_not(tmp_path):
         assert torch.equal(images(loaded), expected)
     without = ClassConditionalLDMPipeline(**pipeline.components | {"linear_calibration": None})
     assert not torch.allclose(images(without), expected, atol=1e-3), "it has an effect"
+
+
+def test_networks_that_lie_in_the_hosts_memory_sample_with_it():
+    pipeline = make_calibrated()
+    expected = images(pipeline)
+    pipeline.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(images(pipeline), expected)
 
 
 def test_guidance_extrapolates_calibrated_predictions():

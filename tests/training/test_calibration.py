@@ -1,5 +1,7 @@
 """The linear calibration of a training: fitted to its latents, resumed exactly, left out of a LoRA."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ import train_ldm
 from adni_ldm.generation import hash_pipeline
 from adni_ldm.models import build_autoencoder
 from adni_ldm.pipeline import ClassConditionalLDMPipeline
+from adni_ldm.training import calibration
 from adni_ldm.training.calibration import calibrate, least_squares
 from adni_ldm.training.latents import LatentPosteriors
 
@@ -75,7 +78,7 @@ def test_it_lowers_the_error_of_the_denoiser_on_other_latents():
         of_components = (found @ calibration.components.T).square()
         rest = (found.square().sum(1) - of_components.sum(1)) / (256 - calibration.config.rank)
         expected = [*of_components.mean(0)[:3].tolist(), rest.mean().item()]
-        assert calibration.errors[place, [0, 1, 2, -1]].tolist() == pytest.approx(expected, rel=0.4)
+        assert calibration.errors[place, [0, 1, 2, -1]].tolist() == pytest.approx(expected, rel=0.6)
 
     # The others are chance, less of which is in the latents that the weights are fitted to.
     assert calibration.weights[2, 5:, 1].mean() < 0.8
@@ -87,13 +90,18 @@ def test_weights_are_the_least_squares_solution_of_each_component():
     truth = torch.randn(400, 8, generator=generator)
     own, filtered = (truth + 0.5 * torch.randn(truth.shape, generator=generator) for _ in range(2))
     own = own * torch.linspace(0.2, 0.9, 8)
-    found = least_squares(own, filtered, truth, torch.ones(8))
+    little = torch.full((8,), 1e-3)  # beside which the prior of (1, 0) has no weight
+    found = least_squares(own, filtered, truth, little, 4.0)
     for place, weights in enumerate(found):
         both = np.stack([part[:, place].numpy() for part in (own, filtered)], axis=1)
         expected = np.linalg.lstsq(both, truth[:, place].numpy(), rcond=None)[0]
         assert weights.numpy() == pytest.approx(expected, rel=0.02)
-    nothing = least_squares(own, torch.zeros_like(own), own, torch.ones(8))
-    assert torch.allclose(nothing, torch.tensor([1.0, 0.0]).expand(8, 2)), "the denoiser as it is"
+    as_it_is = torch.tensor([1.0, 0.0]).expand(8, 2)
+    nothing = least_squares(own, torch.zeros_like(own), own, torch.ones(8), 4.0)
+    assert torch.allclose(nothing, as_it_is), "the denoiser as it is"
+    few = least_squares(own[:2], filtered[:2], truth[:2], torch.ones(8), 4.0)
+    assert (few - as_it_is).abs().max() < 0.7, "few slices change little"
+    assert least_squares(own, filtered, truth, torch.zeros(8), 4.0).isfinite().all()
 
 
 def test_it_is_fitted_in_float32_where_autocast_is_on():
@@ -108,10 +116,71 @@ def test_it_is_fitted_in_float32_where_autocast_is_on():
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_too_few_slices_have_no_calibration():
-    pipeline = make_pipeline()
-    calibrate(pipeline, make_latents(15)[0], seed=0)
+def test_fewer_than_64_subjects_have_no_calibration():
+    pipeline, (latents, _) = make_pipeline(), make_latents(640)
+    for subjects, components in ((63, None), (64, 24)):  # of 48 subjects
+        latents = dataclasses.replace(latents, subjects=np.arange(640) % subjects)
+        pipeline.register_modules(linear_calibration=None)
+        calibrate(pipeline, latents, seed=0)
+        calibration = pipeline.linear_calibration
+        assert (calibration.config.rank if calibration else None) == components
+
+
+def test_components_and_weights_are_of_different_subjects():
+    """Of slices of one subject that are alike, components would seem to be known on the others."""
+    pipeline, (latents, _) = make_pipeline(), make_latents(64, seed=3)
+    rows = torch.arange(64).repeat(8)
+    latents = LatentPosteriors(latents.posteriors[:, rows], latents.labels[rows])
+    pipeline.vae.register_to_config(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    found = {}
+    for known in (True, False):
+        subjects = np.array([f"s{row:02}" for row in rows]) if known else None
+        pipeline.register_modules(linear_calibration=None)
+        calibrate(pipeline, dataclasses.replace(latents, subjects=subjects), seed=0)
+        found[known] = pipeline.linear_calibration.weights[3, 5:24, 1].mean()  # of chance
+    assert found[True] < 0.7 * found[False]
+
+
+def test_slices_of_a_subject_count_once():
+    """Four slices of each subject that are alike draw the weights no further from (1, 0) than one."""
+    pipeline, (latents, _) = make_pipeline(), make_latents(256, seed=3)
+    pipeline.vae.register_to_config(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    rows, found = torch.arange(256).repeat_interleave(4), []
+    many = LatentPosteriors(latents.posteriors[:, rows], latents.labels[rows], subjects=rows.numpy())
+    for data in (latents, many):
+        pipeline.register_modules(linear_calibration=None)
+        calibrate(pipeline, data, seed=0)
+        weights = pipeline.linear_calibration.weights[3:6, :3]
+        found.append((weights - torch.tensor([1.0, 0.0])).abs().mean())
+    assert found[1] < 1.15 * found[0], found
+
+
+@pytest.mark.parametrize("broken", ["NaN", "infinite", "constant"])
+def test_latents_that_are_not_finite_leave_the_denoiser_as_it_is(broken):
+    pipeline, (latents, _) = make_pipeline(), make_latents(100)
+    if broken == "constant":
+        latents.posteriors.zero_()
+        calibrate(pipeline, latents, seed=0)
+        assert pipeline.linear_calibration.weights.isfinite().all()
+        return
+    latents.posteriors[0, 7, 0, 0, 0, 0] = torch.nan if broken == "NaN" else torch.inf
+    with pytest.warns(UserWarning, match="not finite"):
+        calibrate(pipeline, latents, seed=0)
     assert pipeline.linear_calibration is None
+
+
+@pytest.mark.parametrize("steps", [2, 5, 20])
+def test_short_schedules_have_fewer_timesteps(steps):
+    pipeline, (latents, _) = make_pipeline(), make_latents(64)
+    pipeline.scheduler = type(pipeline.scheduler).from_config(
+        pipeline.scheduler.config, num_train_timesteps=steps
+    )
+    calibrate(pipeline, latents, seed=0)
+    timesteps = pipeline.linear_calibration.config.timesteps
+    assert timesteps == sorted(set(timesteps)) and timesteps[0] == 1 and timesteps[-1] == steps - 1
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(["AD"], num_inference_steps=steps, output_type="pt").images
+    assert images.isfinite().all()
 
 
 def test_latents_of_few_elements_have_fewer_components_than_elements():
@@ -134,7 +203,8 @@ def vae_dir(tmp_path_factory):
 
 
 @pytest.fixture
-def words(vae_dir, phantom_dir):
+def words(vae_dir, phantom_dir, monkeypatch):
+    monkeypatch.setattr(calibration, "FEWEST_SUBJECTS", 4)
     return ("--vae", vae_dir, "--data_dir", phantom_dir, *COMMON, *SHAPE)
 
 
@@ -144,7 +214,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(words, run, tmp_path):
     checkpoint = tmp_path / "whole/checkpoints/step-00000002"
     run(train_ldm, *words, "--output_dir", tmp_path / "again", "--resume_from_checkpoint", checkpoint)
     whole, again = load(tmp_path / "whole"), load(tmp_path / "again")
-    assert whole.linear_calibration.config.rank == 1, "a component for 16 of the 24 slices"
+    assert whole.linear_calibration.config.rank == 1
     assert hash_pipeline(whole) == hash_pipeline(again)
     whole.linear_calibration.mean += 0.01
     assert hash_pipeline(whole) != hash_pipeline(again)
@@ -170,3 +240,7 @@ def test_fine_tuning_fits_it_anew_and_a_lora_is_without_it(words, ad_nc_folder, 
     assert base.linear_calibration is None, "it is of other data"
     base.unload_lora_weights()
     assert base.linear_calibration is own
+    base.load_lora_weights(tmp_path / "lora")
+    base.fuse_lora()
+    base.unload_lora_weights()
+    assert base.linear_calibration is None, "the U-Net is another now"

@@ -29,7 +29,6 @@ MODEL = {
     "unet",
     "class_embedding",
     "scheduler",
-    "linear_calibration",
 }
 
 

@@ -98,7 +98,7 @@ def test_without_learning_it_is_the_same_model_of_class_tokens(base, run, reques
 
     # The pipeline is ours, and loads as always: without the text encoder, in the image size of the data.
     pipeline = DiffusionPipeline.from_pretrained(out, trust_remote_code=True)
-    parts = {"vae", "unet", "class_embedding", "scheduler", "linear_calibration"}
+    parts = {"vae", "unet", "class_embedding", "scheduler"}
     given = {name for name, part in pipeline.components.items() if part is not None}
     assert given == parts and pipeline.unet.config.sample_size == 8
     assert {path.name for path in out.iterdir() if path.is_dir()} == parts
