@@ -178,6 +178,7 @@ def ldm_settings(phantom_dir, vae_run, epoch_steps, tmp_path_factory):
         "data_dir": phantom_dir,
         "vae": vae_run.folder,
         "latent_cache": tmp_path_factory.mktemp("latents"),
+        "stable_targets": False,  # so that what the loss gets are the latents
         "max_steps": EPOCHS * epoch_steps,
         "learning_rate": 1e-3,
         "unet_widths": "32 64",
