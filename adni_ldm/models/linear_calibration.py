@@ -123,13 +123,13 @@ class LinearCalibration(ModelMixin, ConfigMixin):
         return alphas.sqrt(), (1 - alphas).sqrt()
 
     def _at(
-        self, timesteps: int | torch.Tensor, table: torch.Tensor, clean: float | tuple[float, ...]
+        self, timesteps: int | torch.Tensor, table: torch.Tensor, first: float | tuple[float, ...]
     ) -> torch.Tensor:
-        """Rows (B or 1, …) of a table of `timesteps`, interpolated; `clean` fills that of timestep 0."""
+        """Rows (B or 1, …) of a table of `timesteps`, interpolated; `first` fills that of timestep 0."""
         knots = torch.tensor([0, *self.config.timesteps], dtype=torch.float32)
         places = torch.as_tensor(timesteps, dtype=torch.float32).reshape(-1).cpu()
         upper = torch.searchsorted(knots, places).clamp(1, len(knots) - 1)  # (B,)
         share = ((places - knots[upper - 1]) / (knots[upper] - knots[upper - 1])).clamp(0, 1)
-        rows = torch.cat([torch.tensor(clean, device=table.device).expand_as(table[:1]), table.float()])
+        rows = torch.cat([torch.tensor(first, device=table.device).expand_as(table[:1]), table.float()])
         share = share.to(table.device).view(-1, *[1] * (table.ndim - 1))
         return torch.lerp(rows[upper - 1], rows[upper], share)

@@ -36,6 +36,7 @@ class StableTargets:
         self.indices, self.labels = chosen.to(device), latents.labels[chosen.to(device)]
         rows = latents.posteriors[0, chosen.to(latents.posteriors.device), 0].to(device)
         self.references = normalize_latents(vae, rows).flatten(1).double()  # (N, C·h·w)
+        self.norms = self.references.square().sum(1)  # (N,)
         self.alphas, self.null_label = scheduler.alphas_cumprod.double().to(device), null_label
 
     @torch.no_grad()
@@ -58,7 +59,7 @@ class StableTargets:
         signal, noise = alphas.sqrt(), (1 - alphas).sqrt()
         own, seen = clean.double().flatten(1), noisy.double().flatten(1)  # (B, C·h·w)
         # log w_j without |x|², which all have; the slice itself by its sampled latent, in the last place
-        others = signal * seen @ self.references.T - alphas / 2 * self.references.square().sum(1)
+        others = signal * seen @ self.references.T - alphas / 2 * self.norms
         itself = signal[:, 0] * (seen * own).sum(1) - alphas[:, 0] / 2 * own.square().sum(1)
         wrong = (self.labels != labels[:, None]) & (labels != self.null_label)[:, None]
         wrong |= self.indices == indices.to(self.indices.device)[:, None]
