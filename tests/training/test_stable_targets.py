@@ -67,6 +67,17 @@ def test_the_target_depends_on_the_noisy_latent_and_not_on_its_slice(latents):
     assert torch.allclose(one, other, atol=1e-5)
 
 
+def test_latents_far_from_zero_lose_no_digits(latents):
+    """Distances are small differences of sums that are large there."""
+    latents.posteriors[0, :, 0] += 30000
+    targets, scheduler = make_targets(latents)
+    clean, at = latents.posteriors[0, [5], 0], torch.tensor([500])
+    noisy = scheduler.add_noise(clean, torch.zeros_like(clean), at)
+    found, _ = targets(clean, noisy, at, torch.tensor([1]), None, torch.tensor([5]))
+    expected = posterior_mean(noisy[0], scheduler.alphas_cumprod[500], latents.posteriors[0, 1::2, 0])
+    assert torch.allclose(found[0].double(), expected, atol=0.01)
+
+
 def test_a_sampled_latent_takes_the_place_of_its_slice_in_the_mean(latents):
     targets, scheduler = make_targets(latents)
     members = latents.posteriors[0, :, 0].clone()
