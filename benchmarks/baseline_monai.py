@@ -34,7 +34,7 @@ def train_monai(
     own = tutorial and preset.name == "adni"  # the tutorial's own widths on a GPU
     autoencoder, scheduler = build_autoencoder(preset, own, 2 if tutorial else 1), build_scheduler()
     augment = build_augmentation(preset.image_size) if tutorial else lambda images: images
-    rates = (1e-4, 1e-4) if tutorial else (preset.vae["learning_rate"], preset.ldm["learning_rate"])
+    rates = (1e-4, 1e-4) if tutorial else (learning_rate(preset.vae), learning_rate(preset.ldm))
     sizes = (64, 64) if tutorial else (preset.vae["batch_size"], preset.ldm["batch_size"])
 
     # ---- Autoencoder ---------------------------------------------------------------------------------------
@@ -105,8 +105,13 @@ def train_monai(
     return Trained(reconstruct, sample, time.perf_counter() - started, f"{vae_steps} + {ldm_steps} steps")
 
 
+def learning_rate(recipe: dict) -> float:
+    """That of the recipe, or where it is Muon's, that of AdamW for small networks."""
+    return 1e-3 if recipe.get("optimizer") == "muon" else recipe["learning_rate"]
+
+
 def build_autoencoder(preset: Preset, own: bool, blocks: int) -> AutoencoderKL:
-    widths = (128, 128, 256) if own else tuple(preset.vae["widths"])
+    widths = (128, 128, 256) if own else preset.widths_by_pixels
     return AutoencoderKL(
         spatial_dims=2,
         channels=widths,

@@ -1,6 +1,6 @@
 """Sample quality of several methods after equal training time on one cohort: a table and a figure of samples.
 
-    python benchmarks/baselines.py [--seconds 420] [--data_dir runs/demo/data] [--quick]
+    python benchmarks/baselines.py [--seconds 420] [--seeds 0 1 2] [--data_dir runs/demo/data] [--quick]
 
 Each method trains for the same time, half of it for its autoencoder and half for its diffusion model.
 Sampling and evaluation are not included. All compute in bfloat16 where the hardware supports it. METHODS
@@ -10,6 +10,7 @@ defines each.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import tempfile
@@ -52,10 +53,11 @@ METHODS = {
     "(generation/2d_ldm) trains them: batch size 64, RandAffine, L1 + 1e-6 KL + 0.01 adversarial loss after "
     "a tenth of the time, Adam 1e-4 and 5e-4, epsilon, linear betas, 1000 DDPM steps with clipping at ±4 "
     "instead of ±1, which latents exceed. Without its perceptual loss, whose weights are not available "
-    "offline. On a CPU its networks have our preset's widths: with its own it would complete a few dozen "
-    "steps. The class, which the tutorial lacks, is conditioned on by cross-attention.",
-    "monai, our lr": "as monai, with our learning rates, batch sizes and number of blocks, without "
-    "RandAffine: many more steps in the same time.",
+    "offline. On a CPU its networks have our preset's widths, and a level more where ours sees patches: with "
+    "its own it would complete a few dozen steps. The class, which the tutorial lacks, is conditioned on by "
+    "cross-attention.",
+    "monai, our lr": "as monai, with our learning rates (those of AdamW, 1e-3, where our preset has Muon), "
+    "batch sizes and number of blocks, without RandAffine: many more steps in the same time.",
     "small baseline": "our reimplementation of a published student project on these slices: a convolutional "
     "VAE with one vector of 128 numbers, a U-Net with BatchNorm on the decoder's first feature map, 10 "
     "diffusion steps (betas up to 0.1), epsilon prediction by squared error, sampling from the VAE's prior. "
@@ -68,12 +70,12 @@ COLUMNS += ("64 samples, s",)
 # ---- Ours ----------------------------------------------------------------------------------------------
 
 
-def train_ours(work: Path, data: Path, preset: Preset, seconds: float) -> Trained:
+def train_ours(work: Path, data: Path, preset: Preset, seconds: float, seed: int) -> Trained:
     """Run both recipes, each in its own process, with as many steps as the time allows."""
     steps, taken = {}, 0.0
     for recipe, name in (("train_vae", "vae"), ("train_ldm", "ldm")):
         settings = {"config": f"configs/{preset.name}/{name}.yaml", "data_dir": data, "report_to": "none"}
-        settings |= {"checkpointing_steps": 0, "output_dir": work / name}
+        settings |= {"checkpointing_steps": 0, "output_dir": work / name, "seed": seed}
         settings |= {"vae": work / "vae", "validation_steps": 0} if recipe == "train_ldm" else {}
         warmup = getattr(preset, name)["warmup_steps"]
         # A short run measures the time of a step and of everything else; it is not counted.
@@ -98,7 +100,7 @@ def train_ours(work: Path, data: Path, preset: Preset, seconds: float) -> Traine
 
     def sample(labels: torch.Tensor) -> torch.Tensor:
         nonlocal generated
-        seeds = [image_seed(0, generated + index) for index in range(len(labels))]
+        seeds = [image_seed(seed, generated + index) for index in range(len(labels))]
         generated += len(labels)
         return torch.cat(list(generate_images(pipeline, labels.tolist(), seeds, 64, precision))) * 2 - 1
 
@@ -140,6 +142,7 @@ def main() -> None:
         "--quick", action="store_true", help="a trial: 20 seconds and 64 samples of each method"
     )
     parser.add_argument("--samples", type=int, default=256, help="samples of each method, half of them AD")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each method is trained with each")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument(
         "--data_dir",
@@ -162,19 +165,23 @@ def main() -> None:
         train, held_out = metrics.train, metrics.held_out
         rows = [("real training slices (reference)", "–", "–", *metrics.reference(), "–")]
         figure = {f"real, {name}": some(held_out.of_class(name).floats()) for name in CLASSES}
-        for name in options.methods:
-            print(f"{name}: training for {seconds:.0f} s", flush=True)
-            torch.manual_seed(0)
+        for name, seed in itertools.product(options.methods, options.seeds):
+            print(f"{name}, seed {seed}: training for {seconds:.0f} s", flush=True)
+            torch.manual_seed(seed)
             if name == "ours":
-                trained = train_ours(work, Path(data).resolve(), preset, seconds)
+                (work / str(seed)).mkdir()
+                trained = train_ours(work / str(seed), Path(data).resolve(), preset, seconds, seed)
             elif name == "small baseline":
                 trained = train_small(train, seconds)
             else:
                 trained = train_monai(train, seconds, preset, tutorial=name == "monai", sampling_steps=steps)
-            row, samples = evaluate(name, trained, metrics, count)
+            title = name if len(options.seeds) == 1 else f"{name}, seed {seed}"
+            row, samples = evaluate(title, trained, metrics, count)
             rows.append(row)
-            figure |= {f"{name}, {label}": some(part) for label, part in zip(CLASSES, samples)}
             print(" | ".join(row), flush=True)
+            if seed != options.seeds[0]:
+                continue
+            figure |= {f"{name}, {label}": some(part) for label, part in zip(CLASSES, samples)}
 
     areas = [truth.ventricle_mm2[truth.label == name].mean() for name in CLASSES]
     lines = [

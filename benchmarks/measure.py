@@ -64,7 +64,7 @@ class Preset:
         """Its autoencoder, untrained: it takes the same time as a trained one."""
         shape = {
             name: self.vae[name]
-            for name in ("widths", "latent_channels", "layers_per_block")
+            for name in ("widths", "latent_channels", "layers_per_block", "patch_size")
             if name in self.vae
         }
         vae = build_autoencoder(self.image_size, **shape)
@@ -74,10 +74,21 @@ class Preset:
 
     def build_denoiser(self) -> ConditionalDenoiser:
         """Its denoiser, untrained."""
-        side = self.image_size // 2 ** (len(self.vae["widths"]) - 1)
-        layers = self.ldm.get("layers_per_block", 2)
-        unet = build_denoiser(self.vae["latent_channels"], side, self.ldm["unet_widths"], 256, layers)
+        side = self.image_size // 2 ** (len(self.widths_by_pixels) - 1)
+        shape = {
+            name: self.ldm[name] for name in ("layers_per_block", "attention_levels") if name in self.ldm
+        }
+        unet = build_denoiser(self.vae["latent_channels"], side, self.ldm["unet_widths"], **shape)
         return ConditionalDenoiser(unet, ClassEmbedding())
+
+    @property
+    def widths_by_pixels(self) -> tuple[int, ...]:
+        """Widths of an autoencoder of the same latents whose first level sees single pixels, as peers' do."""
+        widths, patch = list(self.vae["widths"]), self.vae.get("patch_size", 1)
+        while patch > 1:
+            widths.insert(0, widths[0] // 2)
+            patch //= 2
+        return tuple(widths)
 
 
 def synchronize() -> None:

@@ -18,12 +18,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from diffusers import AutoencoderKL, DDPMScheduler  # noqa: E402
+from diffusers import DDPMScheduler  # noqa: E402
 from diffusers.training_utils import EMAModel  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from torchvision import transforms  # noqa: E402
 
 from adni_ldm.data.slices import load_slices  # noqa: E402
+from adni_ldm.loading import load_autoencoder  # noqa: E402
 from adni_ldm.models import ClassEmbedding, ConditionalDenoiser, build_denoiser  # noqa: E402
 
 
@@ -35,6 +36,7 @@ def main() -> None:
     for name in ("image_size", "batch_size", "layers_per_block", "max_steps"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--unet_widths", type=int, nargs="+", required=True)
+    parser.add_argument("--attention_levels", type=int)
     parser.add_argument("--autocast", action="store_true", help="bfloat16 by autocast")
     cfg = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -52,12 +54,11 @@ def main() -> None:
     workers = 4 if device.type == "cuda" else 0
     loader = DataLoader(dataset, cfg.batch_size, shuffle=True, num_workers=workers, drop_last=True)
 
-    vae = AutoencoderKL.from_pretrained(cfg.vae).to(device).requires_grad_(False)
-    channels, side = (
-        vae.config.latent_channels,
-        cfg.image_size // 2 ** (len(vae.config.block_out_channels) - 1),
-    )
-    unet = build_denoiser(channels, side, cfg.unet_widths, layers_per_block=cfg.layers_per_block)
+    vae = load_autoencoder(cfg.vae).to(device).requires_grad_(False)
+    with torch.no_grad():
+        latents = vae.encode(torch.zeros(1, 1, cfg.image_size, cfg.image_size, device=device)).latent_dist
+    shape = {"layers_per_block": cfg.layers_per_block, "attention_levels": cfg.attention_levels}
+    unet = build_denoiser(*latents.mean.shape[1:3], cfg.unet_widths, **shape)
     model = ConditionalDenoiser(unet, ClassEmbedding()).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.max_steps)

@@ -91,6 +91,8 @@ class Bench:
         batch = self.preset.batch_size(self.preset.ldm, on_cpu=16)
         sizes = {"unet_widths": self.preset.ldm["unet_widths"], "batch_size": batch}
         sizes |= {"layers_per_block": self.preset.ldm.get("layers_per_block", 2)}
+        if "attention_levels" in self.preset.ldm:
+            sizes |= {"attention_levels": self.preset.ldm["attention_levels"]}
         ours = sizes | {"vae": self.work / "vae", "validation_steps": 0}
         kinds = {"LDM step, train_ldm.py": ours}
         if self.options.compile:
@@ -126,7 +128,7 @@ class Bench:
 
     def vae_step(self) -> None:
         batch = self.preset.batch_size(self.preset.vae, on_cpu=2)
-        names = ("widths", "latent_channels", "layers_per_block", "spectral_weight")
+        names = ("widths", "latent_channels", "layers_per_block", "patch_size", "spectral_weight")
         settings = {name: self.preset.vae[name] for name in names if name in self.preset.vae}
         settings |= {"batch_size": batch, "eval_images": 1}
         results = [self.recipe("train_vae", settings) for _ in range(self.options.rounds)]

@@ -19,7 +19,7 @@ import memory  # noqa: E402
 import plain_loop  # noqa: E402
 import scaling  # noqa: E402
 import throughput  # noqa: E402
-from baseline_monai import train_monai  # noqa: E402
+from baseline_monai import build_autoencoder, train_monai  # noqa: E402
 from baseline_small import train_small  # noqa: E402
 from baseline_training import Trained, batches  # noqa: E402
 from held_out import HeldOutMetrics  # noqa: E402
@@ -86,6 +86,22 @@ def test_baseline_stops_in_time_and_generates(name, splits):
         assert trained.reconstruct(held_out.floats()).shape == held_out.images.shape
     samples = trained.sample(torch.tensor([0, 1, 0]))
     assert samples.shape == (3, 1, 32, 32) and samples.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["demo", "adni"])
+def test_networks_of_a_preset_are_those_that_it_trains(name):
+    preset = measure.Preset.load(name)
+    vae, denoiser = preset.build_vae(), preset.build_denoiser()
+    side = preset.image_size // preset.vae.get("patch_size", 1) // 2 ** (len(preset.vae["widths"]) - 1)
+    with torch.device("meta"):
+        slices = torch.zeros(1, 1, preset.image_size, preset.image_size)
+    latents = vae.to("meta").encode(slices).latent_dist.mean.shape[1:]
+    assert latents == (denoiser.unet.config.in_channels, side, side)
+    assert denoiser.unet.config.sample_size == side
+    attention = sum("Cross" in block for block in denoiser.unet.config.down_block_types)
+    assert attention == preset.ldm.get("attention_levels", len(preset.ldm["unet_widths"]) - 1)
+    peer = build_autoencoder(preset, False, 1).to("meta")
+    assert peer.encode(slices)[0].shape[2:] == latents[1:], "a peer's latents are as large"
 
 
 def test_no_time_left_gives_no_batches(splits):
