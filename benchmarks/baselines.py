@@ -179,9 +179,8 @@ def main() -> None:
             row, samples = evaluate(title, trained, metrics, count)
             rows.append(row)
             print(" | ".join(row), flush=True)
-            if seed != options.seeds[0]:
-                continue
-            figure |= {f"{name}, {label}": some(part) for label, part in zip(CLASSES, samples)}
+            if seed == options.seeds[0]:
+                figure |= {f"{name}, {label}": some(part) for label, part in zip(CLASSES, samples)}
 
     areas = [truth.ventricle_mm2[truth.label == name].mean() for name in CLASSES]
     lines = [

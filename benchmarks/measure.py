@@ -62,12 +62,7 @@ class Preset:
 
     def build_vae(self) -> AutoencoderKL:
         """Its autoencoder, untrained: it takes the same time as a trained one."""
-        shape = {
-            name: self.vae[name]
-            for name in ("widths", "latent_channels", "layers_per_block", "patch_size")
-            if name in self.vae
-        }
-        vae = build_autoencoder(self.image_size, **shape)
+        vae = build_autoencoder(self.image_size, **self.vae_shape)
         channels = vae.config.latent_channels
         vae.register_to_config(latents_mean=[0.0] * channels, latents_std=[1.0] * channels)
         return vae.requires_grad_(False)
@@ -75,11 +70,21 @@ class Preset:
     def build_denoiser(self) -> ConditionalDenoiser:
         """Its denoiser, untrained."""
         side = self.image_size // 2 ** (len(self.widths_by_pixels) - 1)
-        shape = {
-            name: self.ldm[name] for name in ("layers_per_block", "attention_levels") if name in self.ldm
-        }
-        unet = build_denoiser(self.vae["latent_channels"], side, self.ldm["unet_widths"], **shape)
+        shape = self.ldm_shape
+        unet = build_denoiser(self.vae["latent_channels"], side, shape.pop("unet_widths"), **shape)
         return ConditionalDenoiser(unet, ClassEmbedding())
+
+    @property
+    def vae_shape(self) -> dict:
+        """Settings of train_vae.py that make its autoencoder."""
+        names = ("widths", "latent_channels", "layers_per_block", "patch_size")
+        return {name: self.vae[name] for name in names if name in self.vae}
+
+    @property
+    def ldm_shape(self) -> dict:
+        """Settings of train_ldm.py that make its denoiser."""
+        names = ("unet_widths", "layers_per_block", "attention_levels")
+        return {name: self.ldm[name] for name in names if name in self.ldm}
 
     @property
     def widths_by_pixels(self) -> tuple[int, ...]:

@@ -33,9 +33,10 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="file that speed and memory are written to")
     for name in ("data_dir", "vae"):
         parser.add_argument(f"--{name}", required=True)
-    for name in ("image_size", "batch_size", "layers_per_block", "max_steps"):
+    for name in ("image_size", "batch_size", "max_steps"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--unet_widths", type=int, nargs="+", required=True)
+    parser.add_argument("--layers_per_block", type=int, default=2)
     parser.add_argument("--attention_levels", type=int)
     parser.add_argument("--autocast", action="store_true", help="bfloat16 by autocast")
     cfg = parser.parse_args()

@@ -45,12 +45,9 @@ class Bench:
         if recipe == "train_ldm":
             vae = self.path("vae")
             preset.build_vae().save_pretrained(vae)
-            names = ("unet_widths", "layers_per_block", "attention_levels")
-            settings |= {name: preset.ldm[name] for name in names if name in preset.ldm}
-            settings |= {"vae": vae, "validation_steps": 0}
+            settings |= preset.ldm_shape | {"vae": vae, "validation_steps": 0}
         else:
-            settings |= {"widths": preset.vae["widths"], "eval_images": 1}
-            settings |= {"patch_size": preset.vae.get("patch_size", 1)}
+            settings |= preset.vae_shape | {"eval_images": 1}
         return run_profiled(self.path("out"), recipe, settings, launcher)
 
     # ---- Tables --------------------------------------------------------------------------------------------

@@ -89,10 +89,7 @@ class Bench:
     def ldm_step(self) -> list[str]:
         """Measure the recipe's step and the plain loop's; returns lines with their ratios."""
         batch = self.preset.batch_size(self.preset.ldm, on_cpu=16)
-        sizes = {"unet_widths": self.preset.ldm["unet_widths"], "batch_size": batch}
-        sizes |= {"layers_per_block": self.preset.ldm.get("layers_per_block", 2)}
-        if "attention_levels" in self.preset.ldm:
-            sizes |= {"attention_levels": self.preset.ldm["attention_levels"]}
+        sizes = self.preset.ldm_shape | {"batch_size": batch}
         ours = sizes | {"vae": self.work / "vae", "validation_steps": 0}
         kinds = {"LDM step, train_ldm.py": ours}
         if self.options.compile:
@@ -128,9 +125,9 @@ class Bench:
 
     def vae_step(self) -> None:
         batch = self.preset.batch_size(self.preset.vae, on_cpu=2)
-        names = ("widths", "latent_channels", "layers_per_block", "patch_size", "spectral_weight")
-        settings = {name: self.preset.vae[name] for name in names if name in self.preset.vae}
-        settings |= {"batch_size": batch, "eval_images": 1}
+        settings = self.preset.vae_shape | {"batch_size": batch, "eval_images": 1}
+        if "spectral_weight" in self.preset.vae:
+            settings["spectral_weight"] = self.preset.vae["spectral_weight"]
         results = [self.recipe("train_vae", settings) for _ in range(self.options.rounds)]
         images = [result["steps_per_second"] * batch for result in results]
         memory = max(result["GiB"] for result in results)
